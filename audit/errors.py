@@ -17,7 +17,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -152,7 +152,7 @@ class Quarantined:
     """One reason not to score one sample; `modality` is None where the label is the reason."""
 
     sample_id: str
-    modality: str | None
+    modality: str | None = None
     reason: Reason
     detail: str
 
@@ -161,12 +161,5 @@ def quarantine_table(rows: Iterable[Quarantined]) -> pa.Table:
     """Return the content of quarantine.parquet: one row for each reason, so that a sample may have several rows."""
     import pyarrow as pa  # takes 0.1 s, and most users of this module need no table
 
-    quarantined = list(rows)
-    return pa.table(
-        {
-            "sample_id": pa.array([row.sample_id for row in quarantined], pa.string()),
-            "modality": pa.array([row.modality for row in quarantined], pa.string()),
-            "reason": pa.array([row.reason.value for row in quarantined], pa.string()),
-            "detail": pa.array([row.detail for row in quarantined], pa.string()),
-        }
-    )
+    schema = pa.schema([(name, pa.string()) for name in ("sample_id", "modality", "reason", "detail")])
+    return pa.Table.from_pylist([{**asdict(row), "reason": row.reason.value} for row in rows], schema)

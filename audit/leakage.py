@@ -182,36 +182,25 @@ def group_columns(names: Sequence[str]) -> list[str]:
 def _pair_splits(samples: Samples) -> tuple[list[SplitPair], Messages]:
     order = np.array(sorted(range(len(samples)), key=samples.sample_id.__getitem__), dtype=np.intp)
     rows = {name: order[samples.split[order] == name] for name in SPLITS}
+    ids = samples.sample_id
     pairs = [
-        SplitPair(
-            between=(first, second), reference_rows=rows[first], heldout_rows=rows[second], sample_id=samples.sample_id
-        )
-        for first, second in _PAIRS
-        if len(rows[first]) and len(rows[second])
+        SplitPair(between=pair, reference_rows=rows[pair[0]], heldout_rows=rows[pair[1]], sample_id=ids)
+        for pair in _PAIRS
+        if len(rows[pair[0]]) and len(rows[pair[1]])
     ]
     consequence = "only the other splits are compared" if pairs else "nothing to compare"
     return pairs, [f"no {name} split: {consequence}" for name in ("train", "test") if not len(rows[name])]
 
 
-def _finding(pair: SplitPair, kind: str, name: str, links: Links, *, of: int, description: str) -> Messages:
+def _finding(pair: SplitPair, what: str, name: str, links: Links, *, of: int, description: str) -> Messages:
     """Return a list of one finding with examples, or an empty list without links."""
     if not links:
         return []
-    sample_id = pair.sample_id
+    sample_id, between, count = pair.sample_id, pair.between, len(links)
     examples = tuple((sample_id[row], sample_id[match]) for row, match in list(links.items())[:EXAMPLES])
-    message = f"{len(links)} of {of} {description}: {examples[0][0]} and {examples[0][1]}"
-    return [
-        Finding(
-            what=kind,
-            name=name,
-            between=pair.between,
-            count=len(links),
-            of=of,
-            samples=len(links),
-            examples=examples,
-            message=message,
-        )
-    ]
+    message = f"{count} of {of} {description}: {examples[0][0]} and {examples[0][1]}"
+    numbers = {"count": count, "of": of, "samples": count}
+    return [Finding(what=what, name=name, between=between, examples=examples, message=message, **numbers)]
 
 
 def _shared_ids(pair: SplitPair) -> Messages:
@@ -250,12 +239,13 @@ def _path_suffixes(name: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def _as_notes(messages: Messages) -> Messages:
-    return [message.message if isinstance(message, Finding) else message for message in messages]
+def _as_notes(messages: Messages, *, reason: str = "") -> Messages:
+    return [f"{message.message}{reason}" if isinstance(message, Finding) else message for message in messages]
 
 
-def _recurring(messages: Messages) -> Messages:
-    return [f"{note}; not a leak by itself: such contents recur by chance" for note in _as_notes(messages)]
+def _recurring(messages: Messages, *, recurs: bool) -> Messages:
+    """Return findings as notes where equal contents occur by chance."""
+    return _as_notes(messages, reason="; not a leak by itself: such contents recur by chance") if recurs else messages
 
 
 def _joint_keys(modality_contents: Sequence[ModalityContent]) -> NDArray[np.object_]:
@@ -281,7 +271,7 @@ def _same_samples(
     links, num_complete = _link_equal(pair, np.where(is_complete, joint_keys, np.array(None)))
     description = f"{pair.between[1]} samples also in {pair.between[0]}, equal in every modality"
     messages = _finding(pair, "content", "sample", links, of=num_complete, description=description)
-    return _recurring(messages) if all(modality.recurs for modality in modality_contents) else messages
+    return _recurring(messages, recurs=all(modality.recurs for modality in modality_contents))
 
 
 def _same_contents(
@@ -296,7 +286,7 @@ def _same_contents(
     links = {row: match for row, match in shared.items() if len(partners[content[row]]) <= max_partners}
     description = f"{pair.between[1]} samples with the same {modality} as a {pair.between[0]} sample"
     messages = _finding(pair, "content", modality, links, of=num_present, description=description)
-    messages = _recurring(messages) if modality_content.recurs else messages
+    messages = _recurring(messages, recurs=modality_content.recurs)
     if len(shared) > len(links):
         messages.append(
             f"{modality}: {len(shared) - len(links)} {pair.between[1]} samples have content that occurs with more "
@@ -312,18 +302,12 @@ def _shared_groups(pair: SplitPair, name: str, column: NDArray[np.object_]) -> F
     shared_groups = sorted(reference_groups & heldout_groups)
     if not shared_groups:
         return None
-    reference, heldout = pair.between
-    message = f"{len(shared_groups)} of {len(heldout_groups)} {heldout} {_plural(name)} also in {reference}"
-    return Finding(
-        what="groups",
-        name=name,
-        between=pair.between,
-        count=len(shared_groups),
-        of=len(heldout_groups),
-        samples=sum(value in reference_groups for value in column[pair.heldout_rows]),
-        examples=tuple((value, value) for value in shared_groups[:EXAMPLES]),
-        message=message,
-    )
+    between, count, of = pair.between, len(shared_groups), len(heldout_groups)
+    message = f"{count} of {of} {between[1]} {_plural(name)} also in {between[0]}"
+    examples = tuple((value, value) for value in shared_groups[:EXAMPLES])
+    samples = sum(value in reference_groups for value in column[pair.heldout_rows])
+    numbers = {"count": count, "of": of, "samples": samples}
+    return Finding(what="groups", name=name, between=between, examples=examples, message=message, **numbers)
 
 
 def _plural(name: str) -> str:
@@ -375,7 +359,7 @@ def _near_duplicates(
         return [f"{prefix}: not tested: {search}"]
     description = f"{heldout} samples with nearly the same {modality} as a {reference} sample"
     messages = _finding(pair, "near duplicates", modality, search.links, of=search.num_tested, description=description)
-    messages = _recurring(messages) if modality_content.recurs else messages
+    messages = _recurring(messages, recurs=modality_content.recurs)
     if search.num_searched < search.num_reference or search.num_tested < search.num_heldout:
         messages.append(
             f"{prefix}: {search.num_tested} of {search.num_heldout} {heldout} samples were compared with "

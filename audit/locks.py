@@ -33,6 +33,7 @@ _STALE_SECONDS = 60.0  # without a heartbeat, after which the lock of a process 
 _MIN_WAIT_SECONDS = 0.5  # in which two processes that began together sort out which of them gets the lock
 _REPORT_SECONDS = 1.0  # before a wait is reported
 WAIT_SECONDS = 60.0  # for which short commands wait
+_UNKNOWN_HOLDER = {"scope": "", "command": "a process", "host": "an unknown host", "started": "an unknown time"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,14 +188,8 @@ def _read(path: Path) -> tuple[Holder, ProcessId | None, float] | None:
     except (ValueError, TypeError):
         content = {}  # damaged: it overlaps with everything until it is stale
     process = ProcessId.parse(content.get("process", ""))
-    holder = Holder(
-        scope=content.get("scope", ""),
-        command=content.get("command", "a process"),
-        host=content.get("host", "an unknown host"),
-        pid=0 if process is None else process.pid,
-        started=content.get("started", "an unknown time"),
-    )
-    return holder, process, last_beat
+    fields = {name: content.get(name, default) for name, default in _UNKNOWN_HOLDER.items()}
+    return Holder(pid=0 if process is None else process.pid, **fields), process, last_beat
 
 
 def _is_stale(process: ProcessId | None, last_beat: float, folder: Path) -> bool:

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
-from .errors import ConfigError, choices
+from .errors import ConfigError, choices, printable
 
 
 class Entry(NamedTuple):
@@ -92,5 +92,6 @@ class Registry(Mapping[str, Entry]):
         point = self.installed()[name]
         try:
             return point.load()
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{self.option} {name}: {point.value} cannot be loaded: {error}") from error
+        except Exception as error:  # code of others may raise anything
+            text = f"{type(error).__name__}: {printable(error)}"
+            raise ConfigError(f"{self.option} {name}: {point.value} cannot be loaded: {text}") from error

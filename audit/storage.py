@@ -30,13 +30,8 @@ from .errors import MmauditError
 from .parsing import Shape, check_shape, parse_json
 from .workers import ProcessId, this_process
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+_KINDS |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
 
 
 def file_stamp(path: str | Path) -> tuple[str, int, int, int] | None:
@@ -89,19 +84,16 @@ _swept: dict[Path, float] = {}
 
 
 @contextmanager
-def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file to write, in the folder of `path`; rename it to `path` at the end, or remove it on errors.
 
-    The bytes are flushed to disk before the rename, unless `durable` is False: then a power cut may leave a damaged
-    file at `path`, which is acceptable only for a cache that verifies its files.
+    The bytes are flushed to disk before the rename, so that a power cut leaves no damaged file at `path`.
     """
     with _rename_in_errors(path), temporary_path(path.parent) as temporary:
         yield temporary
-        if durable:
-            flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        if durable:
-            flush(path.parent)
+        flush(path.parent)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.features.encode import EncodeTask, content_of, encode_dataset, read_arrow
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.video import segment_middles
+from mmaudit.audit.media.pictures import segment_middles
 from mmaudit.audit.workers import default_workers, no_progress, run_tasks
 
 BOUND = 1.3  # times decoding alone

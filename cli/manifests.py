@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """Dataset card section of a manifest in Markdown, and the file it was written to, if any; notebooks render it."""
+    """Dataset card section of a manifest in Markdown; notebooks render it.
+
+    Attributes:
+        manifest: The manifest.
+        text: The section.
+        file: The file that it was written to, if any.
+    """
 
     manifest: str
     text: str

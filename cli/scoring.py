@@ -63,7 +63,13 @@ class ScoreResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportResult:
-    """Files of a report: the HTML page, its numbers as JSON, and the figures as PNG."""
+    """Files of a report.
+
+    Attributes:
+        page: The HTML page.
+        numbers: Its numbers as JSON.
+        figures: Its figures as PNG.
+    """
 
     page: Path
     numbers: Path

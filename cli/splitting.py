@@ -55,7 +55,14 @@ class SplitSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayResult:
-    """Result of `replay`: whether the rebuilt files are identical, and the names of those that differ."""
+    """Result of `replay`.
+
+    Attributes:
+        manifest: The manifest.
+        scores: The score table that it was rebuilt from.
+        identical: Whether the rebuilt files are identical, byte by byte.
+        differ: Names of the files that differ.
+    """
 
     manifest: Path
     scores: Path

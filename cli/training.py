@@ -313,7 +313,11 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodTable:
-    """Result of `methods`: one row for each method, in the order of the pipeline."""
+    """Result of `methods`.
+
+    Attributes:
+        rows: One row for each method, in the order of the pipeline: kind, name, help, paper, needs and settings.
+    """
 
     rows: tuple[MethodRow, ...]
 

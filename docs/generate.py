@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 GENERAL = {"--help", "--debug", "--quiet", "--verbose", "--version", "--install-completion"}
-_DEFAULT = re.compile(r"[;:,] by default ([^;.]*(?:\.\d+)?)")
+_DEFAULT = re.compile(r"[;:,] by default ((?:[^;.]|\.(?=\w))*)")
+_CONSTANT = re.compile(r"`?\b([A-Z][A-Z_]{4,}S)\b`?")
 
 
 def write_pages(folder: Path) -> None:
@@ -215,7 +216,19 @@ def _summary(cls: type) -> str:
 def field_notes(cls: type) -> dict[str, str]:
     """Return what is said of each field: in the docstring's Args or Attributes, else in the comments at it."""
     source = textwrap.dedent(inspect.getsource(cls))
-    return {**_comments(source), **_described(inspect.cleandoc(cls.__doc__ or ""))}
+    notes = {**_comments(source), **_described(inspect.cleandoc(cls.__doc__ or ""))}
+    return {name: _CONSTANT.sub(lambda match: _values(match, cls), note) for name, note in notes.items()}
+
+
+def _values(match: re.Match[str], cls: type) -> str:
+    """Return the values of a constant that a docstring names, such as OPTIMIZERS; other words as they stand."""
+    from mmaudit.audit.dataset.formats import READERS
+    from mmaudit.train.balancing import BALANCERS
+    from mmaudit.train.sampling import SAMPLERS
+
+    registries = {"BALANCERS": BALANCERS, "READERS": READERS, "SAMPLERS": SAMPLERS}
+    values = getattr(sys.modules[cls.__module__], match[1], registries.get(match[1]))
+    return match[0] if values is None else ", ".join(f"`{value}`" for value in values)
 
 
 def _described(text: str) -> dict[str, str]:

@@ -15,8 +15,9 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.errors import ConfigError, ScoreError, choices
+from ..audit.errors import ConfigError, ScoreError
 from ..audit.metrics import assign_bins
+from ..audit.parsing import check_choices, check_ranges
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Counts, RowOutcome, share_total
 from .split_stats import distance_to_uniform, distances_by_split
@@ -64,14 +65,8 @@ class BalancedConfig:
     def __post_init__(self) -> None:
         if self.bins != AUTO and self.bins < 2:
             raise ConfigError(f"split.bins is {self.bins}; it must be at least 2, or 0 to choose it from the data")
-        if self.tolerance is not None and not 0 <= self.tolerance <= 1:
-            raise ConfigError(f"split.tolerance is {self.tolerance}; it must lie in [0, 1]")
-        if self.size is not None and self.size < 1:
-            raise ConfigError(f"split.size is {self.size}; it must be at least 1")
-        if self.by not in METHODS:
-            raise ConfigError(f"split.by is {self.by!r}; {choices(self.by, METHODS)}")
-        if self.max_weight < 1:
-            raise ConfigError(f"split.max_weight is {self.max_weight}; it must be at least 1, the mean weight")
+        check_ranges("split", self, tolerance="[0, 1]", size="[1, inf)", max_weight="[1, inf]")
+        check_choices("split", self, by=METHODS)
         if self.by == "weight" and (self.size is not None or self.per_class):
             raise ConfigError("split.by is 'weight', which keeps all samples: remove split.size and split.per_class")
         if self.per_class and self.size is not None:

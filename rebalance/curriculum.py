@@ -15,6 +15,7 @@ from ..audit.dataset.columns import SPLITS
 from ..audit.dataset.samples import stratified_cut
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import hash_ids, hash_rank, splitmix64
+from ..audit.parsing import check_choices, check_ranges
 
 
 class Pacing(Protocol):
@@ -125,14 +126,8 @@ class OrderConfig:
     weight: str = "linear"
 
     def __post_init__(self) -> None:
-        for name, valid_names in (("order", ORDERS), ("pacing", PACINGS), ("draw", DRAWS), ("weight", WEIGHTS)):
-            if getattr(self, name) not in valid_names:
-                raise ConfigError(f"order.{name} is {getattr(self, name)}: {choices(getattr(self, name), valid_names)}")
-        if not 0 < self.start <= 1:
-            raise ConfigError(f"order.start is {self.start}; it must lie in (0, 1]")
-        for name in ("grow_epochs", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"order.{name} is {getattr(self, name)}; it must be at least 1")
+        check_choices("order", self, order=ORDERS, pacing=PACINGS, draw=DRAWS, weight=WEIGHTS)
+        check_ranges("order", self, start="(0, 1]", grow_epochs="[1, inf)", steps="[1, inf)")
 
     def share(self, epoch: int) -> float:
         """Compute the share of the samples used in epoch t = 1, 2, ... of a curriculum, in (0, 1]."""

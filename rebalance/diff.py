@@ -201,8 +201,19 @@ class ChangedNumbers:
 class ManifestDiff:
     """Differences of two manifests, A and B. Rows are joined by id; their order is ignored.
 
-    moved: changes in columns of names and bins; shifted: in columns of numbers. provenance: the entries that differ, as
-    {path: (A's value, B's)}. same_dataset: whether the fingerprints are equal; None if one of them is not recorded.
+    Attributes:
+        a: Manifest A.
+        b: Manifest B.
+        rows_a: Samples in A.
+        rows_b: Samples in B.
+        both: Samples in both.
+        only_a: Samples in A only: their number, by split, and the first ids.
+        only_b: Samples in B only.
+        moved: Changes in columns of names and bins.
+        shifted: Changes above the tolerance in columns of numbers.
+        provenance: Entries of the provenance that differ, as {path: (A's value, B's)}.
+        same_dataset: Whether the fingerprints are equal; None if one of them is not recorded.
+        tolerance: Largest difference of two equal numbers.
     """
 
     a: str

@@ -41,10 +41,21 @@ _FORMULA, _ESCAPED = "^('*[=+\\-@\\t\\r\\n＝＋－＠])", "'\\1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportJob:
-    """Settings of one export. `root` is the folder of the media, None if unknown; the last ones are of one format."""
+    """Settings of one export.
+
+    Attributes:
+        manifest: The manifest file; see `plain_rows` for its rows.
+        schema: Its columns, without metadata.
+        paths: Names of the columns of the source's own paths.
+        provenance: What the manifest was made from.
+        root: Folder of the media; None if unknown.
+        allow_outside: Whether paths may lead outside the root.
+        skip_missing: Skip and count missing media instead of raising.
+        escape_formulas: Escape texts that a spreadsheet would run; of csv only.
+    """
 
     manifest: Path
-    schema: pa.Schema  # without metadata
+    schema: pa.Schema
     paths: tuple[str, ...]
     provenance: dict[str, Any]
     root: Path | None
@@ -56,8 +67,16 @@ class ExportJob:
 class Exporter(ABC):
     """A format of exports: one class, listed in EXPORTERS. A manifest that it cannot hold raises ConfigError.
 
-    files: names of the files and folders in the folder that it writes, and may replace; None if it writes one file.
-    marks: files of which at least one is in such a folder. contains_media: whether it reads the media of the source.
+    Attributes:
+        files: Names of the files and folders in the folder that it writes, and may replace; None if it writes one file.
+        marks: Files of which at least one is in such a folder.
+        contains_media: Whether it reads the media of the source.
+
+    Example:
+        >>> class Ids(Exporter):
+        ...     def write(self, job, out):
+        ...         out.write_text("".join(f"{row['sample_id']}\\n" for row in plain_rows(job, "sample_id")))
+        ...         return {}
     """
 
     files: ClassVar[re.Pattern[str] | None] = None

@@ -67,7 +67,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """Results of all checks of a manifest; `digests` are those of its current content."""
+    """Results of all checks of a manifest.
+
+    Attributes:
+        manifest: The manifest.
+        checks: Name, result and detail of each check.
+        digests: Digests of the current content.
+    """
 
     manifest: Path
     checks: tuple[Check, ...]

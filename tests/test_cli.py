@@ -123,7 +123,7 @@ def write_features(path: Path, *, num_rows: int = 60, bad: dict[int, list[float]
         (["finetune", "--run", "SCORED", "--manifest", "balanced", "--sampling", "bssh"], "did you mean bss-h?"),
         (
             ["finetune", "--run", "SCORED", "--manifest", "balanced", "--keep-posterior", "2"],
-            "it must lie in [0, 1]",
+            "finetune.keep_posterior is 2.0; it must lie in [0, 1]",
         ),
         (["report", "--run", "nowhere"], "nowhere holds no finished run"),
     ],

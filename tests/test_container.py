@@ -19,8 +19,7 @@ from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.container import EBML, MP4_BOXES, SEGMENT, missing_bytes
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.image import decode_image
-from mmaudit.audit.media.video import decode_frames
+from mmaudit.audit.media.pictures import decode_frames, decode_image
 
 SECONDS = 2
 # Hypothesis draws constants of the source.

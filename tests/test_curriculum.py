@@ -281,10 +281,10 @@ def test_steps_partition_the_order(n: int, batch_size: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": "curicculum"}, r"order\.order is curicculum: did you mean curriculum\? \(available: .*shuffled"),
-        ({"pacing": "log"}, r"order\.pacing is log: .*root, linear, step, geometric, exponential"),
-        ({"draw": "replace"}, r"order\.draw is replace: did you mean replacement\?"),
-        ({"weight": "soft"}, r"order\.weight is soft: did you mean softmax\?"),
+        ({"order": "curicculum"}, r"order\.order is 'curicculum'; did you mean curriculum\? \(available: .*shuffled"),
+        ({"pacing": "log"}, r"order\.pacing is 'log'; .*root, linear, step, geometric, exponential"),
+        ({"draw": "replace"}, r"order\.draw is 'replace'; did you mean replacement\?"),
+        ({"weight": "soft"}, r"order\.weight is 'soft'; did you mean softmax\?"),
         ({"start": 0.0}, r"order\.start is 0\.0; it must lie in \(0, 1\]"),
         ({"start": math.nan}, r"order\.start is nan; it must lie"),
         ({"start": 1.5}, r"order\.start is 1\.5; it must lie"),

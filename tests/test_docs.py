@@ -1,9 +1,11 @@
-"""The documentation against the code: commands, options, settings, names, columns and links that the pages show."""
+"""The documentation against the code: commands, options, settings, names, columns, modules and links of the pages."""
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -66,8 +68,15 @@ def invocations(text: str) -> list[list[str]]:
     return calls
 
 
+def _fields(text: str) -> list[str]:
+    """Return the names of fields with a default in the dataclasses of a page."""
+    return re.findall(r"^    (\w+): (?!ClassVar)\w+ = ", text, flags=re.MULTILINE)
+
+
 def faults(text: str) -> list[str]:
-    """Return what a page shows that the command line or the config does not have."""
+    """Return what a page shows that the command line, the config or a method on the page itself does not have."""
+    sections = re.findall(r'section: ClassVar\[str\] = "([^"]+)"', text)
+    keys = KEYS | {"SECTION.KEY"} | {f"{section}.{name}" for section in sections for name in _fields(text)}
     found = []
     for command, *words in invocations(text):
         if command.startswith("-"):
@@ -82,14 +91,14 @@ def faults(text: str) -> list[str]:
         found += [
             f"--set {after}: no such key"
             for word, after in pairwise(words)
-            if word == "--set" and after.partition("=")[0] not in KEYS | {"SECTION.KEY"}
+            if word == "--set" and after.partition("=")[0] not in keys
         ]
     known = set().union(*COMMANDS.values())
     for code in _CODE.findall(_BLOCK.sub("", text)):
         first = code.split("=")[0].split(" ")[0]
         if code.startswith("--") and len(code) > 2 and first not in known:
             found.append(f"{code}: no command has this option")
-        if code.startswith("--set ") and (key := code[6:].strip("'").partition("=")[0]) not in KEYS | {"SECTION.KEY"}:
+        if code.startswith("--set ") and (key := code[6:].strip("'").partition("=")[0]) not in keys:
             found.append(f"{code}: no such key")
         if (section := re.match(r"(\w+)\.[\w.*]+(?:=\S+)?$", code)) and section[1] in {
             key.split(".")[0] for key in KEYS
@@ -156,6 +165,21 @@ def test_links_lead_to_files(page: Path) -> None:
     assert not [target for target in local if not (page.parent / target).exists()]
 
 
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings(page: Path) -> None:
+    text = _CODE.sub("", _BLOCK.sub("", page.read_text(encoding="utf-8")))
+    targets = [target.partition("#") for target in _LINK.findall(text) if not re.match(r"[a-z]+:", target)]
+    missing = []
+    for name, _, fragment in targets:
+        if fragment:
+            content = _BLOCK.sub("", (page.parent / name if name else page).read_text(encoding="utf-8"))
+            headings = re.findall(r"^#+ (.*)$", content, flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            if fragment not in anchors | set(re.findall(r"^\((\S+)\)=$", content, flags=re.MULTILINE)):
+                missing.append(f"{name}#{fragment}")
+    assert not missing
+
+
 def test_every_page_is_in_a_table_of_contents() -> None:
     listed = set()
     for page in PAGES:
@@ -184,8 +208,6 @@ def test_files_that_the_method_pages_name_exist() -> None:
         names = re.findall(r"`(\w+\.py)`", text)
         assert names
         assert not [name for name in names if not (ROOT / "train" / folder / name).is_file()]
-        paths = re.findall(r"`((?:audit|rebalance|train|cli)/[\w/]+\.py)`", text)
-        assert not [path for path in paths if not (ROOT / path).is_file()]
 
 
 def test_generated_pages_have_every_command_and_every_key() -> None:
@@ -197,6 +219,87 @@ def test_generated_pages_have_every_command_and_every_key() -> None:
     assert not [row.name for row in mmaudit.methods().rows if f"| `{row.name}` |" not in methods]
     sections = {key.rpartition(".")[0] for key in KEYS}
     assert not [key for key in KEYS - sections if f"| `{key}` |" not in config]
+    assert not [line for line in config.splitlines() if re.search(r"\|\s*\|$", line)]  # a key without a meaning
+    assert not re.findall(r"\b(?:[Oo]ne|[Aa]ny) of `?[A-Z_]{4,}", config)  # a constant in place of its values
+    assert "| Table to write. | metadata.parquet in the folder |" in cli
+    assert "| Allowed distance to uniform; 0: exact. With --size or weights: exit 3 above it. | 0.05 |" in cli
+
+
+def test_architecture_names_every_module_and_no_other() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (\w+): [^\n]*\n(.*?)(?=^## )", text, flags=re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in sections] == ["audit", "rebalance", "train", "cli"]
+    named = []
+    for package, section in sections:
+        for cell in re.findall(r"^\| (`[^|]*) \|", section, flags=re.MULTILINE):
+            folder = package
+            for name in _CODE.findall(cell):
+                if name.endswith("/"):
+                    folder = f"{package}/{name.rstrip('/')}"
+                    named.append(f"{folder}/__init__.py")
+                else:
+                    named.append(f"{folder}/{name}.py")
+    folders = [ROOT / package for package, _ in sections]
+    files = [path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*.py")]
+    assert sorted(named) == sorted(set(files) - {f"{package}/__init__.py" for package, _ in sections})
+
+
+def test_order_of_imports_on_the_architecture_page_is_that_of_the_contracts() -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    contracts = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.importlinter]")[2]
+    chains = [chain.split(" -> ") for chain in re.findall(r"`([a-z_]+(?: -> [a-z_]+)+)`", page)]
+    assert len(chains) == 2
+    for chain in chains:
+        layers = [re.search(rf'"(?:mmaudit\.)?{name}"', contracts) for name in chain]
+        assert all(layers)
+        assert [match.start() for match in layers if match] == sorted(match.start() for match in layers if match)
+
+
+def test_files_that_pages_and_readme_name_exist() -> None:
+    for page in [*GUIDES, ROOT / "SECURITY.md"]:
+        text = page.read_text(encoding="utf-8")
+        recipes = set(re.findall(r"the file is `([^`]+)`", text))
+        paths = set(re.findall(r"`((?:audit|rebalance|train|cli|tests|docs|benchmarks)/[\w/]+\.\w+)`", text))
+        assert not [path for path in paths - recipes if not (ROOT / path).is_file()], page.name
+
+
+def test_readme_counts_the_methods() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\[(\d+) samplers\]", text) == [str(len(SAMPLERS))]
+    assert re.findall(r"\[(\d+) balancers\]", text) == [str(len(BALANCERS))]
+
+
+def test_use_in_the_readme_ends_within_two_screens() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert lines.index("## Use") < 25
+    assert lines.index("## Documentation") <= 56
+
+
+def test_properties_in_the_reference_have_no_colon() -> None:
+    """Sphinx reads what stands before a colon in the first line as the type."""
+    names = re.findall(r"autoclass:: mmaudit\.(\S+)", (DOCS / "reference" / "api.md").read_text(encoding="utf-8"))
+    for name in names:
+        module, _, attribute = f"mmaudit.{name}".rpartition(".")
+        members = vars(getattr(importlib.import_module(module), attribute)).values()
+        lines = [(member.__doc__ or "").partition("\n")[0] for member in members if isinstance(member, property)]
+        assert not [line for line in lines if ": " in line], name
+
+
+@pytest.mark.parametrize("name", sorted({*mmaudit.__all__} - {"__version__"}))
+def test_docstrings_of_public_names_are_complete(name: str) -> None:
+    public = getattr(mmaudit, name)
+    text = inspect.getdoc(public) or ""
+    assert not faults(text)
+    sections = re.findall(r"^(\w+):$", text, flags=re.MULTILINE)
+    if inspect.isclass(public):
+        names = [field.name for field in dataclasses.fields(public)] if dataclasses.is_dataclass(public) else []
+        assert {"Args", "Attributes"} & {*sections} or not names
+    else:
+        signature = inspect.signature(public)
+        names = list(signature.parameters)
+        returns = [] if signature.return_annotation in (None, "None") else ["Returns"]
+        assert {"Args", *returns, "Raises", "Example"} <= {*sections}
+    assert not [field for field in names if not re.search(rf"^ +{field}: \S", text, flags=re.MULTILINE)]
 
 
 def test_notes_of_fields_are_read_from_comments_and_from_docstrings() -> None:

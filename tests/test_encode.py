@@ -74,7 +74,7 @@ def num_computed(dataset: Dataset, cache: Path, media: MediaConfig = MEDIA) -> i
 def matrices(dataset: Dataset, tasks: list[EncodeTask]) -> list[NDArray[np.float32]]:
     statuses = [read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities]
     rows = np.flatnonzero(np.logical_and.reduce([status.usable for status in statuses]))
-    return [FeatureMatrix.of(tasks, status, rows).read_all() for status in statuses]
+    return [FeatureMatrix.of(tasks, status, rows).read(np.arange(len(rows))) for status in statuses]
 
 
 def files(cache: Path) -> dict[str, bytes]:
@@ -234,7 +234,7 @@ def test_matrix_has_requested_rows_in_order(clips: Path, tmp_path: Path) -> None
     tasks = encode_all(dataset, tmp_path / "two")
     status = read_status(tasks, dataset.modalities[0], read_ids(dataset))
     rows = np.array([23, 5, 0, 12])
-    np.testing.assert_array_equal(FeatureMatrix.of(tasks, status, rows).read_all(), matrix[rows])
+    np.testing.assert_array_equal(FeatureMatrix.of(tasks, status, rows).read(np.arange(4)), matrix[rows])
 
 
 def test_problems_of_vectors_are_reported_by_row(tmp_path: Path) -> None:
@@ -250,9 +250,8 @@ def test_problems_of_vectors_are_reported_by_row(tmp_path: Path) -> None:
         (2, Reason.MISSING),
         (3, Reason.WRONG_LENGTH),
     ]
-    np.testing.assert_array_equal(
-        FeatureMatrix.of(tasks, status, np.array([0, 4])).read_all(), np.array([[1, 2], [0, 0]], dtype=np.float32)
-    )
+    matrix = FeatureMatrix.of(tasks, status, np.array([0, 4])).read(np.arange(2))
+    np.testing.assert_array_equal(matrix, np.array([[1, 2], [0, 0]], dtype=np.float32))
     before = tasks[0].file(dataset.modalities[0]).stat().st_ino
     encode_all(dataset, tmp_path / "cache")
     assert tasks[0].file(dataset.modalities[0]).stat().st_ino == before  # not written again

@@ -47,8 +47,7 @@ from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media.audio import decode_audio, network_spectrogram
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.image import decode_image
-from mmaudit.audit.media.video import decode_folders, decode_frames
+from mmaudit.audit.media.pictures import decode_folders, decode_frames, decode_image
 from mmaudit.audit.workers import no_progress
 from mmaudit.cli.main import app
 
@@ -377,7 +376,7 @@ def test_workers_import_function_from_current_folder(module: str, clip_source: P
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image={module}:mean",), shard_rows=8))
     tasks = encode_dataset(dataset, tmp_path / "cache", media=SMALL, num_workers=0, progress=no_progress)
     status = read_status(tasks, dataset.modalities[1], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
-    matrix = FeatureMatrix.of(tasks, status, np.arange(24)).read_all()
+    matrix = FeatureMatrix.of(tasks, status, np.arange(24)).read(np.arange(24))
     picture = decode_image((clip_source / "5.png").read_bytes(), SMALL)
     np.testing.assert_allclose(matrix[5], picture.mean(axis=0).ravel()[:3], rtol=1e-6)
     assert read_arrow(tasks[0].file(dataset.modalities[1])).num_rows == 8

@@ -185,21 +185,6 @@ def test_interrupted_export_leaves_what_was_there(
     assert tree(folder) == before
 
 
-def test_exporter_of_an_installed_package(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/howto/manifests.md").read_text(), flags=re.DOTALL)[-1]
-    (tmp_path / "my_package.py").write_text(code)
-    info = tmp_path / "my_package-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[mmaudit.exporters]\nids = my_package:Ids\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert export(manifest, tmp_path / "ids.txt", format="ids")["rows"] == NUMBER
-    lines = (tmp_path / "ids.txt").read_text().splitlines()
-    assert lines == [f"{name} 1.0" for name in rows_of(manifest)["sample_id"].to_pylist()]
-    with pytest.raises(RunError, match="pass --overwrite"):
-        export(manifest, tmp_path / "ids.txt", format="ids")
-
-
 @pytest.mark.parametrize("format_", EXPORTERS)
 def test_only_a_format_with_media_needs_them(manifest: Path, tmp_path: Path, format_: str) -> None:
     has_media = contains_media(manifest, format_)

@@ -12,9 +12,8 @@ from PIL import Image
 
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.cli.report.examples import class_numbers
 from mmaudit.cli.report.figures import COLOURS, DPI, INK, WIDTH, canvas, draw, draw_manifest, palette, png
-from mmaudit.cli.report.findings import discrepancies, gaps, maps, training
+from mmaudit.cli.report.findings import class_numbers, discrepancies, gaps, maps, training
 
 
 def numbers_of(

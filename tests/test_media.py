@@ -23,8 +23,7 @@ from mmaudit.audit.errors import ConfigError, Reason, UnusableError
 from mmaudit.audit.media.audio import decode_audio, has_sound, resample
 from mmaudit.audit.media.container import open_container
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.image import decode_image
-from mmaudit.audit.media.video import decode_frames, segment_middles
+from mmaudit.audit.media.pictures import decode_frames, decode_image, segment_middles
 
 CONFIG = MediaConfig()
 
@@ -405,7 +404,7 @@ def test_frames_stop_at_max_seconds() -> None:
     ("name", "value"), [("sample_rate", 10), ("max_seconds", 0.0), ("max_seconds", float("nan")), ("num_frames", 0)]
 )
 def test_config_out_of_range_raises_error(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is .*; it must be between"):
+    with pytest.raises(ConfigError, match=rf"media\.{name} is .*; it must lie in \["):
         MediaConfig(**{name: value})
 
 

@@ -28,8 +28,7 @@ from mmaudit.audit.media import files as media_file
 from mmaudit.audit.media.audio import decode_audio, has_sound
 from mmaudit.audit.media.container import missing_bytes
 from mmaudit.audit.media.files import NUM_BYTES, MediaConfig, MediaFile, kind_of_bytes, open_stream
-from mmaudit.audit.media.image import decode_image
-from mmaudit.audit.media.video import decode_frames
+from mmaudit.audit.media.pictures import decode_frames, decode_image
 
 SOUND = Modality(name="audio", column="audio", kind="audio")
 FRAMES = Modality(name="frames", column="frames", kind="frames")

@@ -23,8 +23,7 @@ from mmaudit.audit.features.encoders import preprocessing
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.container import missing_bytes
 from mmaudit.audit.media.files import BUDGETS, MediaConfig
-from mmaudit.audit.media.image import decode_image
-from mmaudit.audit.media.video import decode_frames
+from mmaudit.audit.media.pictures import decode_frames, decode_image
 
 Decode = Callable[[bytes, MediaConfig], Any]
 
@@ -126,7 +125,7 @@ def test_first_frame_is_decoded_and_metadata_chunks_are_ignored() -> None:
 
 MEMORY = """
 import resource, sys
-from mmaudit.audit.media.image import decode_image
+from mmaudit.audit.media.pictures import decode_image
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.errors import UnusableError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

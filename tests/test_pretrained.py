@@ -38,8 +38,7 @@ from mmaudit.audit.features.pretrained import (
 )
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.image import read_picture
-from mmaudit.audit.media.video import read_frames
+from mmaudit.audit.media.pictures import read_frames, read_picture
 from mmaudit.audit.workers import no_progress
 
 transformers: Any = typed  # incomplete type annotations
@@ -280,7 +279,8 @@ def test_vectors_are_cached_by_shard_and_computed_once(
         for tasks in tasks_of.values():
             status = read_status(tasks, modality_, ids)
             assert status.usable.sum() == (23 if modality_.name == "audio" else 24)
-            matrices.append(FeatureMatrix.of(tasks, status, np.flatnonzero(status.usable)).read_all())
+            rows = np.flatnonzero(status.usable)
+            matrices.append(FeatureMatrix.of(tasks, status, rows).read(np.arange(len(rows))))
         np.testing.assert_array_equal(matrices[0], matrices[1])
         assert matrices[0].shape[1] == 16
     path = tasks_of[0][1].file(dataset.modalities[0])
@@ -394,7 +394,7 @@ def test_dataset_of_texts_and_vectors_is_encoded(models: Path, tmp_path: Path) -
     tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=1, progress=no_progress)
     status = read_status(tasks, dataset.modalities[0], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
     assert status.usable.tolist() == [True, False, True]
-    matrix = FeatureMatrix.of(tasks, status, np.array([0, 2])).read_all()
+    matrix = FeatureMatrix.of(tasks, status, np.array([0, 2])).read(np.arange(2))
     expected = [vector(models, "bert", "text", texts[row]) for row in (0, 2)]
     np.testing.assert_allclose(matrix, expected, atol=1e-5)
 

@@ -48,6 +48,22 @@ def test_built_in_method_precedes_an_installed_one_of_its_name(installed: Path) 
 def test_unknown_and_broken_methods_are_config_errors(installed: Path) -> None:
     with pytest.raises(ConfigError, match="--x extr: did you mean extra"):
         registry().load("extr")
-    with pytest.raises(ConfigError, match="--x broken: t_plugin:absent cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"--x broken: t_plugin:absent cannot be loaded: AttributeError: .*absent"):
         registry().load("broken")
     sys.modules.pop("t_plugin", None)
+
+
+@pytest.mark.parametrize("line", ["raise RuntimeError('no\\ndriver')", "1 / 0", "def (", "import absent_module"])
+def test_any_exception_on_import_is_a_config_error_in_one_line(installed: Path, line: str) -> None:
+    (installed / "t_plugin.py").write_text(f"{line}\n")
+    pattern = r"--x extra: t_plugin:extra cannot be loaded: (Runtime|ZeroDivision|Syntax|ModuleNotFound)Error: ."
+    with pytest.raises(ConfigError, match=pattern) as caught:
+        registry().load("extra")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_interrupt_on_import_is_not_caught(installed: Path, error: type[BaseException]) -> None:
+    (installed / "t_plugin.py").write_text(f"raise {error.__name__}\n")
+    with pytest.raises(error):
+        registry().load("extra")

@@ -53,12 +53,11 @@ def ended_process() -> ProcessId:
     return ProcessId(machine=this_process().machine, pid=process.pid, start="0")
 
 
-@pytest.mark.parametrize("durable", [True, False])
-def test_file_appears_only_when_complete(tmp_path: Path, durable: bool) -> None:
+def test_file_appears_only_when_complete(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
     for text in ("first", "second"):
         before = path.read_text() if path.exists() else None
-        with atomic_write(path, durable=durable) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text)
             assert (path.read_text() if path.exists() else None) == before
         assert path.read_text() == text

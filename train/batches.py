@@ -24,10 +24,13 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Rows of one step over all processes: rows (b,) of the training samples; a row may occur more than once.
+    """Rows of one step over all processes.
 
-    present (b, m): whether a modality of a row is used; None: all are. The unimodal losses of a row's used modalities
-    train on it. fused (b,): whether the fused loss trains on a row; None: on all rows.
+    Attributes:
+        rows: Rows (b,) of the training samples; a row may occur more than once.
+        present: Whether a modality of a row is used, (b, m); None: all are. The unimodal losses of a row's used
+            modalities train on it.
+        fused: Whether the fused loss trains on a row, (b,); None: on all rows.
     """
 
     rows: RowIndex

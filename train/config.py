@@ -68,9 +68,7 @@ class FinetuneConfig:
             TRACKERS.check(name)
         check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "hidden"), "[1, inf)"))
         check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
-        check_ranges("finetune", self, **dict.fromkeys(("dropout", "validation_fraction"), "[0, 1)"))
-        if self.keep_posterior is not None:
-            check_ranges("finetune", self, keep_posterior="[0, 1]")
+        check_ranges("finetune", self, dropout="[0, 1)", validation_fraction="[0, 1)", keep_posterior="[0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +107,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_choices("optim", self, optimizer=OPTIMIZERS, schedule=SCHEDULES, precision=PRECISIONS)
-        check_ranges("optim", self, momentum="[0, 1)", ema="[0, 1)")
-        check_ranges("optim", self, lr="(0, inf)", lr_step="[1, inf)", lr_fall="(0, 1]")
-        check_ranges("optim", self, **dict.fromkeys(("weight_decay", "warmup_epochs", "clip_norm"), "[0, inf)"))
+        check_ranges("optim", self, lr="(0, inf)", weight_decay="[0, inf)", momentum="[0, 1)", ema="[0, 1)")
+        check_ranges("optim", self, warmup_epochs="[0, inf)", lr_step="[1, inf)", lr_fall="(0, 1]")
+        check_ranges("optim", self, clip_norm="[0, inf)")
         if self.modality_lr:
             self.modality_lr_factors()
 
@@ -176,8 +174,8 @@ class AugmentConfig:
     band_share: float = 0.2
 
     def __post_init__(self) -> None:
-        check_ranges("augment", self, min_crop="(0, 1]", time_share="[0, 1]", band_share="[0, 1]")
-        check_ranges("augment", self, time_masks="[0, inf)", band_masks="[0, inf)")
+        check_ranges("augment", self, min_crop="(0, 1]", time_masks="[0, inf)", band_masks="[0, inf)")
+        check_ranges("augment", self, time_share="[0, 1]", band_share="[0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

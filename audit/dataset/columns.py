@@ -120,7 +120,8 @@ def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool)
     if modality.kind in ("features", "text"):
         return cell
     if modality.kind == "frames":
-        return _load_frames(cell, modality, root=root, allow_outside=allow_outside)
+        folders = _folder_names(cell, modality.column)
+        return tuple(_load_folder(folder, root=root, allow_outside=allow_outside) for folder in folders)
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell["bytes"] is not None else cell.get("path")
         if cell is None:
@@ -161,11 +162,6 @@ def holds_pictures(folder: str, *, root: Path) -> bool:
         return path.is_dir() and bool(_pictures(path))
     except (DatasetError, UnusableError, OSError):
         return False
-
-
-def _load_frames(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> tuple[tuple[Medium, ...], ...]:
-    folders = _folder_names(cell, modality.column)
-    return tuple(_load_folder(folder, root=root, allow_outside=allow_outside) for folder in folders)
 
 
 def _folder_names(cell: str | list[str | None], column: str) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import ConfigError, DatasetError, UnusableError, choices
+from ..errors import ConfigError, DatasetError, UnusableError
+from ..parsing import check_choices, check_ranges
 from .columns import Columns, find_columns, holds_pictures, load_cell, stamp_cell
-from .formats import Plan, Shard, plan_source
+from .formats import Shard, plan_source
 from .labels import TASKS
 from .modalities import (
     Modality,
@@ -80,15 +82,11 @@ class DataConfig:
     test_fraction: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ConfigError(f"data.task is {self.task!r}; {choices(self.task, TASKS)}")
+        check_choices("data", self, task=TASKS)
+        check_ranges("data", self, shard_rows="[1, inf)", test_fraction="(0, 1)")
         if len(set(self.classes)) < len(self.classes):
             repeated = next(name for name in self.classes if self.classes.count(name) > 1)
             raise ConfigError(f"data.classes names {repeated!r} more than once")
-        if self.shard_rows < 1:
-            raise ConfigError(f"data.shard_rows is {self.shard_rows}; it must be at least 1")
-        if not 0 < self.test_fraction < 1:
-            raise ConfigError(f"data.test_fraction is {self.test_fraction}; it must lie between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,15 +230,17 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
         ['audio=audio_file_name:audio', 'image=image_file_name:image']
     """
     config = config or DataConfig()
-    plan = plan_source(
-        str(data), reader=config.reader, shard_rows=config.shard_rows, allow_outside=config.allow_outside
-    )
+    options: dict[str, Any] = {"shard_rows": config.shard_rows, "allow_outside": config.allow_outside}
+    plan = plan_source(str(data), reader=config.reader, **options)
     if not plan.shards or not plan.head.num_rows:
         raise DatasetError(f"{data} holds no rows")
     roles = {"id": config.id, "label": config.label, "group": config.group, "split": config.split}
     columns = find_columns(plan.head.column_names, roles)
-    modalities = _find_modalities(plan, columns, config)
-    _check_folders(plan, modalities)
+    contains_pictures = partial(holds_pictures, root=plan.root)
+    if config.modality:
+        modalities = [parse_modality(text, plan.head, holds_pictures=contains_pictures) for text in config.modality]
+    else:
+        modalities = infer_modalities(plan.head, excluded=columns.names, holds_pictures=contains_pictures)
     dataset = Dataset(
         source=str(data),
         root=plan.root,
@@ -252,32 +252,18 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
         task=config.task,
         classes=config.classes,
     )
+    if (names := dataset.path_columns) and len(plan.folders) > 1:
+        raise DatasetError(
+            f"the files lie in {len(plan.folders)} folders ({plan.folders[0]}, {plan.folders[1]}), and the paths in "
+            f"{names[0]!r} are relative to one: write one metadata file above them"
+        )
     if not config.modality:
         dataset = replace(dataset, modalities=tuple(_drop_silent_audio(dataset, plan.head)))
     check_modalities(dataset.modalities, plan.head.column_names)
-    modalities = choose_encoders(
-        [_set_vector_length(dataset, modality) for modality in dataset.modalities], config.encoder
-    )
-    dataset = replace(dataset, modalities=tuple(modalities))
-    log.info("modalities: %s", ", ".join(str(modality) for modality in dataset.modalities))
+    with_length = [_set_vector_length(dataset, modality) for modality in dataset.modalities]
+    dataset = replace(dataset, modalities=tuple(choose_encoders(with_length, config.encoder)))
+    log.info("modalities: %s", ", ".join(map(str, dataset.modalities)))
     return dataset
-
-
-def _find_modalities(plan: Plan, columns: Columns, config: DataConfig) -> list[Modality]:
-    contains_pictures = partial(holds_pictures, root=plan.root)
-    if config.modality:
-        return [parse_modality(text, plan.head, holds_pictures=contains_pictures) for text in config.modality]
-    return infer_modalities(plan.head, excluded=columns.names, holds_pictures=contains_pictures)
-
-
-def _check_folders(plan: Plan, modalities: Sequence[Modality]) -> None:
-    """Raise DatasetError if files of several folders hold media paths: these can be relative to one folder only."""
-    path_columns = [m.column for m in modalities if m.kind != "text" and is_text(plan.head.schema.field(m.column).type)]
-    if path_columns and len(plan.folders) > 1:
-        raise DatasetError(
-            f"the files lie in {len(plan.folders)} folders ({plan.folders[0]}, {plan.folders[1]}), and the paths in "
-            f"{path_columns[0]!r} are relative to one: write one metadata file above them"
-        )
 
 
 def _drop_silent_audio(dataset: Dataset, head: pa.Table) -> list[Modality]:
@@ -314,12 +300,10 @@ def _set_vector_length(dataset: Dataset, modality: Modality) -> Modality:
     type_ = dataset.schema.field(modality.column).type
     if pa.types.is_fixed_size_list(type_):
         return replace(modality, length=type_.list_size)
-    rows_of_length: dict[int, int] = {}
+    rows_of_length: Counter[int] = Counter()
     for shard in dataset.shards:
         lengths = pc.value_counts(pc.list_value_length(shard.read([modality.column])[modality.column]))
-        for entry in lengths.to_pylist():
-            if entry["values"]:
-                rows_of_length[entry["values"]] = rows_of_length.get(entry["values"], 0) + entry["counts"]
+        rows_of_length.update({row["values"]: row["counts"] for row in lengths.to_pylist() if row["values"]})
     if not rows_of_length:
         raise DatasetError(f"{dataset.source}: column {modality.column!r} holds no vector")
     return replace(modality, length=max(rows_of_length, key=lambda length: (rows_of_length[length], -length)))

@@ -186,14 +186,10 @@ def _number_classes(
         if missing := [name for name in classes if name not in names and name not in declared]:
             raise DatasetError(f"data.classes names {missing[0]!r}; the source has the classes {', '.join(declared)}")
         index_of = {name: index for index, name in enumerate(allowed)}
-        by_word = {name: index_of[name] for name in allowed} if _has_strings(cells) else {}
+        by_word = {name: index_of[name] for name in allowed} if any(isinstance(cell, str) for cell in cells) else {}
         return allowed, by_word | {index: index_of[name] for index, name in names.items() if name in index_of}
     ordered = list(classes) or _sort_labels({text for text in texts if text is not None})
     return ordered, {text: index for index, text in enumerate(ordered)}
-
-
-def _has_strings(cells: Sequence[object]) -> bool:
-    return any(isinstance(cell, str) for cell in cells)
 
 
 def _sort_labels(texts: set[str]) -> list[str]:
@@ -221,10 +217,8 @@ def _parse_label_set(cell: object) -> list[str] | None:
 
 
 def _label_set_error(cell: object) -> DatasetError:
-    shown = repr(cell)[:60]
-    return DatasetError(
-        f"the label {shown} is neither a list of labels nor a string such as dog|cat: choose the column with --label"
-    )
+    form = "neither a list of labels nor a string such as dog|cat"
+    return DatasetError(f"the label {repr(cell)[:60]} is {form}: choose the column with --label")
 
 
 def _parse_indicator_vectors(cells: Sequence[object], names: Sequence[str]) -> list[list[str] | None] | None:

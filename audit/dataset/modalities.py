@@ -47,6 +47,11 @@ class Modality:
     length: int | None = None
     encoder: str = "statistics"
 
+    @property
+    def content_key(self) -> tuple[str, str]:
+        """Column and form of the cells, equal for the audio and the frames of a video: they have the same content."""
+        return self.column, "file" if self.kind in ("audio", "image", "video") else self.kind
+
     def __str__(self) -> str:
         """Return the modality in the format of `--modality`."""
         return f"{self.name}={self.column}:{self.kind}"
@@ -152,17 +157,15 @@ def choose_encoders(modalities: Sequence[Modality], requested: Sequence[str]) ->
 def check_modalities(modalities: Sequence[Modality], column_names: Sequence[str]) -> None:
     """Raise DatasetError for fewer than two modalities, ConfigError for repeated, reserved or invalid names."""
     names = [modality.name for modality in modalities]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two modalities are called {repeated[0]!r}; {_NAMING_HINT}")
     if reserved_name := next((name for name in names if name in RESERVED), None):
         raise ConfigError(f"a modality is called {reserved_name!r}, a name reserved for the reports; {_NAMING_HINT}")
     if invalid := next((name for name in names if set(name) & set("/\\:=")), None):
         # The name is part of cache paths and of `--between A:B`.
         raise ConfigError(f"a modality is called {invalid!r}; its name must not contain / \\ : or = ; {_NAMING_HINT}")
-    if invalid := next(
-        (name for name in names if len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES or "\0" in name), None
-    ):
+    too_long = (name for name in names if len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES or "\0" in name)
+    if invalid := next(too_long, None):
         raise ConfigError(
             f"a modality is called {invalid[:40]!r}; its name may have at most {_MAX_NAME_BYTES} bytes and no NUL; "
             f"{_NAMING_HINT}"
@@ -201,7 +204,8 @@ def _infer_kind(
     kind, votes = _most_common(kind_of_path(value) for value in values)
     if kind is not None and votes > len(values) / 2:
         return kind  # cells of another kind are quarantined later
-    return "text" if values and kind is None and (eager or _is_text_name(field.name)) else None
+    is_text_name = field.name.lower().removesuffix(".txt") in _TEXT_NAMES
+    return "text" if values and kind is None and (eager or is_text_name) else None
 
 
 def _infer_media_kind(cells: pa.ChunkedArray) -> str | None:
@@ -212,10 +216,6 @@ def _infer_media_kind(cells: pa.ChunkedArray) -> str | None:
     if kind is None:
         kind, votes = _most_common(kind_of_bytes(medium["bytes"] or b"") for medium in media)
     return kind if votes > len(media) / 2 else None
-
-
-def _is_text_name(column: str) -> bool:
-    return column.lower().removesuffix(".txt") in _TEXT_NAMES
 
 
 def _most_common(kinds: Iterable[str | None]) -> tuple[str | None, int]:

@@ -67,22 +67,22 @@ class Samples:
 def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Samples:
     """Read ids, labels, splits and groups; a source without splits gets a test split by hash(seed, group or id)."""
     columns = dataset.columns
-    ids: list[str] = []
-    tables = []
-    for shard in dataset.shards:
-        rows = dataset.read(shard, modalities=False)
-        ids += dataset.sample_ids(rows, shard)
-        tables.append(rows)
-    rows = pa.concat_tables(tables)
-    _check_ids(rows, columns.id)
+    tables = [(dataset.read(shard, modalities=False), shard) for shard in dataset.shards]
+    sample_id = np.array([name for rows, shard in tables for name in dataset.sample_ids(rows, shard)], dtype=object)
+    rows = pa.concat_tables([rows for rows, _ in tables])
+    if columns.id and rows[columns.id].null_count:
+        raise DatasetError(
+            f"column {columns.id!r} has {rows[columns.id].null_count} rows without an id: give each row one"
+        )
     labels = _read_labels(dataset, rows)
-    sample_id = np.array(ids, dtype=object)
     group = _read_group(rows[columns.group].to_pylist(), sample_id) if columns.group else None
-    split = (
-        _read_split(rows[columns.split].to_pylist(), column=columns.split)
-        if columns.split
-        else _cut_test(sample_id, labels.label, group, seed=seed, fraction=test_fraction)
-    )
+    if columns.split:
+        split = _read_split(rows[columns.split].to_pylist(), column=columns.split)
+    else:
+        is_test = stratified_cut(
+            sample_id, labels.label, group, fraction=test_fraction, seed=seed, purpose="test split"
+        )
+        split = np.where(is_test, "test", "train").astype(object)
     return Samples(
         sample_id=sample_id,
         label=labels.label,
@@ -141,11 +141,6 @@ def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDA
     return np.array(groups, dtype=object)
 
 
-def _check_ids(rows: pa.Table, column: str | None) -> None:
-    if column and rows[column].null_count:
-        raise DatasetError(f"column {column!r} has {rows[column].null_count} rows without an id: give each row one")
-
-
 def _read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
     column = dataset.columns.label
     cells = rows[column].to_pylist()
@@ -166,15 +161,3 @@ def _read_split(values: Sequence[object], *, column: str) -> NDArray[np.object_]
             "rename them, or pass --split none to have a test split cut"
         )
     return np.array([SPLIT_NAMES[str(value).lower()] for value in values], dtype=object)
-
-
-def _cut_test(
-    sample_id: NDArray[np.object_],
-    label: NDArray[np.int32],
-    group: NDArray[np.object_] | None,
-    *,
-    seed: int,
-    fraction: float,
-) -> NDArray[np.object_]:
-    is_test = stratified_cut(sample_id, label, group, fraction=fraction, seed=seed, purpose="test split")
-    return np.where(is_test, "test", "train").astype(object)

@@ -68,16 +68,10 @@ def _clip(
     name: str, audio_of_clip: dict[str, str], video_of_clip: dict[str, str], *, where: str, split: str | None = None
 ) -> Clip:
     actor, sentence, emotion, level = name.split("_")
-    return Clip(
-        id=name,
-        label=emotion,
-        group=actor,
-        split=split,
-        # A column named `sentence` would be read as a modality; these are codes, not text.
-        extra_columns={"actor": actor, "sentence_code": sentence, "level": level},
-        media={
-            "audio_file_name": audio_of_clip.get(name, f"AudioWAV/{name}.wav"),
-            "video_file_name": video_of_clip.get(name, f"VideoFlash/{name}.flv"),
-        },
-        where=where,
-    )
+    media = {
+        "audio_file_name": audio_of_clip.get(name, f"AudioWAV/{name}.wav"),
+        "video_file_name": video_of_clip.get(name, f"VideoFlash/{name}.flv"),
+    }
+    # A column named `sentence` would be read as a modality; these are codes, not text.
+    codes = {"actor": actor, "sentence_code": sentence, "level": level}
+    return Clip(id=name, label=emotion, group=actor, split=split, extra_columns=codes, media=media, where=where)

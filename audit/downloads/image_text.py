@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..dataset.formats.text_rows import numbered_lines, parse_line
+from ..dataset.formats.rows import numbered_lines, parse_line
 from ..errors import DatasetError, choices
 from .clips import Clip, Listing, list_clips, list_media, read_csv, split_of, unexpected_folder
 
@@ -88,25 +88,19 @@ def _read_list(path: Path) -> list[_Record]:
     lines = read_csv(path, delimiter="\t" if path.suffix == ".tsv" else ",")
     if not lines:
         return []
-    header = lines[0].fields
+    header, records = lines[0].fields, []
     for line in lines[1:]:
         if len(line.fields) != len(header):
             raise line.error_expecting(f"a line of {len(header)} fields: {', '.join(header)}")
-    return [
-        _Record(
-            path=path,
-            number=line.number,
-            fields={name: value or None for name, value in zip(header, line.fields, strict=True)},
-        )
-        for line in lines[1:]
-    ]
+        fields = {name: value or None for name, value in zip(header, line.fields, strict=True)}
+        records.append(_Record(path=path, number=line.number, fields=fields))
+    return records
 
 
 def _read_jsonl(path: Path) -> list[_Record]:
     try:
-        return [
-            _Record(path=path, number=number, fields=parse_line(number, text)) for number, text in numbered_lines(path)
-        ]
+        parsed = [(number, parse_line(number, text)) for number, text in numbered_lines(path)]
+        return [_Record(path=path, number=number, fields=fields) for number, fields in parsed]
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path}, {error}") from error
 
@@ -114,11 +108,8 @@ def _read_jsonl(path: Path) -> list[_Record]:
 def _columns(records: Sequence[_Record], lists: Sequence[Path]) -> dict[str, str]:
     """Return the column of each role, by name in order of preference; image, text and label are required."""
     names = list(dict.fromkeys(name for record in records for name in record.fields))
-    column_of_role = {
-        role: next(name for name in candidates if name in names)
-        for role, candidates in _COLUMNS.items()
-        if any(name in names for name in candidates)
-    }
+    available = {role: [name for name in usual if name in names] for role, usual in _COLUMNS.items()}
+    column_of_role = {role: candidates[0] for role, candidates in available.items() if candidates}
     for role in ("image", "text", "label"):
         if role not in column_of_role:
             suggestions = " or ".join(_COLUMNS[role][:3])

@@ -36,10 +36,18 @@ class Missing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ingested:
-    """Summary of the written table: `listed` rows, of which `present` have all their media.
+    """Summary of the table that `ingest` wrote.
 
-    `official` is the number of clips in the dataset if that is known and not all are listed, else `listed`.
-    `unlisted` is the number of media in the folder that are in no row.
+    Attributes:
+        path: The table.
+        adapter: Name of the dataset.
+        listed: Rows of the table.
+        present: Rows with all their media.
+        official: Clips in the dataset if that is known and not all are listed, else `listed`.
+        missing: Modalities without media in some rows, with their number and the first ids.
+        unlisted: Media in the folder that are in no row.
+        columns: Columns of the table.
+        notes: Lines on what was left out or looks wrong.
     """
 
     path: Path

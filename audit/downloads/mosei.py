@@ -92,14 +92,11 @@ def _read_npz_parts(path: Path) -> list[_Part]:
     if mismatched := next((name for name, value in fields.items() if np.shape(value)[:1] != names.shape), None):
         num_rows = (np.shape(fields[mismatched]) or ("no",))[0]
         raise DatasetError(f"{path}: field {mismatched!r} has {num_rows} rows, split has {len(names)}")
-    return [
-        _Part(
-            where=f"{path}, {name}",
-            split=split_of(Path(name)),
-            fields={key: value[names == name] for key, value in fields.items()},
-        )
-        for name in sorted(set(names.tolist()))
-    ]
+    parts = []
+    for name in sorted(set(names.tolist())):
+        part_fields = {key: value[names == name] for key, value in fields.items()}
+        parts.append(_Part(where=f"{path}, {name}", split=split_of(Path(name)), fields=part_fields))
+    return parts
 
 
 def _check_fields(part: _Part) -> None:

@@ -48,26 +48,20 @@ def read_ogm_ge(folder: Path, lists: Sequence[Path]) -> Listing:
     classes = _read_classes(folder, list_paths)
     lines = [line for path in list_paths for line in read_csv(path)]
     audio = list_media(folder, audio_folder, kind="audio")
-    frames = list_subfolders(folder, frames_folder.relative_to(folder).as_posix())
+    frames_path = frames_folder.relative_to(folder).as_posix()
+    frames = list_subfolders(folder, frames_path)
     audio_of_clip = index_by_stem(audio)
     frames_of_clip = {PurePosixPath(path).name.removesuffix(".mp4"): path for path in frames}
     pairs = [_parse_line(line, classes) for line in lines]
     ids = event_ids([name for name, _ in pairs], [label for _, label in pairs])
-    groups = _groups([name for name, _ in pairs], ids)
-    clips = [
-        Clip(
-            id=id_,
-            label=label,
-            group=group,
-            split=split_of(line.path),
-            media={
-                "audio_file_name": audio_of_clip.get(name, f"{audio_folder}/{name}.wav"),
-                "visual_frames": frames_of_clip.get(name, f"{frames_folder.relative_to(folder).as_posix()}/{name}"),
-            },
-            where=line.where,
-        )
-        for line, (name, label), id_, group in zip(lines, pairs, ids, groups, strict=True)
-    ]
+    groups, clips = _groups([name for name, _ in pairs], ids), []
+    for line, (name, label), id_, group in zip(lines, pairs, ids, groups, strict=True):
+        media = {
+            "audio_file_name": audio_of_clip.get(name, f"{audio_folder}/{name}.wav"),
+            "visual_frames": frames_of_clip.get(name, f"{frames_path}/{name}"),
+        }
+        split = split_of(line.path)
+        clips.append(Clip(id=id_, label=label, group=group, split=split, media=media, where=line.where))
     return list_clips(clips, media_files=[*audio, *frames])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import DatasetError
-from .clips import Clip, Line, Listing, list_clips, list_subfolders, read_lines, split_of, unexpected_folder
+from .clips import Cell, Clip, Line, Listing, list_clips, list_subfolders, read_lines, split_of, unexpected_folder
 
 _RGB, _FLOW = "jpegs_256", ("tvl1_flow/u", "tvl1_flow/v")
 _LISTS = ("trainlist01.txt", "testlist01.txt")
@@ -62,11 +62,6 @@ def _clip(line: Line, classes: dict[str, int], folder_of_clip: dict[str, dict[st
     if len(line.fields) == 2 and line.read_int(1, expected=_LINE) != classes[label]:
         raise line.error_expecting(f"the class {label}, which is number {classes[label]} in classInd.txt")
     rgb, u, v = (folder_of_clip[stream].get(name.lower(), f"{stream}/{name}") for stream in (_RGB, *_FLOW))
-    return Clip(
-        id=name,
-        label=label,
-        group=f"{label}_{video}",
-        split=split_of(line.path),
-        media={"rgb_frames": rgb, "flow_frames": (u, v)},
-        where=line.where,
-    )
+    media: dict[str, Cell] = {"rgb_frames": rgb, "flow_frames": (u, v)}
+    group, split = f"{label}_{video}", split_of(line.path)
+    return Clip(id=name, label=label, group=group, split=split, media=media, where=line.where)

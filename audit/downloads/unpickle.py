@@ -111,24 +111,6 @@ def size_of(value: Any) -> int:
     return 8 * len(value) if isinstance(value, (list, tuple, dict, set)) else 8
 
 
-def _names() -> dict[tuple[str, str], Callable[..., Any]]:
-    stand_in_of_name: dict[tuple[str, str], Callable[..., Any]] = {
-        ("numpy", "dtype"): DtypeStandIn,
-        ("numpy", "ndarray"): ArrayStandIn,
-        ("_codecs", "encode"): _encode,
-        ("collections", "OrderedDict"): partial(_pairs, OrderedDict),
-    }
-    for core in ("numpy.core", "numpy._core"):
-        stand_in_of_name[f"{core}.multiarray", "_reconstruct"] = ArrayStandIn
-        stand_in_of_name[f"{core}.multiarray", "scalar"] = _scalar
-        stand_in_of_name[f"{core}.numeric", "_frombuffer"] = _from_buffer
-    for module in ("builtins", "__builtin__"):
-        stand_in_of_name |= {(module, "list"): partial(list), (module, "tuple"): partial(tuple), (module, "set"): _set}
-        stand_in_of_name |= {(module, "dict"): partial(_pairs, dict)}
-        stand_in_of_name |= {(module, "bytes"): _bytes, (module, "bytearray"): _bytes}
-    return stand_in_of_name
-
-
 def _text(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("latin1")
@@ -137,7 +119,20 @@ def _text(value: Any) -> str:
     return value
 
 
-KNOWN = _names()
+_BUILTINS: dict[str, Callable[..., Any]] = {
+    **{"list": partial(list), "tuple": partial(tuple), "set": _set, "dict": partial(_pairs, dict)},
+    **{"bytes": _bytes, "bytearray": _bytes},
+}
+KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "dtype"): DtypeStandIn,
+    ("numpy", "ndarray"): ArrayStandIn,
+    ("_codecs", "encode"): _encode,
+    ("collections", "OrderedDict"): partial(_pairs, OrderedDict),
+    **{(f"{core}.multiarray", "_reconstruct"): ArrayStandIn for core in ("numpy.core", "numpy._core")},
+    **{(f"{core}.multiarray", "scalar"): _scalar for core in ("numpy.core", "numpy._core")},
+    **{(f"{core}.numeric", "_frombuffer"): _from_buffer for core in ("numpy.core", "numpy._core")},
+    **{(module, name): build for module in ("builtins", "__builtin__") for name, build in _BUILTINS.items()},
+}
 
 
 # Limits of a pickle. A hostile pickle of a hundred bytes could otherwise exhaust time or memory: by referring to one
@@ -145,27 +140,15 @@ KNOWN = _names()
 MAX_OPCODES = 5_000_000  # a few seconds; CMU-MOSEI has about 0.3 million
 MAX_DEPTH = 50  # of containers in containers
 _MAX_SHOWN = 200  # characters of a message
-_BROKEN = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AttributeError,
-    BufferError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_BROKEN_PICKLE = (pickle.UnpicklingError, AttributeError, BufferError, ImportError, *BROKEN)
+_BROKEN_NPZ = (zipfile.BadZipFile, *BROKEN)
 
 
 def read_pickle(path: Path) -> Any:
     """Read numpy arrays and plain containers from a pickle; nothing else in it is imported, called or built.
 
-    The names that numpy writes are mapped to classes of `stand_ins`, so that the bytes never reach numpy's own
-    unpickling. Raises DatasetError, naming the reason, for any other name and beyond the limits above.
+    The names that numpy writes are mapped to stand-ins, so that the bytes never reach numpy's own unpickling.
+    Raises DatasetError, naming the reason, for any other name and beyond the limits above.
     """
     try:
         with open_regular(path) as file:
@@ -173,7 +156,7 @@ def read_pickle(path: Path) -> Any:
             limit = FREE_BYTES + MAX_EXPANSION * size
             content = _Reader(_Bounded(file, size), limit).load()
             return _Replacement(limit).replace(content)
-    except _BROKEN as error:
+    except _BROKEN_PICKLE as error:
         reason = str(error)[:_MAX_SHOWN] or type(error).__name__
         raise DatasetError(f"{path} cannot be read as a pickle: {reason}") from error
     except OSError as error:
@@ -329,9 +312,6 @@ class _Replacement:
         for index, (item, _) in enumerate(items):
             replaced[index] = item
         return replaced.reshape(array.shape), 8 + sum(size for _, size in items)
-
-
-_BROKEN_NPZ = (zipfile.BadZipFile, *BROKEN)
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:

@@ -66,19 +66,13 @@ def video_statistics(frames: NDArray[np.uint8], config: MediaConfig) -> Vector:
     Gradient directions and colours of each frame are projected on five cosines over time, the first of which is the
     mean; motion, the mean change from frame to frame in [0, 1], is averaged in four time segments on a 4 x 4 grid.
     """
-    frames_per_block = max(1, BLOCK_PIXELS // frames[0, ..., 0].size)
-    blocks = [
-        _frame_descriptors(frames[start : start + frames_per_block])
-        for start in range(0, len(frames), frames_per_block)
-    ]
+    size = max(1, BLOCK_PIXELS // frames[0, ..., 0].size)
+    blocks = [_frame_descriptors(frames[start : start + size]) for start in range(0, len(frames), size)]
     grey, frame_features = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     change = np.zeros_like(grey)
     np.abs(grey[1:] - grey[:-1], out=change[1:])
-    motion = (
-        _triangle_weights(len(frames), MOTION_SEGMENTS)
-        @ _cell_means(change, MOTION_CELLS).reshape(len(frames), -1)
-        / 255
-    )
+    cell_change = _cell_means(change, MOTION_CELLS).reshape(len(frames), -1)
+    motion = _triangle_weights(len(frames), MOTION_SEGMENTS) @ cell_change / 255
     return np.concatenate([(_cosine_weights(len(frames)) @ frame_features).ravel(), motion.ravel()]).astype(np.float32)
 
 

@@ -142,19 +142,15 @@ def encoded_table(ids: Sequence[str], stamps: Stamps, encoded: EncodedRows) -> p
     lengths = np.where(encoded.usable, encoded.vector.shape[1], 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     vector = pa.LargeListArray.from_arrays(offsets, pa.array(encoded.vector.ravel()), mask=pa.array(~encoded.usable))
-    rows = range(len(encoded.usable))
-    reason = [encoded.problem[row].reason.value if row in encoded.problem else None for row in rows]
-    detail = [encoded.problem[row].detail if row in encoded.problem else None for row in rows]
-    content = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(32), len(encoded.content), [None, pa.py_buffer(np.ascontiguousarray(encoded.content))]
-    )
+    problems = [encoded.problem.get(row) for row in range(len(encoded.usable))]
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(encoded.content))]
     return pa.table(
         {
             "sample_id": pa.array(ids, pa.string()),
             "stamp": pa.array(stamps, pa.string()),
-            "content": content,
-            "reason": pa.array(reason, pa.string()),
-            "detail": pa.array(detail, pa.string()),
+            "content": pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(encoded.content), buffers),
+            "reason": pa.array([error and error.reason.value for error in problems], pa.string()),
+            "detail": pa.array([error and error.detail for error in problems], pa.string()),
             "vector": vector,
         }
     )
@@ -292,8 +288,7 @@ def _encode_without_model(task: EncodeTask) -> None:
     shared: dict[tuple[str, str], list[Modality]] = {}
     for modality in task.dataset.modalities:
         if not is_pretrained(modality):
-            form = "file" if modality.kind in ("audio", "image", "video") else modality.kind
-            shared.setdefault((modality.column, form), []).append(modality)
+            shared.setdefault(modality.content_key, []).append(modality)
     columns = [_Column.of(task, modalities) for modalities in shared.values()]
     rows, ids = _read_rows(task, columns)
     for column in columns:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,6 @@ from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
 from ..errors import DatasetError, Quarantined, Reason, ScoreError, UnusableError
 from ..hashing import digest
-from ..workers import prefetch_map
 from .encode import (
     EncodeTask,
     check_lengths,
@@ -110,10 +108,8 @@ def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDAr
 def problems_of(table: pa.Table) -> Iterator[tuple[int, Reason, str]]:
     """Yield row, reason and detail of each unusable row."""
     rows = np.flatnonzero(column_of(table, "reason").is_valid().to_numpy(zero_copy_only=False))
-    unusable = table.select(["reason", "detail"]).take(pa.array(rows))
-    for row, reason, detail in zip(
-        rows.tolist(), unusable["reason"].to_pylist(), unusable["detail"].to_pylist(), strict=True
-    ):
+    unusable = table.select(["reason", "detail"]).take(pa.array(rows)).to_pydict()
+    for row, reason, detail in zip(rows.tolist(), unusable["reason"], unusable["detail"], strict=True):
         yield row, Reason(reason), detail
 
 
@@ -161,10 +157,8 @@ def select_usable(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[ND
         rows, copies = _drop_duplicates(encoded, rows)
         quarantined += copies
     if len(rows) == 0:
-        raise ScoreError(
-            "no sample has a label, at least two usable modalities and no damaged one; "
-            f"the first problem: {quarantined[0]}"
-        )
+        requirement = "a label, at least two usable modalities and no damaged one"
+        raise ScoreError(f"no sample has {requirement}; the first problem: {quarantined[0]}")
     return rows, quarantined
 
 
@@ -176,26 +170,15 @@ def sort_quarantined(quarantined: Sequence[Quarantined], sample_id: NDArray[np.o
 
 def _without_label(samples: Samples) -> list[Quarantined]:
     """Return an entry for each sample without a label, or with an unknown one."""
-    unknown = dict(samples.unknown)
-    return [
-        Quarantined(
-            sample_id=samples.sample_id[row],
-            modality=None,
-            reason=Reason.UNKNOWN_LABEL if row in unknown else Reason.NO_LABEL,
-            detail=_label_problem(unknown.get(row), classes=bool(samples.class_names)),
-        )
-        for row in np.flatnonzero(samples.label < 0).tolist()
-    ]
-
-
-def _label_problem(unknown_label: str | None, *, classes: bool) -> str:
-    if unknown_label is None:
-        return "the label is null"
-    return (
-        f"{unknown_label!r} is not among the classes"
-        if classes
-        else f"{unknown_label} is not a number of at most {MAX_NUMBER:g}"
-    )
+    unknown, quarantined = dict(samples.unknown), []
+    for row in np.flatnonzero(samples.label < 0).tolist():
+        reason, detail = Reason.NO_LABEL, "the label is null"
+        if row in unknown and samples.class_names:
+            reason, detail = Reason.UNKNOWN_LABEL, f"{unknown[row]!r} is not among the classes"
+        elif row in unknown:
+            reason, detail = Reason.UNKNOWN_LABEL, f"{unknown[row]} is not a number of at most {MAX_NUMBER:g}"
+        quarantined.append(Quarantined(sample_id=samples.sample_id[row], reason=reason, detail=detail))
+    return quarantined
 
 
 def _drop_duplicates(encoded: EncodedSamples, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:
@@ -210,14 +193,8 @@ def _drop_duplicates(encoded: EncodedSamples, rows: NDArray[np.intp]) -> tuple[N
     for position in np.flatnonzero(is_copy):
         row, original = rows[order[position]], rows[first[position]]
         note = "" if samples.label[row] == samples.label[original] else ", which has another label"
-        copies.append(
-            Quarantined(
-                sample_id=samples.sample_id[row],
-                modality=None,
-                reason=Reason.DUPLICATE,
-                detail=f"the same content as {samples.sample_id[original]}{note}",
-            )
-        )
+        detail = f"the same content as {samples.sample_id[original]}{note}"
+        copies.append(Quarantined(sample_id=samples.sample_id[row], reason=Reason.DUPLICATE, detail=detail))
     keep = np.ones(len(rows), dtype=bool)
     keep[order[is_copy]] = False
     return rows[keep], copies
@@ -232,58 +209,36 @@ class ContentHashes:
     problem: str | None = None
 
 
-def content_hashes(
-    dataset: Dataset, *, only: Container[str] | None = None, num_threads: int = 0
-) -> Iterator[ContentHashes]:
-    """Yield the content hashes of all samples, or of the ids in `only`, in dataset order, without encoding.
+def content_hashes(dataset: Dataset) -> Iterator[ContentHashes]:
+    """Yield the content hashes of all samples, in dataset order, without encoding.
 
-    `num_threads` threads read in advance. Raises DatasetError for a path outside the dataset's folder, unless allowed.
+    Raises DatasetError for a path outside the dataset's folder, unless allowed.
     """
     for shard in dataset.shards:
-        ids = dataset.sample_ids(dataset.read(shard, modalities=False), shard)
-        positions = [row for row, name in enumerate(ids) if only is None or name in only]
-        if not positions:
-            continue
         rows = dataset.read(shard)
+        ids = dataset.sample_ids(rows, shard)
         problems: dict[int, str] = {}
-        hashed: dict[tuple[str, str], NDArray[np.bytes_]] = {}  # audio and frames of a video are one file
-        statuses = []
+        hashed: dict[tuple[str, str], NDArray[np.bytes_]] = {}
+        statuses, usable = [], np.ones(len(ids), dtype=bool)
         for modality in dataset.modalities:
-            form = "file" if modality.kind in ("audio", "image", "video") else modality.kind
-            key = (modality.column, form)
-            if key not in hashed:
-                hashed[key] = _hash_cells(
-                    dataset, modality, rows[modality.column], positions, problems, num_threads=num_threads
-                )
-            usable = np.ones(len(positions), dtype=bool)
-            statuses.append(Status(modality=modality, usable=usable, content=hashed[key], problem=()))
-        for row, content in enumerate(row_content(statuses)):
-            yield ContentHashes(sample_id=ids[positions[row]], content=content, problem=problems.get(row))
+            if modality.content_key not in hashed:
+                hashed[modality.content_key] = _hash_cells(dataset, modality, rows[modality.column], problems)
+            content = hashed[modality.content_key]
+            statuses.append(Status(modality=modality, usable=usable, content=content, problem=()))
+        for row, row_digest in enumerate(row_content(statuses)):
+            yield ContentHashes(sample_id=ids[row], content=row_digest, problem=problems.get(row))
 
 
 def _hash_cells(
-    dataset: Dataset,
-    modality: Modality,
-    cells: pa.ChunkedArray,
-    positions: Sequence[int],
-    problems: dict[int, str],
-    *,
-    num_threads: int,
+    dataset: Dataset, modality: Modality, cells: pa.ChunkedArray, problems: dict[int, str]
 ) -> NDArray[np.bytes_]:
     """Return the same digests of these cells as encoding computes; unreadable cells are added to `problems`."""
     if modality.kind == "features":
-        return encode_vectors(cells.take(pa.array(positions)), modality).content
+        return encode_vectors(cells, modality).content
     digests = []
-    selected_cells = (cells[position] for position in positions)
-    for row, (content, problem) in enumerate(
-        prefetch_map(partial(_hash_cell, dataset, modality), selected_cells, num_threads=num_threads)
-    ):
+    for row, cell in enumerate(cells):
+        loaded, content = load_cell_content(dataset, modality, cell.as_py())
         digests.append(content)
-        if problem is not None:
-            problems.setdefault(row, problem)
+        if isinstance(loaded, UnusableError):
+            problems.setdefault(row, loaded.detail)
     return np.array(digests, dtype="S32")
-
-
-def _hash_cell(dataset: Dataset, modality: Modality, cell: pa.Scalar) -> tuple[bytes, str | None]:
-    loaded, content = load_cell_content(dataset, modality, cell.as_py())
-    return content, loaded.detail if isinstance(loaded, UnusableError) else None

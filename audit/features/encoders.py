@@ -30,8 +30,7 @@ from ..errors import ConfigError, Reason, UnusableError, choices
 from ..hashing import digest
 from ..media.audio import decode_audio, network_spectrogram, network_steps
 from ..media.files import MediaConfig
-from ..media.image import decode_image
-from ..media.video import decode_folders, decode_frames
+from ..media.pictures import decode_folders, decode_frames, decode_image
 from ..registry import Entry, Registry
 from .descriptors import audio_statistics, image_statistics, text_counts, video_statistics
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
@@ -153,12 +152,11 @@ def encoder_location(name: str) -> str | None:
     """Return the source file of code, or the local folder of a model, without importing it; None for built-in ones."""
     if name in ENCODERS:
         return None
-    installed = ENCODERS.installed()
-    path = (
-        local_folder(name[3:])
-        if name.startswith("hf:")
-        else function_file(installed[name].value if name in installed else name)
-    )
+    if name.startswith("hf:"):
+        path = local_folder(name[3:])
+    else:
+        point = ENCODERS.installed().get(name)
+        path = function_file(name if point is None else point.value)
     return None if path is None else str(path.resolve())
 
 
@@ -212,9 +210,8 @@ def load_function(name: str) -> EncodeFunction:
     function = getattr(module, function_name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(
-            f"{_source_file(module)} has no function {function_name!r}; {choices(function_name, functions)}"
-        )
+        suggestion = choices(function_name, functions)
+        raise ConfigError(f"{_source_file(module)} has no function {function_name!r}; {suggestion}")
     return function  # type: ignore[no-any-return]
 
 
@@ -257,11 +254,8 @@ def call_function(name: str, function: EncodeFunction, decoded: Any, media: Medi
         raise ConfigError(f"{name} returns {type(output).__name__}: it must return a vector (d,) of numbers") from error
     if vector.ndim != 1 or not len(vector):
         raise ConfigError(f"{name} returns an array of shape {vector.shape}: it must return a vector (d,)")
-    if not np.isfinite(vector).all():
-        num_not_finite = int((~np.isfinite(vector)).sum())
-        raise UnusableError(
-            Reason.NOT_FINITE, f"{num_not_finite} of the {len(vector)} numbers of {name} are not finite"
-        )
+    if count := int((~np.isfinite(vector)).sum()):
+        raise UnusableError(Reason.NOT_FINITE, f"{count} of the {len(vector)} numbers of {name} are not finite")
     return vector
 
 
@@ -357,16 +351,15 @@ def _usable_vectors(
     return np.asarray(flat[positions], dtype=np.float32)
 
 
-def _network_decoder(decode: EncodeFunction) -> EncodeFunction:
-    """Return a decoder to the sizes of a network's input."""
+def _decode_for_network(decode: EncodeFunction, loaded: Any, media: MediaConfig) -> NDArray[np.uint8]:
+    """Decode to the sizes of a network's input."""
+    size = media.network_size
+    return np.asarray(decode(loaded, replace(media, image_size=size, num_frames=media.network_frames, frame_size=size)))
 
-    def decode_for_network(loaded: Any, media: MediaConfig) -> NDArray[np.uint8]:
-        size = media.network_size
-        return np.asarray(
-            decode(loaded, replace(media, image_size=size, num_frames=media.network_frames, frame_size=size))
-        )
 
-    return decode_for_network
+_DECODE_IMAGE, _DECODE_VIDEO, _DECODE_FRAMES = (
+    partial(_decode_for_network, decode) for decode in (decode_image, decode_frames, decode_folders)
+)
 
 
 def _flat_pixels(pixels: NDArray[np.uint8], media: MediaConfig) -> Vector:
@@ -386,7 +379,7 @@ STATISTICS = {
 }
 RESNET18 = {
     "audio": Encoder(name="network-sound", version=2, encode=_flat_spectrogram),
-    "image": Encoder(name="network-image", version=1, encode=_flat_pixels, decode=_network_decoder(decode_image)),
-    "video": Encoder(name="network-video", version=2, encode=_flat_pixels, decode=_network_decoder(decode_frames)),
-    "frames": Encoder(name="network-frames", version=1, encode=_flat_pixels, decode=_network_decoder(decode_folders)),
+    "image": Encoder(name="network-image", version=1, encode=_flat_pixels, decode=_DECODE_IMAGE),
+    "video": Encoder(name="network-video", version=2, encode=_flat_pixels, decode=_DECODE_VIDEO),
+    "frames": Encoder(name="network-frames", version=1, encode=_flat_pixels, decode=_DECODE_FRAMES),
 }

@@ -140,10 +140,6 @@ class FeatureMatrix:
             features[positions] = part
         return np.zeros((0, self.num_features), np.float32) if features is None else features
 
-    def read_all(self) -> NDArray[Any]:
-        """Read all rows: (n, d)."""
-        return self.read(np.arange(self.num_rows))
-
     def _read_shard(self, shard: int, dataset_rows: RowIndex) -> NDArray[Any]:
         task, start = self.tasks[shard], int(self.shard_starts[shard])
         # No copy: often only a few rows are read.

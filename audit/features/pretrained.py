@@ -26,8 +26,7 @@ from ..hashing import digest
 from ..media.audio import decode_audio
 from ..media.container import reading_container
 from ..media.files import MediaConfig
-from ..media.image import check_not_constant, read_picture
-from ..media.video import decode_folders, read_frames
+from ..media.pictures import check_not_constant, decode_folders, read_frames, read_picture
 from ..storage import file_stamp
 from ..workers import parallel_map
 from .descriptors import text_words
@@ -41,11 +40,11 @@ def find_model_folder(name: str, *, with_weights: bool) -> Path:
     Downloads only the config, or all files if `with_weights`. Raises ConfigError if the model is not available.
     """
     folder = local_folder(name)
-    if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"folder {name} has no config.json: it is not a transformers model")
-        return folder
-    return _hub_folder(name, with_weights)
+    if folder is None:
+        return _hub_folder(name, with_weights)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"folder {name} has no config.json: it is not a transformers model")
+    return folder
 
 
 def local_folder(name: str) -> Path | None:
@@ -72,7 +71,7 @@ def folder_version(folder: Path) -> str:
     """Return the version of a model: its commit on the hub, else the digest of its files, independent of the path."""
     if folder.parent.name == "snapshots":
         return folder.name
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model", ".safetensors"))
+    files = sorted(path for path in folder.iterdir() if f"*{path.suffix}" in _DOWNLOADED_FILES)
     return _files_digest(tuple((path, file_stamp(path)) for path in files))
 
 
@@ -137,10 +136,7 @@ class Pretrained:
         if self.kind == "text":
             inputs = dict(self.processor.pad(list(batch), return_tensors="pt"))
         else:
-            inputs = {
-                name: torch.from_numpy(np.stack([inputs_of_sample[name] for inputs_of_sample in batch]))
-                for name in batch[0]
-            }
+            inputs = {name: torch.from_numpy(np.stack([sample[name] for sample in batch])) for name in batch[0]}
         by_frame = self.kind in ("video", "frames") and not self.num_frames
         if by_frame:
             inputs = {name: value.flatten(0, 1) for name, value in inputs.items()}
@@ -155,8 +151,7 @@ class Pretrained:
         if self.kind == "frames":
             return decode_folders(loaded, replace(media, num_frames=num_frames, frame_size=_FRAME_SIZE))
         with reading_container(loaded):
-            frames = read_frames(loaded, num_frames=num_frames, size=None, config=media)
-            return check_not_constant(frames)
+            return check_not_constant(read_frames(loaded, num_frames=num_frames, size=None, config=media))
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         method = _tower_method(type(self.model), self.kind)
@@ -206,7 +201,7 @@ def open_model(name: str, kind: str, device: str = "cpu") -> Pretrained:
 @lru_cache(maxsize=4)
 def _open_model(name: str, kind: str, device: str) -> Pretrained:
     import torch
-    from transformers import AutoModel
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
     check_model(name, kind)
     folder = find_model_folder(name, with_weights=True)
@@ -214,14 +209,10 @@ def _open_model(name: str, kind: str, device: str) -> Pretrained:
     try:
         with _silence_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # missing weights are initialised at random
-            processor = _processor_class(kind).from_pretrained(str(folder), trust_remote_code=False)
-            model, loading_info = AutoModel.from_pretrained(
-                str(folder),
-                output_loading_info=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-            )
+            loader: Any = {"audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoImageProcessor)
+            processor = loader.from_pretrained(str(folder), trust_remote_code=False)
+            options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
+            model, loading_info = AutoModel.from_pretrained(str(folder), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ConfigError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
     missing_keys = sorted(loading_info["missing_keys"])
@@ -234,9 +225,8 @@ def _open_model(name: str, kind: str, device: str) -> Pretrained:
         model = model.get_encoder()
     model = model.to(device).eval().requires_grad_(False)
     frames = getattr(config, "num_frames", None) if kind in ("video", "frames") else None
-    return Pretrained(
-        kind=kind, model=model, processor=processor, num_frames=frames, has_pooler=has_pooler, device=device
-    )
+    settings: dict[str, Any] = {"kind": kind, "num_frames": frames, "has_pooler": has_pooler, "device": device}
+    return Pretrained(model=model, processor=processor, **settings)
 
 
 def encode_inputs(
@@ -278,13 +268,9 @@ def _readable_kinds(config: Any) -> tuple[str, ...]:
         return ()
     model: Any = MODEL_MAPPING[type(config)]
     towers = tuple(kind for kind in ("audio", "image", "video", "frames", "text") if _tower_method(model, kind))
-    by_input: dict[str, tuple[str, ...]] = {
-        "input_values": ("audio",),
-        "input_features": ("audio",),
-        "pixel_values": ("video", "frames") if hasattr(config, "num_frames") else ("image", "video", "frames"),
-        "input_ids": ("text",),
-    }
-    return towers or by_input.get(model.main_input_name, ())
+    pictures = ("video", "frames") if hasattr(config, "num_frames") else ("image", "video", "frames")
+    by_input = {"input_values": ("audio",), "input_features": ("audio",), "input_ids": ("text",)}
+    return towers or {**by_input, "pixel_values": pictures}.get(model.main_input_name, ())
 
 
 def _tower_method(model: type, kind: str) -> str | None:
@@ -301,12 +287,6 @@ def _load_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}: its config.json cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _processor_class(kind: str) -> Any:
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
-
-    return {"audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoImageProcessor)
 
 
 def _max_tokens(pretrained: Pretrained) -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, overload
 
-from ..errors import ConfigError, Reason, UnusableError
+from ..errors import Reason, UnusableError
+from ..parsing import check_ranges
 from ..storage import open_regular
 
 EXTENSIONS = {
@@ -24,7 +25,10 @@ _SIGNATURES = {
     "video": (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75", b"\0\0\x01\xba", b"\0\0\x01\xb3"),
 }
 _RIFF = {b"WAVE": "audio", b"AVI ": "video", b"WEBP": "image"}
-_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # images in an mp4 container
+_KIND_OF_BRAND = {  # of an mp4 container; its images are not decoded
+    **dict.fromkeys((b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"), None),
+    **dict.fromkeys((b"M4A ", b"M4B ", b"M4P "), "audio"),
+}
 NUM_BYTES = 64  # leading bytes that are enough to recognise a kind
 
 
@@ -37,7 +41,7 @@ def kind_of_bytes(data: bytes) -> str | None:
     if data[:4] == b"OggS":
         return "video" if b"\x80theora" in data[:NUM_BYTES] else "audio"
     if data[4:8] == b"ftyp":
-        return _kind_of_brand(data[8:12])
+        return _KIND_OF_BRAND.get(data[8:12], "video")
     if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # bmp: the four reserved bytes exclude text that begins with BM
         return "image"
     if data[:2] in (b"P5", b"P6") and data[2:3].isspace():
@@ -48,12 +52,6 @@ def kind_of_bytes(data: bytes) -> str | None:
     return next((kind for kind, signatures in _SIGNATURES.items() if data.startswith(signatures)), None)
 
 
-def _kind_of_brand(brand: bytes) -> str | None:
-    if brand in _IMAGE_BRANDS:
-        return None  # these are not decoded
-    return "audio" if brand in (b"M4A ", b"M4B ", b"M4P ") else "video"
-
-
 def kind_of_path(path: str) -> str | None:
     """Return the kind of medium by a file name's extension: audio, image, video, or None."""
     extension = PurePosixPath(path.lower()).suffix
@@ -62,25 +60,11 @@ def kind_of_path(path: str) -> str | None:
 
 MAX_FRAME_PIXELS = 2_147_483_647  # FFmpeg uses 32-bit integers
 _MAX_PIXELS = 178_956_970  # of a picture that Pillow opens: twice its own MAX_IMAGE_PIXELS
-_LIMITS: dict[str, tuple[float, float]] = {
-    "sample_rate": (2_000, 192_000),
-    "max_seconds": (0.01, 3_600),
-    "mel_bins": (8, 128),
-    "max_clipped": (0, 1),
-    "network_seconds": (0.1, 60),
-    "network_mel_bins": (8, 256),
-    "max_image_pixels": (1, _MAX_PIXELS),
-    "max_frame_pixels": (1, MAX_FRAME_PIXELS),
+BUDGETS = {
+    **{"max_image_pixels": f"[1, {_MAX_PIXELS}]", "max_frame_pixels": f"[1, {MAX_FRAME_PIXELS}]"},
+    **dict.fromkeys(("max_image_bytes", "max_video_pixels", "max_video_bytes"), f"[1, {1 << 40}]"),
+    **dict.fromkeys(("max_packets", "max_sound_values"), f"[1, {1 << 40}]"),
 }
-BUDGETS = (
-    "max_image_pixels",
-    "max_image_bytes",
-    "max_frame_pixels",
-    "max_video_pixels",
-    "max_video_bytes",
-    "max_packets",
-    "max_sound_values",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,20 +121,18 @@ class MediaConfig:
 
     def __post_init__(self) -> None:
         """Check the range of every value."""
-        for field in fields(self):
-            default = (1, 1 << 40) if field.name in BUDGETS else (1, 4_096)
-            (low, high), value = _LIMITS.get(field.name, default), getattr(self, field.name)
-            if not low <= value <= high:
-                raise ConfigError(f"{field.name} is {value}; it must be between {low} and {high}")
+        check_ranges("media", self, sample_rate="[2000, 192000]", max_seconds="[0.01, 3600]", max_clipped="[0, 1]")
+        check_ranges("media", self, mel_bins="[8, 128]", network_seconds="[0.1, 60]", network_mel_bins="[8, 256]")
+        sizes = ("image_size", "num_frames", "frame_size", "text_buckets", "network_frames", "network_size")
+        check_ranges("media", self, **BUDGETS, **dict.fromkeys(sizes, "[1, 4096]"))
 
     def to_fingerprint(self) -> list[tuple[str, Any]]:
         """Return the sorted names and values of the fields that a feature vector depends on.
 
         Budgets at their defaults are left out, so that caches from before the budgets were introduced stay valid.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        defaults = {field.name: field.default for field in fields(self)}
-        return sorted(pair for pair in values.items() if pair[0] not in BUDGETS or pair[1] != defaults[pair[0]])
+        values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        return sorted((name, value) for name, value, default in values if name not in BUDGETS or value != default)
 
 
 MAX_IN_MEMORY = 1 << 24  # bytes; smaller files are read into memory

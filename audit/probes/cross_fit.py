@@ -232,6 +232,5 @@ def _quarantine_rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quar
     detail = f"class {samples.class_names[samples.label[row]]!r} has {len(class_rows)} usable samples"
     if samples.group is not None and len(class_rows):
         detail += f", of {len(set(samples.group[class_rows]))} groups"
-    return Quarantined(
-        sample_id=samples.sample_id[row], modality=None, reason=Reason.RARE_CLASS, detail=f"{detail}, all in one fold"
-    )
+    detail += ", all in one fold"
+    return Quarantined(sample_id=samples.sample_id[row], reason=Reason.RARE_CLASS, detail=detail)

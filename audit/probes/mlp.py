@@ -65,7 +65,7 @@ class MlpProbe:
     units: Units
     torch_target: TorchTarget
     nets: Nets
-    num_epochs: Tensor  # (p,) epoch of the weights that were chosen
+
     snapshots: tuple[Nets, ...]
 
     def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
@@ -86,9 +86,8 @@ class MlpProbe:
             clipped = z.clamp_(-_MAX_DISTANCE, _MAX_DISTANCE)
             for state, nets in enumerate(states):
                 predicted = predict_out_of_fold(cross_fits, rows[positions], _predictor(nets, clipped))
-                logits[state, :, positions] = (
-                    (predicted * self.torch_target.scale + self.torch_target.centre).cpu().numpy()
-                )
+                in_units = predicted * self.torch_target.scale + self.torch_target.centre
+                logits[state, :, positions] = in_units.cpu().numpy()
         return logits
 
 
@@ -120,28 +119,26 @@ def fit_mlp(
         units=design.units,
         torch_target=torch_target,
         nets=trained.best,
-        num_epochs=trained.num_epochs,
         snapshots=tuple(nets.take(of_first) for nets in trained.snapshots),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trained:
-    """The best network of each probe, its decay index and epoch (p,), and snapshots of all networks (decay, probe)."""
+    """The best network of each probe, its decay index (p,), and snapshots of all networks (decay, probe)."""
 
     best: Nets
     decay: Tensor
-    num_epochs: Tensor
     snapshots: tuple[Nets, ...]
 
 
 def _train(design: Design, torch_target: TorchTarget, fit_rows: FitRows, *, seed: int, config: ProbeConfig) -> _Trained:
     device, decays, p = design.rows.device, sorted(config.decays), fit_rows.train_mask.shape[1]
     chooses = fit_rows.can_choose
-    train_mask = torch.from_numpy(fit_rows.train_mask & ~fit_rows.holdout_mask if chooses else fit_rows.train_mask).to(
-        device
-    )
-    holdout_mask = torch.from_numpy(fit_rows.holdout_mask if chooses else fit_rows.train_mask).to(device)
+    masks = fit_rows.train_mask, fit_rows.train_mask
+    if chooses:
+        masks = fit_rows.train_mask & ~fit_rows.holdout_mask, fit_rows.holdout_mask
+    train_mask, holdout_mask = (torch.from_numpy(mask).to(device) for mask in masks)
     generator = torch.Generator().manual_seed(seed)
     nets = _init_nets(design, torch_target, num=len(decays) * p, hidden=config.hidden, generator=generator)
     shrink = design.curvature.new_tensor(decays).repeat_interleave(p)[:, None, None]
@@ -149,7 +146,7 @@ def _train(design: Design, torch_target: TorchTarget, fit_rows: FitRows, *, seed
     best = nets.take(torch.arange(p, device=device) + (len(decays) - 1) * p).copy()
     min_loss = design.curvature.new_full((p,), torch.inf)
     decay = torch.full((p,), len(decays) - 1, device=device)
-    num_epochs = torch.zeros_like(decay)
+
     snapshots: list[Nets] = []
     for epoch in range(1, config.epochs + 1):
         for group in optimiser.param_groups:
@@ -162,14 +159,11 @@ def _train(design: Design, torch_target: TorchTarget, fit_rows: FitRows, *, seed
         if not chooses:
             best_decay = decay
         min_loss, decay = torch.where(better, loss, min_loss), torch.where(better, best_decay, decay)
-        num_epochs = torch.where(better, epoch, num_epochs)
+
         new = nets.take(best_decay * p + torch.arange(p, device=device))
-        is_better = better[:, None, None]
-        best = Nets(
-            first=torch.where(is_better, new.first, best.first), second=torch.where(is_better, new.second, best.second)
-        )
-        best = best.copy()
-    return _Trained(best=best, decay=decay, num_epochs=num_epochs, snapshots=tuple(snapshots))
+        first = torch.where(better[:, None, None], new.first, best.first)
+        best = Nets(first=first, second=torch.where(better[:, None, None], new.second, best.second)).copy()
+    return _Trained(best=best, decay=decay, snapshots=tuple(snapshots))
 
 
 def _one_epoch(
@@ -185,9 +179,7 @@ def _one_epoch(
 ) -> None:
     """Train on every row once, in random order; decay is decoupled from the gradient (AdamW, arXiv 1711.05101)."""
     device, copies = design.rows.device, len(nets.first) // train_mask.shape[1]
-    for batch in torch.randperm(len(design.rows), generator=generator).tensor_split(
-        _ends(len(design.rows), config.batch_size)
-    ):
+    for batch in torch.split(torch.randperm(len(design.rows), generator=generator), config.batch_size):
         is_kept = torch.rand(len(batch), 1, config.hidden, generator=generator) >= config.dropout
         batch = batch.to(device)
         mask = train_mask[batch].repeat(1, copies).to(nets.first.dtype)
@@ -229,10 +221,6 @@ def _predictor(nets: Nets, z: Tensor) -> Callable[[int, Tensor], Tensor]:
         return nets.take(torch.tensor([probe], device=z.device)).logits(z[positions])[:, 0]
 
     return predict
-
-
-def _ends(num_rows: int, size: int) -> tuple[int, ...]:
-    return tuple(range(size, num_rows, size))
 
 
 def _seed(cross_fit: CrossFit) -> int:

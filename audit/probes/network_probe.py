@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,16 +148,17 @@ def fit_network(
     folds = [fold for number, cross_fit in enumerate(cross_fits) for fold in plan_folds(network_fit, cross_fit, number)]
     by_repeat = np.zeros((len(cross_fits), inputs.num_rows, target.num_outputs), np.float32)
     by_epoch = np.zeros((len(config.recorded_epochs), *by_repeat.shape[1:]), np.float32)
+    total = config.epochs * len(folds)
     for index, fold in enumerate(folds):
-
-        def tick(epoch: int, epochs_before: int = index * config.epochs) -> None:
-            progress("probe", epochs_before + epoch, config.epochs * len(folds))
-
-        outputs = _train_once(network_fit, fold, folder, tick)
+        outputs = _train_once(network_fit, fold, folder, partial(_tick, progress, index * config.epochs, total))
         by_repeat[fold.repeat, fold.scored_rows] = outputs[0]
         if fold.repeat == 0:
             by_epoch[:, fold.scored_rows] = outputs[1:]
     return NetworkProbe(by_repeat=by_repeat, by_epoch=by_epoch)
+
+
+def _tick(progress: Progress, epochs_before: int, total: int, epoch: int) -> None:
+    progress("probe", epochs_before + epoch, total)
 
 
 def plan_folds(network_fit: NetworkFit, cross_fit: CrossFit, number: int) -> Iterator[Fold]:
@@ -242,12 +244,10 @@ def _train(network_fit: NetworkFit, fold: Fold, tick: Callable[[int], None]) -> 
 
 
 def _new_network(network_fit: NetworkFit, fold: Fold) -> Network:
-    network: Any = build_network(  # torch's type stubs lack the memory_format of Module.to
-        network_fit.shape,
-        num_outputs=network_fit.target.num_outputs,
-        width=network_fit.config.width,
-        seed=network_fit.derive_seed("weights", fold),
-    )
+    num_outputs, width = network_fit.target.num_outputs, network_fit.config.width
+    seed = network_fit.derive_seed("weights", fold)
+    # Any, since torch's type stubs lack the memory_format of Module.to.
+    network: Any = build_network(network_fit.shape, num_outputs=num_outputs, width=width, seed=seed)
     network.trunk.standardise_by(*network_fit.statistics.channel_moments(fold.train_rows))
     on_device: Network = network.to(network_fit.device, memory_format=torch.channels_last)
     return on_device
@@ -295,9 +295,5 @@ def _predict(network_fit: NetworkFit, network: Network, rows: RowIndex) -> Tenso
 
 
 def _holdout_loss(network_fit: NetworkFit, network: Network, network_target: NetworkTarget, fold: Fold) -> float:
-    return float(
-        network_target.loss(
-            _predict(network_fit, network, fold.holdout_rows),
-            torch.from_numpy(fold.holdout_rows).to(network_fit.device),
-        )
-    )
+    outputs = _predict(network_fit, network, fold.holdout_rows)
+    return float(network_target.loss(outputs, torch.from_numpy(fold.holdout_rows).to(network_fit.device)))

@@ -49,11 +49,34 @@ def predict(logits: Floats, scale: Floats, target: Target, *, min_scale: float =
     of the true value under a Gaussian around the prediction, relative to the highest density of the best modality,
     whose standard deviation is `min_scale`. The latter two forms are mmaudit's.
     """
-    mean = _mean_of(logits)
+    mean, missing = _mean_of(logits), np.full(len(target), np.nan, np.float32)
     by_repeat = likelihoods(logits, scale, target, min_scale=min_scale)
     confidence = by_repeat[0] if len(logits) == 1 else _likelihood(mean, scale, target, min_scale)
-    predictors = {"classification": _for_classes, "multilabel": _for_labels, "regression": _for_numbers}
-    return predictors[target.task](mean, scale, target, confidence, by_repeat)
+    if target.values is None:
+        probability = softmax(mean / scale[:, None], axis=1)
+        best, rows, rest = probability.argmax(axis=1), np.arange(len(probability)), probability.copy()
+        rest[rows, best] = -1
+        entropy, margin = _entropy(probability).sum(axis=1), probability[rows, best] - rest.max(axis=1)
+        predicted, correct = best.astype(np.float32), (best == target.label).astype(np.float32)
+    elif target.task == "multilabel":
+        probability = expit(mean / scale[:, None])
+        entropy = (_entropy(probability) + _entropy(1 - probability)).mean(axis=1)
+        margin, predicted = np.abs(2 * probability - 1).mean(axis=1), missing
+        correct = ((mean > 0) == (target.values > 0.5)).mean(axis=1, dtype=np.float32)
+    else:
+        probability, predicted, margin = mean, mean[:, 0], missing
+        entropy = 0.5 * np.log(2 * np.pi * np.e * scale**2)
+        correct = -((mean - target.values)[:, 0] ** 2)  # the probe report converts it to R^2 with the variance
+    return Prediction(
+        confidence=confidence,
+        by_repeat=by_repeat,
+        probability=probability,
+        entropy=entropy,
+        margin=margin,
+        predicted=predicted,
+        correct=correct,
+        deviation=scale if target.task == "regression" else None,
+    )
 
 
 def likelihoods(logits: Floats, scale: Floats, target: Target, *, min_scale: float = 1.0) -> Floats:
@@ -99,53 +122,12 @@ def _log_softmax_at(logits: Floats, label: NDArray[np.int32]) -> Floats:
     return np.asarray(at_label - np.log(np.exp(logits, out=logits).sum(axis=1)))
 
 
-def _for_classes(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_repeat: Floats) -> Prediction:
-    probability = softmax(logits / scale[:, None], axis=1)
-    predicted = probability.argmax(axis=1)
-    rows = np.arange(len(probability))
-    highest, rest = probability[rows, predicted], probability.copy()
-    rest[rows, predicted] = -1
-    return Prediction(
-        confidence=confidence,
-        by_repeat=by_repeat,
-        probability=probability,
-        entropy=_entropy(probability).sum(axis=1),
-        margin=highest - rest.max(axis=1),
-        predicted=predicted.astype(np.float32),
-        correct=(predicted == target.label).astype(np.float32),
-    )
-
-
-def _for_labels(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_repeat: Floats) -> Prediction:
-    assert target.values is not None
-    probability = expit(logits / scale[:, None])
-    return Prediction(
-        confidence=confidence,
-        by_repeat=by_repeat,
-        probability=probability,
-        entropy=(_entropy(probability) + _entropy(1 - probability)).mean(axis=1),
-        margin=np.abs(2 * probability - 1).mean(axis=1),
-        predicted=np.full(len(target), np.nan, np.float32),
-        correct=((logits > 0) == (target.values > 0.5)).mean(axis=1, dtype=np.float32),
-    )
-
-
-def _for_numbers(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_repeat: Floats) -> Prediction:
-    assert target.values is not None
-    return Prediction(
-        confidence=confidence,
-        by_repeat=by_repeat,
-        probability=logits,
-        entropy=0.5 * np.log(2 * np.pi * np.e * scale**2),
-        margin=np.full(len(target), np.nan, np.float32),
-        predicted=logits[:, 0],
-        correct=-((logits - target.values)[:, 0] ** 2),  # the probe report converts it to R^2 with the variance
-        deviation=scale,
-    )
+def _log(probability: Floats) -> Floats:
+    return np.asarray(np.log(np.maximum(probability, MIN_PROBABILITY)))
 
 
 def _entropy(probability: Floats) -> Floats:
-    return -probability * np.log(np.maximum(probability, MIN_PROBABILITY))
+    return -probability * _log(probability)
 
 
 def fuse_predictions(predictions: list[Prediction], target: Target, *, min_scale: float = 1.0) -> Prediction:
@@ -155,7 +137,8 @@ def fuse_predictions(predictions: list[Prediction], target: Target, *, min_scale
     weighted by precision. This is mmaudit's substitute for a fused model.
     """
     if target.task == "regression":
-        precision = np.stack([1 / _required(prediction.deviation) ** 2 for prediction in predictions])
+        deviations = [prediction.deviation for prediction in predictions if prediction.deviation is not None]
+        precision = np.stack([1 / deviation**2 for deviation in deviations])
         means = np.stack([prediction.probability[:, 0] for prediction in predictions])
         present = ~np.isnan(means)
         total = np.where(present, precision, 0).sum(axis=0)
@@ -165,17 +148,10 @@ def fuse_predictions(predictions: list[Prediction], target: Target, *, min_scale
     if target.task == "multilabel":
         flat = [np.stack([probability.ravel(), 1 - probability.ravel()], axis=1) for probability in probabilities]
         label_probability = fuse_probabilities(flat)[:, 0].reshape(probabilities[0].shape)
-        logits = np.log(np.maximum(label_probability, MIN_PROBABILITY)) - np.log(
-            np.maximum(1 - label_probability, MIN_PROBABILITY)
-        )
+        logits = _log(label_probability) - _log(1 - label_probability)
     else:
-        logits = np.log(np.maximum(fuse_probabilities(probabilities), MIN_PROBABILITY))
+        logits = _log(fuse_probabilities(probabilities))
     return predict(logits[None], np.ones(len(target), np.float32), target)
-
-
-def _required(deviation: Floats | None) -> Floats:
-    assert deviation is not None
-    return deviation
 
 
 AnyFloats = NDArray[np.floating[Any]]
@@ -204,15 +180,14 @@ def fit_temperature(
     for index, (repeat_logits, fold_of_row) in enumerate(zip(logits[:, sample], fold[:, sample], strict=True)):
         weight = (fold_of_row[:, None] != np.arange(num_folds)).astype(np.float64)  # (s, f)
         usable = weight.sum(axis=0) > 0
-        if target.task == "regression":
-            scale[index, usable] = _spread(repeat_logits.astype(np.float64), target, weight[:, usable])
+        if target.task == "regression" and target.values is not None:
+            scale[index, usable] = _spread(repeat_logits.astype(np.float64), target.values, weight[:, usable])
         else:
             scale[index, usable] = _temperature(repeat_logits, target, weight[:, usable])
     return scale
 
 
-def _spread(logits: AnyFloats, target: Target, weight: AnyFloats) -> AnyFloats:
-    values = _values(target)
+def _spread(logits: AnyFloats, values: AnyFloats, weight: AnyFloats) -> AnyFloats:
     error = np.square(logits - values).sum(axis=1) / logits.shape[1]
     return np.asarray(np.maximum(np.sqrt(error @ weight / weight.sum(axis=0)), _MIN_SPREAD))
 
@@ -259,8 +234,3 @@ def _derivatives(scaled: Tensor, logits: Tensor, torch_target: Tensor) -> tuple[
     probability = scaled.sigmoid()
     curvature = (probability * (1 - probability) * logits.square()).sum(dim=1)
     return ((probability - torch_target) * logits).sum(dim=1), curvature
-
-
-def _values(target: Target) -> AnyFloats:
-    assert target.values is not None
-    return target.values

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dataset.labels import Target
-from ..errors import ConfigError, choices
 from ..features.encoders import is_network
 from ..features.matrix import FeatureMatrix, Inputs, JointInputs, RowIndex, WindowInputs
 from ..metrics import Floats, expected_calibration_error
+from ..parsing import check_choices
 from ..workers import fixed_threads
 from .config import ProbeConfig
 from .cross_fit import CrossFit, first_rows, gather_fit_rows
@@ -52,20 +52,16 @@ def fit_probe(
     *,
     config: ProbeConfig,
     device: str = "cpu",
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Probe:
     """Fit the probes of all folds of all repeats at once. NaN features are set to the feature's centre.
 
     Rows outside a repeat's `fits`, and those beyond `max_rows`, are not trained on. Raises ConfigError for an unknown
     kind of probe.
     """
-    if config.kind not in KINDS:
-        raise ConfigError(f"probe.kind is {config.kind!r}; {choices(config.kind, KINDS)}")
+    check_choices("probe", config, kind=KINDS)
     fit_rows = gather_fit_rows(cross_fits, max_rows=config.max_rows)
     fit = fit_mlp if config.kind == "mlp" else fit_linear
-    probe: Probe = fit(inputs, target, cross_fits, fit_rows, config=config, device=device)
-    progress("probe", 1, 1)
-    return probe
+    return fit(inputs, target, cross_fits, fit_rows, config=config, device=device)
 
 
 CALIBRATION_ROWS = 20_000  # by hash of the id; enough for one number per probe
@@ -124,12 +120,9 @@ class CalibratedProbe:
         assert isinstance(self.probe, LinearProbe | MlpProbe)
         return replace(self, inputs=inputs, probe=replace(self.probe, inputs=inputs))
 
-    def predict(
-        self, rows: RowIndex, target: Target, *, min_scale: float = 1.0, inputs: Inputs | None = None
-    ) -> Prediction:
-        """Predict these samples, whose targets are given; `inputs` replaces the features, e.g. by masked ones."""
-        logits = self.probe.logits(rows, inputs=inputs)
-        return predict(logits, self.scale[rows], target, min_scale=min_scale)
+    def predict(self, rows: RowIndex, target: Target, *, min_scale: float = 1.0) -> Prediction:
+        """Predict these samples, whose targets are given."""
+        return predict(self.probe.logits(rows), self.scale[rows], target, min_scale=min_scale)
 
     def confidence_by_epoch(self, rows: RowIndex, target: Target, *, min_scale: float = 1.0) -> Floats:
         """Compute the confidence (e, b) in the target after each recorded epoch of training, in the first repeat."""
@@ -167,10 +160,8 @@ def fit_calibrated_probe(
     scale = np.append(by_fold, np.full(num_missing, by_fold.mean(), np.float32))[first.fold]
     calibration = Calibration(num_rows=len(rows), temperature=float(by_fold.mean()), ece_before=None, ece_after=None)
     if target.task != "regression":
-        before, after = (
-            _error(target_probability(logits, temperature, labels), labels)
-            for temperature in (np.ones(len(rows), np.float32), scale[rows])
-        )
+        scales = (np.ones(len(rows), np.float32), scale[rows])
+        before, after = (_error(target_probability(logits, values, labels), labels) for values in scales)
         calibration = replace(calibration, ece_before=before, ece_after=after)
     return CalibratedProbe(name=name, inputs=inputs, present=present, probe=probe, scale=scale, calibration=calibration)
 

@@ -232,12 +232,12 @@ class Mixture:
 
     @property
     def bimodal(self) -> bool:
-        """Whether the gap has two groups: no criterion failed."""
+        """Whether the gap has two groups, which is so if no criterion failed."""
         return not self.reasons
 
     @property
     def rule(self) -> str:
-        """Source of p_balanced: "posterior" if the gap is bimodal, otherwise "threshold"."""
+        """Source of p_balanced, "posterior" if the gap is bimodal, otherwise "threshold"."""
         return "posterior" if self.bimodal else "threshold"
 
     def posterior(self, gap: Gap) -> NDArray[np.float32]:

@@ -5,7 +5,6 @@ Two classes, each with one mode at a different gap, make a bimodal gap too. This
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -53,17 +52,6 @@ class ClassCheck:
     def to_json(self) -> dict[str, object]:
         """Return the check as JSON values."""
         return {**asdict(self), "tested": list(self.tested), "bimodal": list(self.bimodal)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ClassCheck:
-        """Build a check from the values of to_json, of which it is the exact inverse."""
-        try:
-            fields = {name: values[name] for name in cls.__dataclass_fields__}
-            return cls(**{**fields, "tested": tuple(fields["tested"]), "bimodal": tuple(fields["bimodal"])})
-        except (KeyError, TypeError) as error:
-            raise MixtureError(
-                f"not a class check: {error!r} is missing or malformed; rescore with: mmaudit score DATA"
-            ) from error
 
 
 def fit_by_class(gap: Gap, label: NDArray[np.integer], *, config: MixtureConfig, seed: int) -> ClassCheck:
@@ -213,33 +201,28 @@ def compute_probe_report(
     target, groups = probe_set.target, group_codes(group)
     correct, fused = to_metric(sample_scores.correct, target), to_metric(sample_scores.fused_correct, target)
     without = to_metric(sample_scores.without_correct, target)
-    unimodal = [
-        _modality_metric(
-            calibrated.name, correct[:, index], sample_scores.confidence[:, index], groups, calibrated.calibration
-        )
-        for index, calibrated in enumerate(probe_set.probes)
+    metrics = [
+        _modality_metric(probe.name, values, confidence, groups, probe.calibration)
+        for probe, values, confidence in zip(probe_set.probes, correct.T, sample_scores.confidence.T, strict=True)
     ]
-    multimodal = [_modality_metric("fused", fused, sample_scores.fused_confidence, groups, None)]
+    best = max(range(len(metrics)), key=lambda index: metrics[index].value)
+    metrics.append(_modality_metric("fused", fused, sample_scores.fused_confidence, groups, None))
     if probe_set.joint is not None:
-        joint = to_metric(sample_scores.joint_correct, target)
-        multimodal.append(
-            _modality_metric("joint", joint, sample_scores.joint_confidence, groups, probe_set.joint.calibration)
-        )
+        joint, calibration = to_metric(sample_scores.joint_correct, target), probe_set.joint.calibration
+        metrics.append(_modality_metric("joint", joint, sample_scores.joint_confidence, groups, calibration))
 
     def control(calibrated: CalibratedProbe) -> Control:
         return _control(calibrated, target, cross_fit, fit=fit, sample_id=sample_id, seed=seed)
 
     control_probes = probe_set.probes if controls else ()
     in_parallel = fit_in_parallel([calibrated.inputs for calibrated in control_probes])
-    best = max(range(len(unimodal)), key=lambda index: unimodal[index].value)
     return ProbeReport(
         metric=METRICS[target.task],
         chance=chance_level(target),
-        probe_metrics=(*unimodal, *multimodal),
-        gain_over_best=_gain(unimodal[best].name, fused, correct[:, best], groups),
+        probe_metrics=tuple(metrics),
+        gain_over_best=_gain(metrics[best].name, fused, correct[:, best], groups),
         gains=tuple(
-            _gain(calibrated.name, fused, without[:, index], groups)
-            for index, calibrated in enumerate(probe_set.probes)
+            _gain(probe.name, fused, values, groups) for probe, values in zip(probe_set.probes, without.T, strict=True)
         ),
         controls=tuple(parallel_map(control, control_probes) if in_parallel else map(control, control_probes)),
     )
@@ -269,9 +252,8 @@ def _modality_metric(
 ) -> ModalityMetric:
     present = ~np.isnan(values)
     interval = _interval(values[present], None if groups is None else groups[present])
-    return ModalityMetric(
-        name=name, **interval, loss=float(cross_entropy(confidence[present]).mean()), calibration=calibration
-    )
+    loss = float(cross_entropy(confidence[present]).mean())
+    return ModalityMetric(name=name, **interval, loss=loss, calibration=calibration)
 
 
 def _interval(values: Floats, groups: Groups) -> dict[str, float]:
@@ -311,24 +293,17 @@ def _control(
     folds = CrossFit(fold=fold, inner=cross_fit.inner[rows], fits=np.ones(len(rows), bool), key=cross_fit.key[rows])
     logits = fit(_take(calibrated, rows), shuffled_target, [folds]).logits(np.arange(len(rows)))
     values = to_metric(predict(logits, np.ones(len(rows), np.float32), shuffled_target).correct, shuffled_target)
-    deviation = float(values.std(ddof=1)) / np.sqrt(len(rows))
-    value = float(values.mean())
-    return Control(
-        name=calibrated.name,
-        num_rows=len(rows),
-        value=value,
-        low=float(value - 3.29 * deviation),
-        high=float(value + 3.29 * deviation),
-        chance=chance_level(shuffled_target),
-    )
+    margin = 3.29 * (float(values.std(ddof=1)) / np.sqrt(len(rows)))
+    value, chance = float(values.mean()), chance_level(shuffled_target)
+    interval = {"value": value, "low": float(value - margin), "high": float(value + margin)}
+    return Control(name=calibrated.name, num_rows=len(rows), chance=chance, **interval)
 
 
 def _control_data(rows: RowIndex, target: Target, cross_fit: CrossFit) -> tuple[RowIndex, Target]:
     """Choose the rows (c,) of a control and return them with their target, of many outputs with a subset of them."""
-    k, label = target.num_outputs, target.label if target.values is None else target.values
-    sample, outputs = choose_outputs(
-        label[rows], cross_fit.key[rows], task=target.task, num_outputs=k, max_rows=CONTROL_ROWS
-    )
+    label, key = target.label if target.values is None else target.values, cross_fit.key[rows]
+    options: dict[str, Any] = {"task": target.task, "num_outputs": target.num_outputs, "max_rows": CONTROL_ROWS}
+    sample, outputs = choose_outputs(label[rows], key, **options)
     return rows[sample], take_outputs(target.take(rows[sample]), outputs)
 
 

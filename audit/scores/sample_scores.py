@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -93,24 +94,20 @@ def _score_rows(probe_set: ProbeSet, rows: RowIndex, *, seed: int) -> SampleScor
 def _combine(predictions: Sequence[Prediction], target: Target, *, min_scale: float = 1.0) -> SampleScores:
     """Compute what follows from the predictions of each modality alone; the other fields are NaN."""
     fused = fuse_predictions(list(predictions), target, min_scale=min_scale)
-    by_modality = ("confidence", "entropy", "margin", "predicted", "correct")
     missing = np.full((len(target), len(predictions)), np.nan, np.float32)
+    by_modality = {
+        name: np.stack([getattr(prediction, name) for prediction in predictions], axis=1).astype(np.float32)
+        for name in ("confidence", "entropy", "margin", "predicted", "correct")
+    }
     return SampleScores(
-        **{
-            name: np.stack([getattr(prediction, name) for prediction in predictions], axis=1).astype(np.float32)
-            for name in by_modality
-        },
+        **by_modality,
+        **dict.fromkeys(("training_confidence", "training_variability", "shapley", "without_correct"), missing),
+        **dict.fromkeys(("joint_confidence", "joint_correct"), missing[:, 0]),
         spread=_spread(np.stack([prediction.by_repeat for prediction in predictions], axis=2)),
-        training_confidence=missing,
-        training_variability=missing,
-        shapley=missing,
         similarity=_similarity(predictions),
         fused_confidence=fused.confidence,
         fused_predicted=fused.predicted,
         fused_correct=fused.correct,
-        without_correct=missing,
-        joint_confidence=missing[:, 0],
-        joint_correct=missing[:, 0],
     )
 
 
@@ -120,15 +117,10 @@ def _predict_present(calibrated: CalibratedProbe, rows: RowIndex, target: Target
     prediction = calibrated.predict(rows[present], target.take(np.flatnonzero(present)), min_scale=min_scale)
     if present.all():
         return prediction
-    return replace(
-        prediction,
-        by_repeat=_expand(prediction.by_repeat.T, present).T,
-        **{
-            name: _expand(values, present)
-            for name in ("confidence", "probability", "entropy", "margin", "predicted", "correct", "deviation")
-            if (values := getattr(prediction, name)) is not None
-        },
-    )
+    values: dict[str, Any] = {field.name: getattr(prediction, field.name) for field in fields(prediction)}
+    by_repeat = _expand(values.pop("by_repeat").T, present).T
+    expanded = {name: _expand(array, present) for name, array in values.items() if array is not None}
+    return Prediction(by_repeat=by_repeat, **expanded)
 
 
 def _training_confidence(calibrated: CalibratedProbe, rows: RowIndex, target: Target, *, min_scale: float) -> Floats:
@@ -164,7 +156,7 @@ def _without(predictions: Sequence[Prediction], target: Target, *, min_scale: fl
     """Compute `correct` (b, m) of the fusion of all modalities but one, NaN where that one is missing."""
     columns = []
     for index, excluded in enumerate(predictions):
-        rest = [prediction for other_index, prediction in enumerate(predictions) if other_index != index]
+        rest = [*predictions[:index], *predictions[index + 1 :]]
         correct = rest[0].correct if len(rest) == 1 else fuse_predictions(rest, target, min_scale=min_scale).correct
         columns.append(np.where(np.isnan(excluded.correct), np.nan, correct))
     return np.stack(columns, axis=1).astype(np.float32)
@@ -196,20 +188,16 @@ def score_columns(sample_scores: SampleScores, *, task: str, classes: NDArray[np
     classes (k,) holds the source's label of each class.
     """
     to_source_labels = partial(_source_labels, task=task, classes=classes)
+    optional = ("margin", "training_confidence", "training_variability", "shapley")
     return {
-        "confidence": sample_scores.confidence,
+        **{name: getattr(sample_scores, name) for name in ("confidence", "entropy", "similarity")},
+        **{name: _or_none(getattr(sample_scores, name)) for name in optional},
         "prediction": to_source_labels(sample_scores.predicted),
         "loss": measures.cross_entropy(sample_scores.confidence),
-        "entropy": sample_scores.entropy,
-        "margin": _or_none(sample_scores.margin),
-        "training_confidence": _or_none(sample_scores.training_confidence),
-        "training_variability": _or_none(sample_scores.training_variability),
-        "shapley": _or_none(sample_scores.shapley),
         "confidence_fused": sample_scores.fused_confidence,
         "prediction_fused": to_source_labels(sample_scores.fused_predicted),
         "loss_fused": measures.cross_entropy(sample_scores.fused_confidence),
         "discrepancy_sd": _or_none(sample_scores.spread),
-        "similarity": sample_scores.similarity,
     }
 
 
@@ -285,23 +273,18 @@ def score_probabilities(
     arrays = _checked(probabilities)
     names, (n, k) = tuple(arrays), next(iter(arrays.values())).shape
     class_names = _strings("classes", range(k) if classes is None else classes, length=k)
-    if len(set(class_names)) < k:
-        repeated = next(name for name in class_names if (class_names == name).sum() > 1)
+    if repeated := next((name for name, count in Counter(class_names.tolist()).items() if count > 1), None):
         raise ScoreError(f"two classes are called {repeated}: give each class a name of its own")
     label = _class_numbers(labels, class_names, length=n)
     split = None if splits is None else _strings("splits", splits, length=n)
     check_splits(() if split is None else set(split))
-    target = Target(task="classification", label=label, num_outputs=k)
+    target, values = Target(task="classification", label=label, num_outputs=k), list(arrays.values())
     with np.errstate(divide="ignore"):
-        predictions = [predict(np.log(values)[None], np.ones(n, np.float32), target) for values in arrays.values()]
-    confidence = measures.confidence(list(arrays.values()), label)
+        predictions = [predict(np.log(array)[None], np.ones(n, np.float32), target) for array in values]
     combined = _combine(predictions, target)  # of logarithms: the given probabilities are exact
-    sample_scores = replace(
-        combined,
-        confidence=confidence,
-        similarity=measures.similarity(list(arrays.values())),
-        predicted=np.where(np.isnan(confidence), np.float32(np.nan), combined.predicted),
-    )
+    confidence, similarity = measures.confidence(values, label), measures.similarity(values)
+    predicted = np.where(np.isnan(confidence), np.float32(np.nan), combined.predicted)
+    sample_scores = replace(combined, confidence=confidence, similarity=similarity, predicted=predicted)
     scores = ScoreTable(
         sample_id=_strings("ids", range(n) if ids is None else ids, length=n),
         label=label,
@@ -350,11 +333,9 @@ def _class_numbers(labels: ArrayLike, class_names: NDArray[np.object_], *, lengt
     if values.shape != (length,):
         raise ScoreError(f"labels have shape {values.shape}; ({length},) needed, one for each row of probabilities")
     if values.dtype.kind in "iu":
-        if values.min() < 0 or values.max() >= len(class_names):
-            wrong = values[(values < 0) | (values >= len(class_names))][0]
-            raise ScoreError(
-                f"label {wrong} is no class; the probabilities have the classes 0 to {len(class_names) - 1}"
-            )
+        k, wrong = len(class_names), values[(values < 0) | (values >= len(class_names))]
+        if len(wrong):
+            raise ScoreError(f"label {wrong[0]} is no class; the probabilities have the classes 0 to {k - 1}")
         return values.astype(np.int32)
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = sorted({str(value) for value in values.tolist()} - set(numbers))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -83,18 +84,11 @@ def audit_dataset(
     fit = _ProbeFitter(probe, networks, seed=seed, device=device, progress=progress, total=total)
     probe_set = _fit_probe_set(inputs, target, cross_fits, fit=fit)
     sample_scores = compute_sample_scores(probe_set, seed=seed, progress=progress)
-    sample_id, group = encoded.samples.sample_id[rows], encoded.samples.group
-    probe_report = compute_probe_report(
-        probe_set,
-        sample_scores,
-        cross_fits[0],
-        fit=fit,
-        controls=probe.control,
-        sample_id=sample_id,
-        group=None if group is None else group[rows],
-        seed=seed,
-    )
     scores = _score_table(encoded, rows, sample_scores, target=target, classes=classes, fold=cross_fits[0].fold)
+    ids: dict[str, Any] = {"sample_id": scores.sample_id, "group": scores.group}
+    probe_report = compute_probe_report(
+        probe_set, sample_scores, cross_fits[0], fit=fit, controls=probe.control, seed=seed, **ids
+    )
     scores, fitted = add_balance(scores, config=mixture, seed=seed)
     chooses = scores.not_test
     return Audit(
@@ -111,11 +105,11 @@ def _check_modalities(
     encoded: EncodedSamples, inputs: Sequence[FeatureMatrix], cross_fit: CrossFit, rows: NDArray[np.intp]
 ) -> None:
     """Raise ScoreError for a modality that only one group has: its probe could not be tested out of fold."""
-    unit = encoded.samples.sample_id if encoded.samples.group is None else encoded.samples.group
+    samples = encoded.samples
+    unit, kind = (samples.sample_id, "samples") if samples.group is None else (samples.group, "groups of samples")
     for matrix in inputs:
         units = set(unit[rows[cross_fit.fits & matrix.present]].tolist())
         if len(units) < 2:
-            kind = "samples" if encoded.samples.group is None else "groups of samples"
             raise ScoreError(
                 f"modality {matrix.status.modality.name} has {len(units)} usable {kind} that probes can train on, "
                 "2 needed; select the modalities to score with --modality"
@@ -191,10 +185,7 @@ def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
 def _target(samples: Samples, rows: RowIndex) -> tuple[Target, NDArray[np.int32]]:
     """Return the target of the scored rows, and the source's label of each of its classes."""
     if samples.task != "classification":
-        values = None if samples.values is None else samples.values[rows]
-        num_outputs = len(samples.outputs)
-        target = Target(task=samples.task, label=samples.label[rows], num_outputs=num_outputs, values=values)
-        return target, np.arange(num_outputs, dtype=np.int32)
+        return samples.target.take(rows), np.arange(len(samples.outputs), dtype=np.int32)
     classes, label = np.unique(samples.label[rows], return_inverse=True)
     if len(classes) < 2:
         raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}); probes need two")

@@ -19,18 +19,12 @@ from ..parsing import Shape
 from ..storage import read_parquet, write_parquet
 
 _MODALITY: Shape = {"name": str, "column": str, "kind": str, "encoder": str, "length": (int, type(None))}
+_PROBES: dict[str, Shape] = {"probe": {"learn_from": str}, "network": {"width": float}}
 PROVENANCE: Shape = {
     "schema": str,
     "version": str,
     "fingerprint": (str, type(None)),
-    "config": {
-        "seed": int,
-        "data": {"allow_outside": bool},
-        "media": {},
-        "probe": {"learn_from": str},
-        "network": {"width": float},
-        "mixture": {},
-    },
+    "config": {"seed": int, "data": {"allow_outside": bool}, **_PROBES, "media": {}, "mixture": {}},
     "modalities": [_MODALITY],
     "columns": {},
     "paths": [str],
@@ -225,20 +219,18 @@ class ScoreTable:
         n = len(self.sample_id)
         if n == 0:
             raise ScoreError("the score table has no rows")
-        if len(set(self.sample_id)) < n:
-            raise ScoreError(
-                f"the score table has {n - len(set(self.sample_id))} duplicate sample ids: they must be unique"
-            )
+        if num_duplicates := n - len(set(self.sample_id)):
+            raise ScoreError(f"the score table has {num_duplicates} duplicate sample ids: they must be unique")
         if self.confidence.shape != (n, len(self.modalities)) or len(self.modalities) < 2:
             raise ScoreError(
                 f"the score table has {len(self.modalities)} columns confidence_M for {n} rows; two or more are needed"
             )
-        present = ~np.isnan(self.confidence)
-        if (present.sum(axis=1) < 2).any():
-            row = int(np.argmax(present.sum(axis=1) < 2))
+        present = self.present
+        too_few = np.flatnonzero(present.sum(axis=1) < 2)
+        if len(too_few):
             raise ScoreError(
-                f"{int((present.sum(axis=1) < 2).sum())} samples have fewer than two values of confidence "
-                f"(the first: {self.sample_id[row]}): a discrepancy needs two; rescore, or correct the table"
+                f"{len(too_few)} samples have fewer than two values of confidence (the first: "
+                f"{self.sample_id[too_few[0]]}): a discrepancy needs two; rescore, or correct the table"
             )
         _check_values("confidence", self.confidence[present], COLUMNS["confidence_M"])
         for name in _CHECKED:
@@ -250,11 +242,8 @@ class ScoreTable:
 
     def take(self, rows: NDArray[np.intp]) -> ScoreTable:
         """Return the table of these rows, in this order."""
-        columns: dict[str, Any] = {
-            name: values[rows]
-            for name in self.__dataclass_fields__
-            if isinstance(values := getattr(self, name), np.ndarray)
-        }
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        columns: dict[str, Any] = {key: array[rows] for key, array in fields.items() if isinstance(array, np.ndarray)}
         return replace(self, **columns, paths=None if self.paths is None else self.paths.take(pa.array(rows)))
 
     @property
@@ -269,7 +258,7 @@ class ScoreTable:
 
     @property
     def not_test(self) -> NDArray[np.bool_]:
-        """Mask (n,) of the rows that choices may depend on: all but the test split; all if there is no other split."""
+        """Mask (n,) of the rows that choices may depend on, all but the test split; all if there is no other split."""
         not_test = np.ones(len(self), dtype=bool) if self.split is None else self.split != "test"
         return not_test if not_test.any() else ~not_test
 
@@ -288,18 +277,15 @@ class ScoreTable:
 
     def to_arrow(self) -> pa.Table:
         """Return the columns of scores.parquet."""
-        values: dict[str, Any] = {
-            name: getattr(self, name) for name in ("sample_id", "label", "label_name", "split", "group", "fold")
-        }
+        values: dict[str, Any] = {name: getattr(self, name) for name in (*_SCALARS[:-1], "fold")}
         for index, modality in enumerate(self.modalities):
             for kind in ("confidence", *BY_MODALITY):
                 if (column := getattr(self, kind)) is not None:
                     values[f"{kind}_{modality}"] = column[:, index]
         values |= {name: column for name in _FUSED if (column := getattr(self, name)) is not None}
         signed = discrepancy(self.confidence).reshape(len(self), -1)
-        suffixes = discrepancy_suffixes(self.modalities)
+        deviation, suffixes = self.discrepancy_sd, discrepancy_suffixes(self.modalities)
         values |= {f"discrepancy{suffix}": signed[:, index] for index, suffix in enumerate(suffixes)}
-        deviation = self.discrepancy_sd
         for index, suffix in enumerate(suffixes):
             values[f"discrepancy_sd{suffix}"] = None if deviation is None else deviation[:, index]
         names = np.array([*self.modalities, None], dtype=object)  # -1 where two are equal
@@ -361,7 +347,6 @@ def read_scores(path: str | Path) -> ScoreTable:
     label, label_name = _labels(table)
     split = _strings(table, "split")
     check_splits(() if split is None else set(split))
-    numbers = ("confidence_fused", "loss_fused", *_CHECKED)
     return ScoreTable(
         sample_id=_required(_strings(table, "sample_id")),
         label=label,
@@ -371,9 +356,8 @@ def read_scores(path: str | Path) -> ScoreTable:
         split=split,
         group=_strings(table, "group"),
         fold=_numbers(table, "fold", np.int16),
-        prediction_fused=_prediction(table, "prediction_fused"),
         **{kind: _stack(table, [f"{kind}_{name}" for name in modalities]) for kind in BY_MODALITY},
-        **{name: _numbers(table, name, np.float32) for name in numbers},
+        **{name: _numbers(table, name) for name in (*_FUSED, *_CHECKED)},
         discrepancy_sd=_stack(table, [f"discrepancy_sd{suffix}" for suffix in discrepancy_suffixes(modalities)]),
         content=_strings(table, "content"),
         paths=table.select(path_columns) if path_columns else None,
@@ -416,51 +400,42 @@ def _to_arrow(name: str, values: NDArray[Any] | None, *, length: int) -> pa.Arra
     type_ = None if is_class else COLUMNS[name].type if name in COLUMNS else FLOAT
     if values is None:
         return pa.nulls(length, type_)
-    missing = None
-    if values.dtype.kind == "f" or is_class:
-        missing = np.isnan(values) if values.dtype.kind == "f" else values < 0
+    missing = np.isnan(values) if values.dtype.kind == "f" else values < 0 if is_class else None
     return pa.array(values, type_, mask=missing if missing is not None and missing.any() else None)
+
+
+def _column(table: pa.Table, name: str) -> pa.ChunkedArray | None:
+    """Return a column; None if it is missing or all null."""
+    return table[name] if name in table.column_names and table[name].null_count < len(table) else None
 
 
 def _strings(table: pa.Table, name: str) -> NDArray[np.object_] | None:
     """Read a column as strings; None if it is missing or all null."""
-    if name not in table.column_names or table[name].null_count == len(table):
+    if (column := _column(table, name)) is None:
         return None
-    return np.array([None if value is None else str(value) for value in table[name].to_pylist()], dtype=object)
+    return np.array([None if value is None else str(value) for value in column.to_pylist()], dtype=object)
 
 
-def _numbers(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any] | None:
-    """Read a column as numbers, nulls as NaN; None if it is missing or all null."""
-    if name not in table.column_names or table[name].null_count == len(table):
+def _numbers(table: pa.Table, name: str, dtype: type[np.generic] = np.float32) -> NDArray[Any] | None:
+    """Read numbers, nulls as NaN, or predicted classes, nulls as -1; None if the column is missing or all null."""
+    if (column := _column(table, name)) is None:
         return None
+    is_class = name.startswith("prediction_") and not pa.types.is_floating(column.type)
+    dtype = np.int32 if is_class else dtype
     try:
-        column = table[name].cast(pa.from_numpy_dtype(dtype))  # fails for fractions as labels, and for words
+        column = column.cast(pa.from_numpy_dtype(dtype))  # fails for fractions as labels, and for words
     except pa.ArrowException as cause:
-        raise ScoreError(f"column {name} cannot be read as {dtype.__name__}: {str(cause).splitlines()[0]}") from cause
+        problem = "does not hold classes" if is_class else f"cannot be read as {dtype.__name__}"
+        raise ScoreError(f"column {name} {problem}: {str(cause).splitlines()[0]}") from cause
+    column = column.fill_null(-1) if is_class else column
     if column.null_count and pa.types.is_integer(column.type):
         raise ScoreError(f"column {name} holds {column.null_count} nulls: fill or drop the column")
     return np.array(column.to_numpy(), dtype=dtype)
 
 
-def _prediction(table: pa.Table, name: str) -> NDArray[Any] | None:
-    """Read classes, null as -1, or the numbers of a regression, null as NaN."""
-    if name not in table.column_names or table[name].null_count == len(table):
-        return None
-    if pa.types.is_floating(table[name].type):
-        return _numbers(table, name, np.float32)
-    try:
-        return np.array(table[name].cast(pa.int32()).fill_null(-1).to_numpy(), dtype=np.int32)
-    except pa.ArrowException as cause:
-        raise ScoreError(f"column {name} does not hold classes: {str(cause).splitlines()[0]}") from cause
-
-
 def _stack(table: pa.Table, names: Sequence[str]) -> NDArray[Any] | None:
     """Read columns of numbers or predicted classes as (n, m); None if one of them is missing or all null."""
-    read = [
-        _prediction(table, name) if name.startswith("prediction_") else _numbers(table, name, np.float32)
-        for name in names
-    ]
-    columns = [column for column in read if column is not None]
+    columns = [column for name in names if (column := _numbers(table, name)) is not None]
     return np.stack(columns, axis=1) if len(columns) == len(names) else None
 
 

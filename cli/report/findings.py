@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
@@ -35,6 +36,11 @@ AMBIGUOUS = 0.1  # variability above which a sample counts as ambiguous; mmaudit
 GRID = 401  # points of the drawn densities of the mixture
 MAX_PAIRS = 6  # modality maps
 MAX_EXAMPLES = 3  # quarantined samples listed per reason
+CLASS_BINS = 20
+MAX_CLASSES = 40
+MAX_SPLITS = 6
+MAX_SAMPLES = 20  # per side of two modalities; half as many per modality if there are more
+MAX_SIDES = 6  # modalities whose samples are listed
 MAX_TEXT = 160  # characters of a name or path of the user's data
 
 
@@ -136,16 +142,7 @@ def agreement(scores: ScoreTable) -> list[Numbers] | None:
 def discrepancies(scores: ScoreTable) -> list[Numbers]:
     """Return the histogram of each discrepancy: of the pair for two modalities, else of each against the rest."""
     groups = group_codes(scores.group)
-    return [
-        _discrepancy(
-            scores.discrepancy(between),
-            groups,
-            between=between,
-            positive_side=positive_side,
-            negative_side=negative_side,
-        )
-        for between, positive_side, negative_side in sides(scores)
-    ]
+    return [_discrepancy(scores.discrepancy(side[0]), groups, side) for side in sides(scores)]
 
 
 def sides(scores: ScoreTable) -> list[tuple[str, str, str]]:
@@ -174,10 +171,8 @@ def gaps(scores: ScoreTable, mixture: Mixture, *, class_check: str) -> Numbers:
     grid = np.linspace(0, 1, GRID)
     low, high = mixture.density(grid) * int(is_fitted.sum()) / GAP_BINS
     has_curves = mixture.components is not None
-    verdict = mixture.to_json()
-    balanced = (
-        None if scores.p_balanced is None else share_interval(scores.p_balanced >= 0.5, group_codes(scores.group))
-    )
+    verdict, p = mixture.to_json(), scores.p_balanced
+    derived = ("bimodal", "rule", "reasons", "threshold", "dip", "dip_p", "ashman_d", "bic_one", "bic_two")
     return {
         "edges": np.linspace(0, 1, GAP_BINS + 1).tolist(),
         "counts": _bins(values, GAP_BINS),
@@ -186,10 +181,9 @@ def gaps(scores: ScoreTable, mixture: Mixture, *, class_check: str) -> Numbers:
         "curve_balanced": low.tolist() if has_curves else None,
         "curve_imbalanced": high.tolist() if has_curves else None,
         "border": _border(mixture),
-        "share_balanced": balanced,
+        "share_balanced": None if p is None else share_interval(p >= 0.5, group_codes(scores.group)),
         "class_check": class_check[:1].upper() + class_check[1:],
-        **{key: verdict[key] for key in ("bimodal", "rule", "reasons", "threshold", "dip", "dip_p")},
-        **{key: verdict[key] for key in ("ashman_d", "bic_one", "bic_two", "components", "num_samples")},
+        **{key: verdict[key] for key in (*derived, "components", "num_samples")},
     }
 
 
@@ -198,25 +192,18 @@ def maps(scores: ScoreTable) -> list[Numbers]:
 
     counts[row][column]: rows are bins of y, columns are bins of x.
     """
-    both_present = {
-        (a, b): scores.present[:, a] & scores.present[:, b] for a, b in combinations(range(len(scores.modalities)), 2)
-    }
-    pairs = [
-        (float(np.abs(scores.confidence[rows, a] - scores.confidence[rows, b]).mean()), a, b)
-        for (a, b), rows in both_present.items()
-        if rows.any()
-    ]
     num_bins = int(np.clip(np.sqrt(len(scores) / 10), *MAP_BINS))
     bins = np.clip((np.nan_to_num(scores.confidence) * num_bins).astype(np.int64), 0, num_bins - 1)
-    histograms = []
-    for distance, a, b in sorted(pairs, key=lambda pair: -pair[0])[:MAX_PAIRS]:
-        rows = both_present[a, b]
-        cells = np.bincount(bins[rows, b] * num_bins + bins[rows, a], minlength=num_bins**2)
-        counts = cells.reshape(num_bins, num_bins).tolist()
-        histograms.append(
-            {"x": scores.modalities[a], "y": scores.modalities[b], "mean_distance": distance, "counts": counts}
-        )
-    return histograms
+    histograms: list[Numbers] = []
+    for a, b in combinations(range(len(scores.modalities)), 2):
+        rows = scores.present[:, a] & scores.present[:, b]
+        if rows.any():
+            distance = float(np.abs(scores.confidence[rows, a] - scores.confidence[rows, b]).mean())
+            cells = np.bincount(bins[rows, b] * num_bins + bins[rows, a], minlength=num_bins**2)
+            names = {"x": scores.modalities[a], "y": scores.modalities[b]}
+            counts = cells.reshape(num_bins, num_bins).tolist()
+            histograms.append({**names, "mean_distance": distance, "counts": counts})
+    return sorted(histograms, key=lambda pair: -pair["mean_distance"])[:MAX_PAIRS]
 
 
 def quarantined(table: pa.Table) -> list[Numbers]:
@@ -233,6 +220,40 @@ def quarantined(table: pa.Table) -> list[Numbers]:
         examples = [{key: short(text) for key, text in row.items()} for row in example_rows]
         reports.append({"reason": reason, "modality": modality or None, "count": len(rows), "examples": examples})
     return reports
+
+
+def class_numbers(scores: ScoreTable) -> Numbers:
+    """Return counts by split, mean confidences and discrepancies of the least balanced classes, at most 40."""
+    codes = np.unique(scores.label, return_inverse=True)[1]
+    size = np.bincount(codes)
+    signed = all_discrepancies(scores.confidence).reshape(len(scores), -1).astype(np.float64)
+    means = _by_class(signed, codes, size)
+    spread = np.sqrt(np.nanmean((signed - means[codes]) ** 2, axis=0))
+    shown = _least_balanced_classes(means, 1.96 * spread / np.sqrt(size)[:, None])
+    return {
+        "num_classes": len(size),
+        "num_omitted": len(size) - len(shown),
+        "names": [side[1] for side in sides(scores)],
+        "edges": np.linspace(-1, 1, CLASS_BINS + 1).round(4).tolist(),
+        "splits": _split_names(scores),
+        "rows": _class_rows(scores, shown, codes, size, means),
+    }
+
+
+def sample_lists(scores: ScoreTable) -> list[Numbers]:
+    """Return the samples of largest discrepancy on each side, then the most balanced ones; ties sorted by id."""
+    several = len(scores.modalities) > 2
+    max_rows = MAX_SAMPLES // 2 if several else MAX_SAMPLES
+    lists: list[Numbers] = []
+    for between, positive_side, negative_side in sides(scores)[:MAX_SIDES]:
+        values = scores.discrepancy(between)
+        lists.append({"side": positive_side, "rows": _list(scores, values, values > 0, values, max_rows)})
+        if not several:
+            lists.append({"side": negative_side, "rows": _list(scores, -values, values < 0, values, max_rows)})
+    imbalance = scores.gap if scores.balance is None else -scores.balance
+    all_rows = np.ones(len(scores), bool)
+    lists.append({"side": None, "rows": _list(scores, -imbalance, all_rows, scores.discrepancy(), max_rows)})
+    return lists
 
 
 def finite(value: Any) -> float | None:
@@ -254,16 +275,12 @@ def _valid(values: Array, groups: Groups) -> tuple[Array, Groups]:
     return values[is_valid], None if groups is None else groups[is_valid]
 
 
-def _discrepancy(
-    discrepancy: Array, groups: Groups, *, between: str, positive_side: str, negative_side: str
-) -> Numbers:
+def _discrepancy(discrepancy: Array, groups: Groups, side: tuple[str, str, str]) -> Numbers:
     values, groups = _valid(discrepancy, groups)
     is_ahead, is_behind = is_dominated(values, BALANCED_WITHIN), is_dominated(-values, BALANCED_WITHIN)
     counts = np.bincount(assign_bins(values, num_bins=DISCREPANCY_BINS), minlength=DISCREPANCY_BINS)
     return {
-        "between": between,
-        "positive_side": positive_side,
-        "negative_side": negative_side,
+        **dict(zip(("between", "positive_side", "negative_side"), side, strict=True)),
         "edges": np.linspace(-1, 1, DISCREPANCY_BINS + 1).round(4).tolist(),
         "counts": counts.tolist(),
         "share_ahead": share_interval(is_ahead, groups),
@@ -287,3 +304,106 @@ def _border(mixture: Mixture) -> float:
         return mixture.threshold
     grid = np.linspace(0, 1, 10 * (GRID - 1) + 1)
     return float(grid[max(int((mixture.posterior(grid) >= 0.5).sum()) - 1, 0)])
+
+
+def _by_class(values: Array, codes: Array, size: Array) -> Array:
+    """Return the mean of each column of values (n, c) by class, (k, c); NaN is ignored, and all-NaN gives 0."""
+    is_valid = ~np.isnan(values)
+    counts = [np.bincount(codes, weights=column, minlength=len(size)) for column in is_valid.T]
+    sums = [np.bincount(codes, weights=column, minlength=len(size)) for column in np.where(is_valid, values, 0).T]
+    return np.stack([total / np.maximum(count, 1) for total, count in zip(sums, counts, strict=True)], axis=1)
+
+
+def _least_balanced_classes(means: Array, error: Array) -> Array:
+    """Return the classes to show, in order, given means and interval half-widths `error` (k, c).
+
+    They are the classes whose interval lies farthest from 0, by its nearer end, so that a class of two samples does not
+    precede one of a thousand. For c = 1 each side has as many classes.
+    """
+    k = len(means)
+    if means.shape[1] > 1:
+        shown = np.argsort(-(np.abs(means) - error).max(axis=1), kind="stable")[:MAX_CLASSES]
+        best = means[shown].argmax(axis=1)
+        return np.asarray(shown[np.lexsort((shown, -means[shown].max(axis=1), best))])
+    highest = np.argsort(-(means - error)[:, 0], kind="stable")
+    lowest = np.argsort((means + error)[:, 0], kind="stable")
+    half = MAX_CLASSES // 2
+    shown = np.arange(k) if k <= MAX_CLASSES else np.r_[highest[:half], lowest[~np.isin(lowest, highest[:half])][:half]]
+    return np.asarray(shown[np.lexsort((shown, -means[shown, 0]))])
+
+
+def _split_names(scores: ScoreTable) -> list[str]:
+    """Return the names of the six largest splits, in the order train, validation, test, others."""
+    if scores.split is None:
+        return []
+    common = [str(name) for name, _ in Counter(scores.split.tolist()).most_common(MAX_SPLITS)]
+    return sorted(common, key=split_order)
+
+
+def split_order(name: str) -> tuple[int, str]:
+    """Return the sort key of a split: train, validation, test, then the others by name."""
+    return {"train": 0, "validation": 1, "test": 2}.get(name, 3), name
+
+
+def _class_rows(scores: ScoreTable, shown: Array, codes: Array, size: Array, means: Array) -> list[Numbers]:
+    confidence = _by_class(scores.confidence.astype(np.float64), codes, size)
+    names = scores.label_name[np.unique(codes, return_index=True)[1]]
+    in_split = [
+        np.bincount(codes, weights=scores.split == name, minlength=len(size)).astype(int)
+        for name in _split_names(scores)
+    ]
+    histogram = _class_histogram(scores, codes, len(size)) if len(scores.modalities) == 2 else None
+    return [
+        {
+            "name": short(names[row], 80),
+            "n": int(size[row]),
+            "splits": [int(counts[row]) for counts in in_split],
+            "confidence": confidence[row].tolist(),
+            "discrepancy": means[row].tolist(),
+            "counts": None if histogram is None else histogram[row].tolist(),
+        }
+        for row in shown
+    ]
+
+
+def _class_histogram(scores: ScoreTable, codes: Array, num_classes: int) -> Array:
+    # With two modalities none is missing.
+    bins = assign_bins(scores.discrepancy(), num_bins=CLASS_BINS).astype(np.int64)
+    cells = np.bincount(codes * CLASS_BINS + bins, minlength=num_classes * CLASS_BINS)
+    return cells.reshape(num_classes, CLASS_BINS)
+
+
+def _list(scores: ScoreTable, key: Array, rows: Array, signed: Array, max_rows: int) -> list[Numbers]:
+    """Return the `max_rows` samples of `rows` (n,) with the highest key (n,); `signed` is the discrepancy to show."""
+    labels, first = np.unique(scores.label, return_index=True)
+    names = {int(label): short(scores.label_name[row], 32) for label, row in zip(labels, first, strict=True)}
+    candidates = np.flatnonzero(rows)
+    if len(candidates) > max_rows:
+        threshold = np.partition(key[candidates], len(candidates) - max_rows)[len(candidates) - max_rows]
+        candidates = candidates[key[candidates] >= threshold]  # more than `max_rows` if keys are tied: ids decide
+    order = np.lexsort((scores.sample_id[candidates].astype(str), -key[candidates]))
+    highest = candidates[order[:max_rows]].tolist()
+    return [_sample(scores, row, names, float(signed[row])) for row in highest]
+
+
+def _sample(scores: ScoreTable, row: int, names: dict[int, str], signed: float) -> Numbers:
+    paths = [] if scores.paths is None else [scores.paths[name][row].as_py() for name in scores.paths.column_names]
+    predicted = None if scores.prediction is None else [_predicted(value, names) for value in scores.prediction[row]]
+    return {
+        "sample_id": short(scores.sample_id[row]),
+        "paths": [short(path) for path in dict.fromkeys(paths) if path is not None],
+        "label": names[int(scores.label[row])],
+        "split": None if scores.split is None else short(scores.split[row], 20),
+        "confidence": [finite(value) for value in scores.confidence[row]],
+        "predicted": predicted,
+        "discrepancy": finite(signed),  # NaN if a balanced sample lacks a modality of the pair
+        "gap": float(scores.gap[row]),
+        "balance": None if scores.balance is None else finite(scores.balance[row]),
+    }
+
+
+def _predicted(value: Any, names: dict[int, str]) -> str | None:
+    """Format a probe's prediction, a class or a number; None if the modality is missing."""
+    if isinstance(value, np.floating):
+        return None if np.isnan(value) else f"{value:.3g}"
+    return None if value < 0 else names.get(int(value), str(value))

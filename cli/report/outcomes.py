@@ -16,21 +16,12 @@ import pyarrow.compute as pc
 
 from ...audit.errors import RunError
 from ...audit.parsing import build_config, check_shape, parse_data_json
+from ...rebalance import manifest
 from ...rebalance.balanced import BalancedConfig
-from ...rebalance.manifest import (
-    balance_path,
-    compute_digests,
-    dropped_path,
-    read_batches_of_manifest,
-    read_num_rows,
-    read_provenance,
-    read_stated_digests,
-)
 from ...rebalance.score_files import NO_SPLIT
 from ...rebalance.split_stats import read_numbers
 from ..run import Run, read_metrics
-from .examples import split_order
-from .findings import Numbers, finite, short
+from .findings import Numbers, finite, short, split_order
 
 Section = Mapping[str, Any]
 
@@ -156,10 +147,10 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
 
     `balance` is None if NAME.balance.json is missing, or belongs to another manifest; `balance_problem` is the reason.
     """
-    about = read_provenance(path)
+    about, dropped_file = manifest.read_provenance(path), manifest.dropped_path(path)
     numbers, problem = _numbers_of(path)
     kept_rows = _count_rows(path, by="split")
-    dropped = _count_rows(dropped_path(path), by="reason") if _is_dropped_from(dropped_path(path), path) else None
+    dropped = _count_rows(dropped_file, by="reason") if _is_dropped_from(dropped_file, path) else None
     reasons = numbers["reasons"] if numbers else {row["name"]: row["n"] for row in dropped or ()}
     splits = {row["name"]: row["n"] for row in kept_rows}
     return {
@@ -186,14 +177,14 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
     `manifest_is_unchanged` is whether the manifest of that name in the run is still the one that was trained on.
     """
     metrics = read_metrics(folder)
-    manifest = run.manifest(metrics["manifest"])
+    path = run.manifest(metrics["manifest"])
     settings = metrics["config"].get("finetune", {})
     measured, contribution = metrics["test"]["all"].get("branches", {}), metrics.get("contribution")
     branches = sorted(measured, key=lambda name: (name == "fused", name))
     return {
         "name": folder.name,
         "manifest": metrics["manifest"],
-        "manifest_is_unchanged": not manifest.exists() or _digest(manifest) == metrics["manifest_digest"],
+        "manifest_is_unchanged": not path.exists() or _digest(path) == metrics["manifest_digest"],
         "test_labels_in_scores": metrics["test_labels_in_scores"],
         "settings": {key: settings.get(key) for key in SETTINGS},
         "seed": metrics["config"].get("seed"),
@@ -211,7 +202,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
 
 def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
     """Read NAME.balance.json of a manifest; else return None and the reason, "missing" or "another"."""
-    file = balance_path(path)
+    file = manifest.balance_path(path)
     if not file.exists():
         return None, "missing"
     numbers = read_numbers(file, error=RunError)
@@ -220,40 +211,35 @@ def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
 
 def _digest(path: Path) -> str:
     """Return Manifest.digest() of a file: the recorded one if the row count matches, else computed."""
-    recorded = read_stated_digests(path)
-    if recorded.get("rows") == read_num_rows(path):
+    recorded = manifest.read_stated_digests(path)
+    if recorded.get("rows") == manifest.read_num_rows(path):
         return str(recorded["digest"])
-    return compute_digests(path).rows
+    return manifest.compute_digests(path).rows
 
 
 def _is_dropped_from(dropped: Path, path: Path) -> bool:
     """Return whether the dropped rows belong to this manifest: a killed split leaves those of an older one."""
-    return dropped.exists() and read_stated_digests(dropped).get("dropped_from") == _digest(path)
+    return dropped.exists() and manifest.read_stated_digests(dropped).get("dropped_from") == _digest(path)
 
 
 def _count_rows(path: Path, *, by: str) -> list[Numbers]:
     """Count the rows by a column of strings and sum their gaps; most frequent first."""
-    parts = [
-        batch.group_by(by).aggregate([("gap", "sum"), ("gap", "count"), ([], "count_all")]) for batch in _gaps(path, by)
-    ]
+    counted = [("gap", "sum"), ("gap", "count"), ([], "count_all")]
+    parts = [batch.group_by(by).aggregate(counted) for batch in _gaps(path, by)]
     if not parts:
         return []
     combined = pa.concat_tables(parts).group_by(by)
     summed = combined.aggregate([(name, "sum") for name in ("gap_sum", "gap_count", "count_all")])
+    sums = {"n": "count_all_sum", "gap": "gap_sum_sum", "of": "gap_count_sum"}
     rows = [
-        {
-            "name": str(row[by] or NO_SPLIT),
-            "n": row["count_all_sum"],
-            "gap": row["gap_sum_sum"],
-            "of": row["gap_count_sum"],
-        }
+        {"name": str(row[by] or NO_SPLIT), **{name: row[column] for name, column in sums.items()}}
         for row in summed.to_pylist()
     ]
     return sorted(rows, key=lambda row: (-row["n"], row["name"]))
 
 
 def _gaps(path: Path, by: str) -> Iterator[pa.Table]:
-    for batch in read_batches_of_manifest(path, columns=[by, "gap"]):
+    for batch in manifest.read_batches_of_manifest(path, columns=[by, "gap"]):
         yield pa.table({by: batch[by].cast(pa.string()), "gap": pc.cast(batch["gap"], pa.float64())})
 
 
@@ -275,11 +261,8 @@ def _subset_order(subset: str) -> tuple[int, str]:
 def _subset(name: str, subset: Mapping[str, Any], branches: list[str]) -> Numbers:
     """Return n and the metrics of each branch in order; None if the subset holds no test samples."""
     measured = subset.get("branches")
-    return {
-        "name": name,
-        "n": subset["n"],
-        "branches": None if measured is None else [measured[branch] for branch in branches],
-    }
+    branch_metrics = None if measured is None else [measured[branch] for branch in branches]
+    return {"name": name, "n": subset["n"], "branches": branch_metrics}
 
 
 def _epoch(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -17,20 +17,8 @@ from ...audit.storage import atomic_write, read_json, read_parquet, write_json, 
 from ...train.config import MIN_VALIDATION_SAMPLES
 from ..provenance import own_record
 from ..run import Run
-from .examples import class_numbers, sample_lists
-from .findings import (
-    Numbers,
-    agreement,
-    discrepancies,
-    facts,
-    gaps,
-    maps,
-    probe_report_numbers,
-    quarantined,
-    standing_out,
-    training,
-    values,
-)
+from . import findings
+from .findings import Numbers
 from .outcomes import MAX_DETAILED, finetune_numbers, manifest_numbers
 
 _TEMPLATE = "report.html.jinja"
@@ -69,18 +57,18 @@ def report_numbers(run: Run) -> Numbers:
     quarantine, _ = read_parquet(run.quarantine_file, error=RunError)
     numbers = {
         "schema": "mmaudit.report/1",
-        "facts": facts(record, scores),
-        "probe_report": probe_report_numbers(record),
-        "agreement": agreement(scores),
-        "discrepancy": discrepancies(scores),
-        "share_without_leader": standing_out(scores),
-        "gap": gaps(scores, mixture, class_check=record["class_check"]["verdict"]),
-        "training": training(scores),
-        "values": values(scores),
-        "maps": maps(scores),
-        "classes": class_numbers(scores),
-        "samples": sample_lists(scores),
-        "quarantine": quarantined(quarantine),
+        "facts": findings.facts(record, scores),
+        "probe_report": findings.probe_report_numbers(record),
+        "agreement": findings.agreement(scores),
+        "discrepancy": findings.discrepancies(scores),
+        "share_without_leader": findings.standing_out(scores),
+        "gap": findings.gaps(scores, mixture, class_check=record["class_check"]["verdict"]),
+        "training": findings.training(scores),
+        "values": findings.values(scores),
+        "maps": findings.maps(scores),
+        "classes": findings.class_numbers(scores),
+        "samples": findings.sample_lists(scores),
+        "quarantine": findings.quarantined(quarantine),
         "manifests": [manifest_numbers(path, fingerprint=record["fingerprint"]) for path in run.manifests()],
         "finetunes": [finetune_numbers(folder, run) for folder in run.finetunes()],
         "recovery": run.recovery(),
@@ -97,21 +85,11 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
     from .figures import palette
 
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "percent": percent,
-        "interval": interval,
-        "accuracy": _accuracy,
-        "probe_metric": _probe_metric,
-        "gain": _format_gain,
-        "signed": signed,
-        "small": small,
-        "thousands": _thousands,
-        "amount": _amount,
-        "edge": _edge,
-    }
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "small": small}
+    environment.filters |= {"accuracy": _accuracy, "probe_metric": _probe_metric, "gain": _format_gain}
+    environment.filters |= {"thousands": "{:,}".format, "amount": _amount, "edge": _edge}
     modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]
     images = {name: _image(image) for name, image in figures.items()}
     page = environment.get_template(_TEMPLATE).render(**numbers, images=images, colours=palette(modalities))
@@ -144,10 +122,6 @@ def _format_gain(numbers: dict[str, Any], metric: str) -> str:
     return f"{value}{'' if metric == 'R^2' else ' points'} [{low}, {high}]"
 
 
-def _thousands(value: int) -> str:
-    return f"{value:,}"
-
-
 def _amount(value: float) -> str:
     """Format a fractional count, below 10 with one decimal."""
     return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
@@ -168,16 +142,11 @@ MANY = 0.02  # share of quarantined samples above which a warning is added
 def verdict(numbers: Section) -> dict[str, Any]:
     """Return the headline, its sentences, and the warnings (`warnings`)."""
     several = len(numbers["discrepancy"]) > 1
+    warnings = (_leaks, _left_out, _weak_probes, _groups, _test_labels)
     return {
         "headline": _headline_of_many(numbers) if several else _headline(numbers["discrepancy"][0]),
         "sentences": [_shares_of_many(numbers) if several else _shares(numbers), _gain(numbers), _bimodal(numbers)],
-        "warnings": [
-            *_leaks(numbers),
-            *_left_out(numbers),
-            *_weak_probes(numbers),
-            *_groups(numbers),
-            *_test_labels(numbers),
-        ],
+        "warnings": [text for warn in warnings for text in warn(numbers)],
     }
 
 
@@ -229,7 +198,7 @@ def _shares(numbers: Section) -> str:
 
 def _headline_of_many(numbers: Section) -> str:
     several = len(numbers["discrepancy"])
-    leading, trailing = _leading(numbers, "share_ahead"), _leading(numbers, "share_behind")
+    leading, trailing = (_leading(numbers, key) for key in ("share_ahead", "share_behind"))
     if leading[0]["share_ahead"]["share"] < SLIGHT:
         return f"None of {several} modalities stands out on more than a few samples"
     names = [modality["positive_side"] for modality in leading]
@@ -263,9 +232,7 @@ def _shares_of_many(numbers: Section) -> str:
 def _gain(numbers: Section) -> str:
     probe_report = numbers["probe_report"]
     gain, metric = probe_report["gain_over_best"], probe_report["metric"]
-    best, scale = gain["name"], (1, "") if metric == "R^2" else (100, " points")
-    points, low, high = (signed(scale[0] * gain[key], 1 if scale[0] == 100 else 2) for key in ("gain", "low", "high"))
-    points = f"{points}{scale[1]} [{low}, {high}]"
+    best, points = gain["name"], _format_gain(gain, metric)
     if gain["low"] > 0:
         return f"Using all modalities together gains {points} of {metric} over {best} alone, the best single one."
     if gain["high"] < 0:
@@ -304,15 +271,12 @@ def _weak_probes(numbers: Section) -> list[str]:
     """Return a warning for each probe that is not shown to be better than predicting the most common class."""
     probe_report = numbers["probe_report"]
     chance = percent(probe_report["chance"]) if probe_report["metric"] != "R^2" else "R^2 of 0"
-    weak = [
-        probe["name"]
-        for probe in probe_report["probe_metrics"]
-        if probe["low"] <= probe_report["chance"] and probe["name"] != "fused"
-    ]
+    probes = {probe["name"]: probe["low"] for probe in probe_report["probe_metrics"] if probe["name"] != "fused"}
     return [
         f"The probe on {name} is not shown to be better than chance ({chance}): either {name} holds no information "
         f"on these labels, or the probe cannot use it. Its discrepancies mean little."
-        for name in weak
+        for name, low in probes.items()
+        if low <= probe_report["chance"]
     ]
 
 

@@ -28,8 +28,8 @@ class BssConfig:
     """Balance scores of BSS (arXiv 2501.01470). Orders and draws are set by `order.*`.
 
     Args:
-        score_source: Scores that bss-l draws by, one of SCORE_SOURCES: those of the model in training, or the
-            manifest's probe scores, read once.
+        score_source: Scores that bss-l draws by, one of SCORE_SOURCES: the manifest's probe scores, read once, or
+            those of the model in training.
         every_epochs: E, epochs between two evaluations of the model. 8 is ours, so that scoring takes a twentieth of
             the time; the authors' code has 1, with beta = 1.
         beta: Weight of new scores in the running score, s_hat <- (1 - beta) s_hat + beta s; the paper's value.
@@ -43,8 +43,8 @@ class BssConfig:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choices("sampling.bss", self, score_source=SCORE_SOURCES)
-        check_ranges("sampling.bss", self, every_epochs="[1, inf)", beta="(0, 1]", alpha="[0, inf)")
+        check_choices(self.section, self, score_source=SCORE_SOURCES)
+        check_ranges(self.section, self, every_epochs="[1, inf)", beta="(0, 1]", alpha="[0, inf)")
 
 
 class BssL(Ordered):

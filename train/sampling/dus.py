@@ -69,8 +69,9 @@ class DusConfig:
 
     def __post_init__(self) -> None:
         check_choices(self.section, self, policy=POLICIES)
+        counts = ("hidden", "every_steps", "horizon", "passes")
         check_ranges(self.section, self, min_share="(0, 1]", max_share="[1, inf)", baseline="[0, 1)")
-        check_ranges(self.section, self, **dict.fromkeys(("hidden", "every_steps", "horizon", "passes"), "[1, inf)"))
+        check_ranges(self.section, self, **dict.fromkeys(counts, "[1, inf)"))
         check_ranges(self.section, self, **dict.fromkeys(("kappa", "dead_zone", "eta"), "[0, inf)"))
         check_ranges(self.section, self, **dict.fromkeys(("lr", "clip", "multipliers"), "(0, inf)"))
 

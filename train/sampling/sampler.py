@@ -26,8 +26,15 @@ _MIN_POSTERIOR = 0.01  # ours: the weight that BSS-L's 1.01 + s gives the least 
 class Pool:
     """The n training samples that a sampler draws from: columns (n,) of the manifest, and k classes.
 
-    key: hash of the ids, see `id_key`. rank: 0 = most balanced. discrepancy and balance in [-1, 1], high balance =
-    balanced, and p_balanced in [0, 1]: NaN where the manifest has none.
+    Attributes:
+        key: Hash of the ids, see `id_key`.
+        rank: Rank by balance, 0 = most balanced.
+        discrepancy: Modality discrepancy in [-1, 1]; NaN where the manifest has none.
+        balance: Balance score in [-1, 1], high = balanced; NaN where the manifest has none.
+        p_balanced: P(balanced) in [0, 1]; NaN where the manifest has none.
+        label: Class, in [0, num_classes).
+        num_classes: Number of classes.
+        num_modalities: Number of modalities.
     """
 
     key: NDArray[np.uint64]

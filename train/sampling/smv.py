@@ -40,7 +40,7 @@ class SmvConfig:
     max_copies: int = 3
 
     def __post_init__(self) -> None:
-        check_ranges("sampling.smv", self, every_epochs="[1, inf)", warmup_epochs="[0, inf)", max_copies="[1, inf)")
+        check_ranges(self.section, self, every_epochs="[1, inf)", warmup_epochs="[0, inf)", max_copies="[1, inf)")
 
 
 class Smv(Sampler):

@@ -25,7 +25,7 @@ class Shard(Protocol):
 
     @property
     def first(self) -> int:
-        """Index of the first row in the source: the sum of `num_rows` of the shards before this one."""
+        """Index of the first row in the source, the sum of `num_rows` of the shards before this one."""
 
     @property
     def num_rows(self) -> int:

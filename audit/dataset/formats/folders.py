@@ -112,11 +112,8 @@ def _are_modality_folders(tops: Sequence[str], kinds: Sequence[str]) -> bool:
     pairs = set(zip(tops, kinds, strict=True))
     names = {top for top, _ in pairs}
     # Folders of one kind are classes, such as cat_video and dog_video.
-    return len(set(kinds)) > 1 and len(pairs) == len(names) and all(map(_is_modality_name, names))
-
-
-def _is_modality_name(folder: str) -> bool:
-    return any(word in folder.lower() for word in _MODALITY_WORDS)
+    are_named = all(any(word in name.lower() for word in _MODALITY_WORDS) for name in names)
+    return len(set(kinds)) > 1 and len(pairs) == len(names) and are_named
 
 
 def _sample_rows(root: Path, files: Sequence[LayoutFile]) -> pa.Table:
@@ -142,9 +139,8 @@ def _sample_rows(root: Path, files: Sequence[LayoutFile]) -> pa.Table:
     columns = {"id": names, "label": [samples[name].class_path.split("/")[0] for name in names]}
     if any(file.split for file in files):
         columns[SPLIT] = [str(samples[name].split) for name in names]
-    paths = {
-        column: [paths_by_sample[name].get(column) for name in names] for column in sorted(set(column_of.values()))
-    }
+    path_columns = sorted(set(column_of.values()))
+    paths = {column: [paths_by_sample[name].get(column) for name in names] for column in path_columns}
     return pa.table({name: pa.array(values, pa.string()) for name, values in {**columns, **paths}.items()})
 
 

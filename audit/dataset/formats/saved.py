@@ -20,7 +20,7 @@ from ...storage import check_regular
 from ..columns import SPLIT, with_split
 from ..labels import declared_classes
 from . import Plan
-from .parquet_rows import HEAD_ROWS, max_shard_rows
+from .rows import HEAD_ROWS, max_shard_rows
 from .tables import SAVED_NAMES, TABLE_SUFFIXES, concat_rows, plan_rows
 
 log = logging.getLogger("mmaudit")
@@ -194,7 +194,8 @@ def plan_hub(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
     if match is None:
         return None
     loaded = _load_from_hub(data, match["name"], match["config"])
-    rows_of = {str(split): _apply_indices(rows) for split, rows in loaded.items()}
+    # The order of a select or shuffle is applied to the rows themselves.
+    rows_of = {str(name): rows if rows._indices is None else rows.flatten_indices() for name, rows in loaded.items()}
     files = [SplitFiles(split=split, paths=_cache_files(rows)) for split, rows in rows_of.items() if len(rows)]
     if all(split_files.paths for split_files in files):
         return plan_parts(_cache_root(), files, shard_rows=shard_rows)
@@ -230,11 +231,6 @@ def _connection_problem() -> str | None:
     except OSError as error:
         return f"{address.hostname} cannot be reached ({error.strerror or error})"
     return None
-
-
-def _apply_indices(split_dataset: Any) -> Any:
-    """Return the dataset with the order of a select or shuffle applied to the rows themselves."""
-    return split_dataset if split_dataset._indices is None else split_dataset.flatten_indices()
 
 
 def _cache_files(split_dataset: Any) -> tuple[Path, ...]:

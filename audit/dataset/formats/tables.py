@@ -16,8 +16,7 @@ from ...storage import check_regular, read_table
 from ..columns import SPLIT, split_of_file, split_of_folder, with_split
 from ..modalities import holds_bytes, holds_files
 from . import Plan
-from .parquet_rows import HEAD_ROWS, parquet_head, row_group_shards
-from .text_rows import read_csv_rows, read_json_lines
+from .rows import HEAD_ROWS, parquet_head, read_csv_rows, read_json_lines, row_group_shards
 
 log = logging.getLogger("mmaudit")
 
@@ -85,9 +84,8 @@ def find_tables(data: str) -> tuple[Path, list[Path]]:
         raise DatasetError(f"{data} is neither a folder nor a regular file")
     if not matches:
         raise DatasetError(f"no such folder or file: {data}")
-    if unsupported := [
-        match for match in matches if match.suffix not in TABLE_SUFFIXES or match.suffix != matches[0].suffix
-    ]:
+    suffixes = {matches[0].suffix} & set(TABLE_SUFFIXES)
+    if unsupported := [match for match in matches if match.suffix not in suffixes]:
         raise DatasetError(
             f"{data} matches {unsupported[0].name}; a glob must match files of one format only: "
             ".parquet, .csv, .jsonl or .tar"
@@ -131,7 +129,7 @@ def plan_files(
         heads = [parquet_head(path) for path in paths]
         _check_same_columns(paths, [head.schema for head in heads])
         splits = None if SPLIT in heads[0].schema.names else splits
-        if any(not _is_scalar(type_) for type_ in heads[0].schema.types):
+        if any(pa.types.is_nested(type_) or holds_bytes(type_) for type_ in heads[0].schema.types):
             shards = row_group_shards(paths, media_rows=shard_rows, splits=splits)
             head = next((head for head in heads if head.num_rows), heads[0])
             first = with_split(head, splits[0] if splits else None)
@@ -151,8 +149,7 @@ def plan_split_tables(root: Path, tables: Sequence[Path], *, shard_rows: int) ->
 
     Paths become relative to `root`. A column that a file does not have is null there.
     """
-    splits = [split_of_folder(table.parent.name) for table in tables]
-    are_splits = all(splits)
+    are_splits = all(split_of_folder(table.parent.name) for table in tables)
     parts = []
     for table in tables:
         rows = _prefix_paths(read_rows(table), table.parent.name)
@@ -194,19 +191,17 @@ def concat_rows(parts: Sequence[pa.Table], *, source: str) -> pa.Table:
     try:
         return pa.concat_tables(parts, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DatasetError(
-            f"{source}: the parts have columns of different types: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise DatasetError(f"{source}: the parts have columns of different types: {reason}") from error
 
 
 def memory_shards(rows: pa.Table, *, shard_rows: int) -> list[MemoryShard]:
     """Divide rows in memory into shards of `shard_rows` rows; each is a copy, so that only its rows are pickled."""
-    starts = range(0, rows.num_rows, shard_rows)
-    return [
-        MemoryShard(index=index, first=start, num_rows=part.num_rows, rows=part)
-        for index, start in enumerate(starts)
-        for part in [rows.take(pa.array(range(start, min(start + shard_rows, rows.num_rows)), pa.int64()))]
-    ]
+    shards = []
+    for index, start in enumerate(range(0, rows.num_rows, shard_rows)):
+        part = rows.take(pa.array(range(start, min(start + shard_rows, rows.num_rows)), pa.int64()))
+        shards.append(MemoryShard(index=index, first=start, num_rows=part.num_rows, rows=part))
+    return shards
 
 
 def _check_same_columns(paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> None:
@@ -215,10 +210,6 @@ def _check_same_columns(paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> 
         same = schema.names == schemas[0].names if path.suffix == ".jsonl" else schema.equals(schemas[0])
         if not same:
             raise DatasetError(f"{path} has different columns from {paths[0]}")
-
-
-def _is_scalar(type_: pa.DataType) -> bool:
-    return not (pa.types.is_nested(type_) or holds_bytes(type_))
 
 
 def _find_metadata(folder: Path) -> Path:

@@ -26,7 +26,7 @@ from ...storage import open_regular
 from ..columns import SPLIT, split_of_file, split_of_folder
 from ..modalities import KINDS
 from . import Plan
-from .parquet_rows import HEAD_ROWS
+from .rows import HEAD_ROWS
 from .tables import common_splits, concat_rows
 
 log = logging.getLogger("mmaudit")
@@ -70,13 +70,11 @@ class TarShard:
                 for row in range(self.num_rows):
                     for name in member_names:
                         contents[name].append(self._read_member(file, row, name))
-        arrays = [
-            pa.chunked_array([pa.array(contents[name], self.schema.field(name).type)])
-            if name in contents
-            else self.rows[name]
-            for name in columns
-        ]
-        return pa.table(arrays, schema=pa.schema([self.schema.field(name) for name in columns]))
+        rows = self.rows
+        for name, cells in contents.items():
+            field_ = self.schema.field(name)
+            rows = rows.append_column(field_, pa.array(cells, field_.type))
+        return rows.select(columns)
 
     def _read_member(self, file: BinaryIO, row: int, name: str) -> Any:
         if f"offset:{name}" not in self.positions.column_names:
@@ -287,13 +285,10 @@ def _to_column(values: Sequence[Any]) -> pa.Array:
 def _align_columns(rows: pa.Table, schema: pa.Schema, member_names: Sequence[str]) -> pa.Table:
     """Return rows of one tar with the columns and types of all tars."""
     fields = [field_ for field_ in schema if field_.name not in member_names]
-    columns = [
-        rows[field_.name].cast(field_.type)
-        if field_.name in rows.column_names
-        else pa.nulls(rows.num_rows, field_.type)
-        for field_ in fields
-    ]
-    return pa.table(columns, schema=pa.schema(fields))
+    for field_ in fields:
+        if field_.name not in rows.column_names:
+            rows = rows.append_column(field_, pa.nulls(rows.num_rows, field_.type))
+    return rows.select([field_.name for field_ in fields]).cast(pa.schema(fields))
 
 
 def _shard_bounds(samples: Sequence[TarSample], *, shard_rows: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Tests of video frames: still videos are detected, videos with little motion are not."""
+"""Frames of videos: still videos are detected, videos with little motion are not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.video import decode_folders, decode_frames, read_frames, segment_middles
+from mmaudit.audit.media.pictures import decode_folders, decode_frames, read_frames, segment_middles
 
 MEDIA = MediaConfig()
 
