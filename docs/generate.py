@@ -223,10 +223,11 @@ def field_notes(cls: type) -> dict[str, str]:
 def _values(match: re.Match[str], cls: type) -> str:
     """Return the values of a constant that a docstring names, such as OPTIMIZERS; other words as they stand."""
     from mmaudit.audit.dataset.formats import READERS
+    from mmaudit.train import FUSIONS
     from mmaudit.train.balancing import BALANCERS
     from mmaudit.train.sampling import SAMPLERS
 
-    registries = {"BALANCERS": BALANCERS, "READERS": READERS, "SAMPLERS": SAMPLERS}
+    registries = {"BALANCERS": BALANCERS, "FUSIONS": FUSIONS, "READERS": READERS, "SAMPLERS": SAMPLERS}
     values = getattr(sys.modules[cls.__module__], match[1], registries.get(match[1]))
     return match[0] if values is None else ", ".join(f"`{value}`" for value in values)
 
