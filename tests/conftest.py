@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import shutil
 import wave
@@ -36,6 +37,16 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)  # tests run in parallel by xdist's workers
+
+
+@pytest.fixture(autouse=True)
+def _same_logging() -> Iterator[None]:
+    """Undo what a command changes of the logger, which would hide the log from later tests of this process."""
+    logger = logging.getLogger("mmaudit")
+    before, level, propagate = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = before, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)
