@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from .dataset.columns import SPLITS
 from .dataset.samples import Samples
+from .features.cached_matrix import FeatureMatrix
 from .features.encode import EncodeTask
 from .features.encoded_samples import Status
-from .features.matrix import FeatureMatrix, Inputs
+from .features.matrix import Inputs
 from .media.files import kind_of_path
 from .near_duplicates import MIN_FEATURES, MIN_ROWS, Links, SplitPair, is_present, search_near_duplicates
 from .parsing import check_ranges

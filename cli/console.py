@@ -151,15 +151,18 @@ def print_score(record: dict[str, Any]) -> None:
     probe_report = record["probe_report"]
     for entry in probe_report["probe_metrics"]:
         name, metric = entry["name"], probe_report["metric"]
-        print_line(
-            f"  {name:>10}  {entry['value']:.3f}  {metric} out of fold, 95% [{entry['low']:.3f}, {entry['high']:.3f}]"
-        )
-    print_line(f"  {'chance':>10}  {probe_report['chance']:.3f}")
+        interval, calibration = f"95% [{entry['low']:.3f}, {entry['high']:.3f}]", entry["calibration"]
+        line = f"  {name:>10}  {entry['value']:.3f}  {metric} out of fold, {interval}"
+        if calibration and calibration["ece_after"] is not None:
+            line += f"; ECE {calibration['ece_after']:.3f}, by chance {calibration['ece_floor']:.3f}"
+        print_line(line)
+    for name in ("majority", "uniform"):
+        print_line(f"  {name:>10}  {probe_report['chance'][name]:.3f}  {metric} by chance")
     for entry in probe_report["controls"]:
         if entry["leaks"]:
             print_line(
-                f"  warning: probe of {entry['name']} on shuffled labels reaches {entry['value']:.3f}, above chance "
-                f"({entry['chance']:.3f}): the labels leak into its features or folds"
+                f"  warning: probe of {entry['name']} on shuffled labels reaches {entry['value']:.3f}, above the most "
+                f"common class ({entry['majority']:.3f}): the labels leak into its features or folds"
             )
     print_line(f"  gap mixture: {record['gap_verdict']}")
     print_line(f"report: {record['report']}")

@@ -12,9 +12,10 @@ import pytest
 
 from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.features.cached_matrix import FeatureMatrix
 from mmaudit.audit.features.encode import encode_dataset
 from mmaudit.audit.features.encoded_samples import read_status
-from mmaudit.audit.features.matrix import FeatureMatrix, JointInputs, MatrixInputs, chunks
+from mmaudit.audit.features.matrix import JointInputs, MatrixInputs, chunks
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
 

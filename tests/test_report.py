@@ -69,20 +69,20 @@ def planted(
 
 def probe_report(names: tuple[str, ...], *, leaking: str | None = None) -> ProbeReport:
     """Return a probe report in which every probe has 0.5, and the control of `leaking` is above chance."""
-    calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034)
+    calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034, ece_floor=0.02)
     probe_metrics = [
         ModalityMetric(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, calibration=calibration)
         for name in (*names, "fused", "joint")
     ]
     gains = [Gain(name=name, gain=0.1, low=0.05, high=0.15) for name in names]
     controls = [
-        Control(name=name, num_rows=90, value=0.45 if name == leaking else 0.3, low=low, high=0.5, chance=0.33)
+        Control(name=name, num_rows=90, value=0.45 if name == leaking else 0.3, low=low, high=0.5, majority=0.33)
         for name in names
         for low in [0.4 if name == leaking else 0.2]
     ]
     return ProbeReport(
         metric="accuracy",
-        chance=0.3,
+        chance={"uniform": 0.25, "majority": 0.3},
         probe_metrics=tuple(probe_metrics),
         gain_over_best=gains[0],
         gains=tuple(gains),

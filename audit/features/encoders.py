@@ -32,10 +32,11 @@ from ..media.audio import decode_audio, network_spectrogram, network_steps
 from ..media.files import MediaConfig
 from ..media.pictures import decode_folders, decode_frames, decode_image
 from ..registry import Entry, Registry
-from .descriptors import audio_statistics, image_statistics, text_counts, video_statistics
+from .descriptors import audio_statistics, image_statistics, video_statistics
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
+from .terms import text_terms
 
-Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
+Vector = NDArray[Any]  # float32; uint8 for the pixels of a network's input, uint32 for the terms of a text
 EncodeFunction = Callable[[Any, MediaConfig], Any]
 
 ENCODERS = Registry(
@@ -170,6 +171,11 @@ def is_network(modality: Modality) -> bool:
     return modality.encoder == "resnet18"
 
 
+def holds_terms(modality: Modality) -> bool:
+    """Return whether the vectors of a modality are hashed terms of texts, whose number differs from text to text."""
+    return modality.kind == "text" and modality.encoder == "statistics"
+
+
 def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
     """Return the input shape of `resnet18` for a sample: (mel bands, time steps), (h, w, 3) or (f, h, w, 3).
 
@@ -287,13 +293,14 @@ def _source_file(module: ModuleType) -> Path:
 class EncodedRows:
     """Encoded rows of one modality.
 
-    content: digest of each row (n,), 32 hexadecimal digits. usable: bool (n,). vector: of the usable rows (u, d).
-    problem: the error of each other row.
+    content: digest of each row (n,), 32 hexadecimal digits. usable: bool (n,). values: the vectors of the usable rows
+    one after another, of these lengths (u,). problem: the error of each other row.
     """
 
     content: NDArray[np.bytes_]
     usable: NDArray[np.bool_]
-    vector: Vector
+    values: Vector
+    lengths: NDArray[np.intp]
     problem: dict[int, UnusableError]
 
 
@@ -321,7 +328,8 @@ def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
             problem[row] = UnusableError(Reason.NOT_FINITE, detail)
     content = _row_digests(flat, np.where(valid, start, 0), np.where(valid, end, 0))
     vector = _usable_vectors(flat, start, usable, int(modality.length or 0))
-    return EncodedRows(content=content, usable=usable, vector=vector, problem=problem)
+    lengths = np.full(len(vector), vector.shape[1], dtype=np.intp)
+    return EncodedRows(content=content, usable=usable, values=vector.ravel(), lengths=lengths, problem=problem)
 
 
 def _not_finite_positions(flat: NDArray[np.float32]) -> NDArray[np.intp]:
@@ -375,7 +383,7 @@ STATISTICS = {
     "image": Encoder(name="image-statistics", version=1, encode=image_statistics),
     "video": Encoder(name="video-statistics", version=3, encode=video_statistics),
     "frames": Encoder(name="frames-statistics", version=1, encode=video_statistics),
-    "text": Encoder(name="text-counts", version=2, encode=text_counts),
+    "text": Encoder(name="text-terms", version=1, encode=text_terms),
 }
 RESNET18 = {
     "audio": Encoder(name="network-sound", version=2, encode=_flat_spectrogram),

@@ -270,13 +270,16 @@ def _left_out(numbers: Section) -> list[str]:
 def _weak_probes(numbers: Section) -> list[str]:
     """Return a warning for each probe that is not shown to be better than predicting the most common class."""
     probe_report = numbers["probe_report"]
-    chance = percent(probe_report["chance"]) if probe_report["metric"] != "R^2" else "R^2 of 0"
+    majority = probe_report["chance"]["majority"]
+    chance = (
+        f"the most common class ({percent(majority)})" if probe_report["metric"] != "R^2" else "the mean (R^2 of 0)"
+    )
     probes = {probe["name"]: probe["low"] for probe in probe_report["probe_metrics"] if probe["name"] != "fused"}
     return [
-        f"The probe on {name} is not shown to be better than chance ({chance}): either {name} holds no information "
+        f"The probe on {name} is not shown to be better than {chance}: either {name} holds no information "
         f"on these labels, or the probe cannot use it. Its discrepancies mean little."
         for name, low in probes.items()
-        if low <= probe_report["chance"]
+        if low <= majority
     ]
 
 
@@ -284,8 +287,8 @@ def _leaks(numbers: Section) -> list[str]:
     """Return a warning for each probe that is above chance on shuffled labels: the labels leak."""
     return [
         f"LEAK: a probe on {control['name']} fitted on shuffled labels has an accuracy of {percent(control['value'])} "
-        f"on held-out samples, above chance ({percent(control['chance'])}). The labels leak from elsewhere than the "
-        f"samples: do not trust the scores."
+        f"on held-out samples, above the most common class ({percent(control['majority'])}). The labels leak from "
+        f"elsewhere than the samples: do not trust the scores."
         for control in numbers["probe_report"]["controls"]
         if control["leaks"]
     ]
