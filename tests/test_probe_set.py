@@ -24,6 +24,7 @@ from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
+from mmaudit.audit.probes.prediction import class_prior
 from mmaudit.audit.probes.probe_set import (
     CALIBRATION_ROWS,
     KINDS,
@@ -390,6 +391,33 @@ def test_test_rows_do_not_change_the_probes() -> None:
     turned = np.where(fits, label, (label + 1) % 3).astype(np.int32)
     np.testing.assert_array_equal(score(x, turned, cross_fit), score(x, label, cross_fit))
     assert not np.array_equal(score(x, turned, cross_by_group(label)), score(x, label, cross_by_group(label)))
+
+
+@pytest.mark.parametrize("num_features", [5, 200])
+@pytest.mark.parametrize("rates", [(0.85, 0.1, 0.05), (0.5, 0.5)])
+def test_noise_is_no_worse_than_the_prior(num_features: int, rates: tuple[float, ...]) -> None:
+    """Out of fold, probes of noise lose to the class frequencies of the other folds by chance only: .001 on average."""
+    excess = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        label = rng.choice(len(rates), 300, p=rates).astype(np.int32)
+        x = rng.standard_normal((300, num_features)).astype(np.float32)
+        cross_fits = [cross(300, seed=number) for number in (0, 1)]
+        target = Target(task="classification", label=label, num_outputs=len(rates))
+        calibrated = fit_calibrated_probe(
+            "noise",
+            MatrixInputs(matrix=x),
+            target,
+            cross_fits,
+            present=np.ones(300, bool),
+            fit=lambda *of_probe: fit_probe(*of_probe, config=CONFIG),
+        )
+        prior = class_prior(target, cross_fits[0].fold, np.ones(300, bool))
+        assert prior is not None
+        losses = -np.log(calibrated.predict(np.arange(300), target).confidence)
+        excess.append(losses.mean() + prior[cross_fits[0].fold, label].mean())
+    assert np.mean(excess) < 0.005
+    assert max(excess) < 0.01
 
 
 def test_noise_is_overfitted_in_sample_only() -> None:
