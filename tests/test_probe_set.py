@@ -129,7 +129,7 @@ def test_calibration_never_raises_the_loss(task: str, seed: int) -> None:
     sharpness = np.random.default_rng(seed).choice([0.4, 1.0, 2.5], FOLDS)
     for factor in (1.0, sharpness[CROSS_FITS[0].fold][:, None]):
         calibrated = calibrated_probe(target, (factor * logits).astype(np.float32))
-        plain = replace(calibrated, scale=np.ones(N, np.float32), prior=None)
+        plain = replace(calibrated, scale=np.ones(N, np.float32), anchor=None)
         rows = np.arange(N)
         before, after = (float(-np.log(probe.predict(rows, target).confidence).mean()) for probe in (plain, calibrated))
         assert after <= before
@@ -263,9 +263,9 @@ def test_predictions_use_the_scale_of_each_row() -> None:
     calibrated = calibrated_probe(target, 4 * logits)
     rows = np.array([599, 3, 3])
     prediction = calibrated.predict(rows, target.take(rows))
-    assert calibrated.prior is not None
-    prior = calibrated.prior[CROSS_FITS[0].fold[rows]]
-    scaled = prior + (4 * logits[0, rows].astype(np.float64) - prior) / calibrated.scale[rows][:, None]
+    assert calibrated.anchor is not None
+    anchor = calibrated.anchor[CROSS_FITS[0].fold[rows]]
+    scaled = anchor + (4 * logits[0, rows].astype(np.float64) - anchor) / calibrated.scale[rows][:, None]
     expected = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(prediction.probability, expected, atol=1e-5)
     by_epoch = calibrated.confidence_by_epoch(rows, target.take(rows))

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs, TermInputs, WindowInputs
-from mmaudit.audit.features.terms import NUM_TERMS, count_terms, text_terms
+from mmaudit.audit.features.terms import count_terms, text_terms
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.probes import glm, linear
 from mmaudit.audit.probes.config import ProbeConfig
@@ -196,8 +196,9 @@ def test_rare_terms_are_left_out_of_large_fits(monkeypatch: pytest.MonkeyPatch) 
     probe = fit(inputs_of(rows), target(label))
     assert probe.theta.shape[1] == 41
     assert probe.term_units is not None
-    counts = np.bincount(inputs_of(rows).counts.indices, minlength=NUM_TERMS)
-    assert counts[probe.term_units.terms].min() >= np.sort(counts)[-41]
+    terms, counts = np.unique(inputs_of(rows).counts.indices, return_counts=True)
+    chosen = np.isin(terms, probe.term_units.terms)
+    assert counts[chosen].min() >= counts[~chosen].max()
     assert np.isfinite(probe.logits(ROWS)).all()
 
 
@@ -214,13 +215,30 @@ def test_standardised_rows_have_one_mean_square() -> None:
     rows = units.standardise(weights)
     assert rows.power(2).sum() / 3 == pytest.approx(MEAN_SQUARE, rel=1e-5)  # of the three rows with terms
     assert units.gain[0] > units.gain[1]  # rarer
-    every_row = np.ones((4, 1), bool)
-    np.testing.assert_allclose(units.penalty(rows, every_row), 1, rtol=1e-5)
-    without_terms = units.penalty(rows, ~every_row | (np.arange(4)[:, None] == 3))
-    assert np.isfinite(without_terms).all()
-    unknown = csr_array((np.ones(1, np.float32), np.array([3]), np.array([0, 1])), shape=(1, 4))
-    assert units.standardise(unknown).nnz == 0
-    assert TermUnits.of(weights[[3]], max_terms=9).standardise(weights).shape == (4, 0)
+    masks = np.ones((4, 3), bool)
+    masks[2, 1] = False
+    masks[:3, 2] = False
+    penalty = units.penalty(rows, masks)
+    np.testing.assert_allclose(penalty[0], 1, rtol=1e-5)
+    assert penalty[1, 0] > penalty[1, 1]  # the first term is less rare among these texts
+    assert np.isfinite(penalty).all()
+
+
+def test_terms_that_are_not_in_use_are_dropped() -> None:
+    weights = csr_array(np.eye(4, dtype=np.float32)[[0, 0, 1, 1, 3]])
+    units = TermUnits.of(weights, max_terms=1)
+    assert units.terms.tolist() == [0]
+    assert units.standardise(weights).toarray()[:, 0].astype(bool).tolist() == [True, True, False, False, False]
+    assert TermUnits.of(weights[[4]], max_terms=9).standardise(weights).shape == (5, 0)
+
+
+def test_texts_without_a_common_term_give_the_class_frequencies() -> None:
+    label = texts()[1]
+    probe = fit(inputs_of([f"only{row}" for row in ROWS]), target(label), ProbeConfig())
+    probability, fold = outputs_of(probe, "classification"), cross_fit().fold
+    for own in range(NUM_FOLDS):
+        expected = np.bincount(label[fold != own]) / (fold != own).sum()
+        np.testing.assert_allclose(probability[fold == own], np.tile(expected, ((fold == own).sum(), 1)), atol=2e-2)
 
 
 def test_number_of_threads_does_not_change_the_bytes() -> None:

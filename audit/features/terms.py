@@ -17,8 +17,9 @@ from scipy.sparse import csr_array
 from ..errors import Reason, UnusableError
 from ..media.files import MediaConfig
 
-# Numbers of hashed terms, that of scikit-learn's HashingVectorizer: of 60,000 distinct terms 6% share theirs.
-NUM_TERMS = 1 << 20
+# Numbers of hashed terms, so many that hardly any two share theirs: with 2^20 of them, as scikit-learn's
+# HashingVectorizer has, 20,000 drawn texts of three classes had a loss of .868 instead of .856.
+NUM_TERMS = 1 << 30
 # Thai and Lao, Myanmar, Khmer, kana and Han with the supplementary planes: no blanks between words.
 _UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x9FFF), (0x20000, 0x3FFFF))
 # Out of fold, these two marks alone lower the loss of lines of a dialogue by emotion from 1.38 to 1.23; all other
@@ -48,12 +49,12 @@ def text_terms(text: str, config: MediaConfig) -> NDArray[np.uint32]:
     """Return the numbers of the terms of a text, in [0, NUM_TERMS), ascending and repeated as often as they occur.
 
     Terms are words, the marks ! and ?, symbols such as emoji, and, of scripts without blanks between words, single
-    characters and pairs of neighbours. A number is the CRC-32 of UTF-8 modulo NUM_TERMS, the same in every process
-    (Python's hash is salted).
+    characters and pairs of neighbours. A number is the upper 30 bits of the CRC-32 of UTF-8, the same in every
+    process (Python's hash is salted).
     """
     words = text_words(text)
     pairs = (first + second for first, second in pairwise(words) if _is_unspaced(first) and _is_unspaced(second))
-    codes = [zlib.crc32(term.encode("utf-8", "surrogatepass")) % NUM_TERMS for term in (*words, *pairs)]
+    codes = [zlib.crc32(term.encode("utf-8", "surrogatepass")) >> 2 for term in (*words, *pairs)]
     return np.sort(np.array(codes, dtype=np.uint32))
 
 

@@ -191,7 +191,9 @@ class GlmProblem:
         # At 0 the covariance of the one-hot target is 1/k of the identity, up to a common shift of all logits.
         by_task = {"classification": 1 / gradient.shape[2], "multilabel": 1 / 4, "regression": 1.0}
         curvature, design = by_task[self.loss.torch_target.task], self.loss.design
-        metric = curvature * design.curvature + self.l2[:, None]
+        num_numbers = design.rows.shape[1]  # of standardised ones the variance within a mask is near 1
+        penalty = torch.cat([self.l2[:, None].expand(-1, num_numbers), self.penalty[:, num_numbers:]], dim=1)
+        metric = curvature * design.curvature + penalty
         weight = design.from_axes(design.to_axes(gradient[:, :-1]) / metric[:, :, None])
         return torch.cat([weight, gradient[:, -1:] / curvature], dim=1)
 

@@ -151,13 +151,8 @@ def class_prior(target: Target, fold: NDArray[np.integer[Any]], fits: NDArray[np
     return np.asarray(prior, dtype=np.float32)
 
 
-def shrink_to_prior(logits: Floats, scale: Floats, prior: Floats) -> Floats:
-    """Divide logits (r, b, k) by a temperature (b,), relative to those of the prior (b, k) where it is above 1.
-
-    A probe without information thus gets the probabilities of the prior, not uniform ones. Below 1 logits are sharpened
-    as they are, since relative to a prior its error would grow.
-    """
-    anchor = np.where(scale[:, None] > 1, prior, np.float32(0))
+def scale_logits(logits: Floats, scale: Floats, anchor: Floats) -> Floats:
+    """Divide logits (r, b, k) by a temperature (b,), relative to the logits of an anchor (b, k)."""
     return np.asarray(anchor + (logits - anchor) / scale[:, None])
 
 
@@ -200,14 +195,15 @@ def fit_temperature(
     fold: NDArray[np.integer[Any]],
     fits: NDArray[np.bool_],
     *,
-    prior: Floats | None = None,
+    anchor: Floats | None = None,
 ) -> NDArray[np.float64]:
     """Fit the temperature of each repeat and fold, by which its logits are divided: (r, f), above 1 if overconfident.
 
     logits (r, n, k) are out of fold, fold (r, n). T of fold j minimises the cross entropy of the rows with `fits` (n,)
-    of other folds (Guo et al. 2017), so that it does not depend on labels of fold j; with the `prior` (f, k) of each
-    fold, that of `shrink_to_prior`. Of more than 20,000 rows an evenly spaced sample is used. Of a regression: the
-    standard deviation of the residuals instead, in units of the target. A fold without rows in other folds has 1.
+    of other folds (Guo et al. 2017), so that it does not depend on labels of fold j. Logits are divided relative to the
+    `anchor` (f, k) of fold j, see scale_logits; by default 0, the logits of uniform probabilities. Of more than 20,000
+    rows an evenly spaced sample is used. Of a regression: the standard deviation of the residuals instead, in units of
+    the target. A fold without rows in other folds has 1.
     """
     sample = np.flatnonzero(fits)
     sample = sample[np.linspace(0, len(sample) - 1, min(len(sample), _MAX_ROWS)).astype(np.intp)]
@@ -219,11 +215,8 @@ def fit_temperature(
         if target.task == "regression" and target.values is not None:
             scale[index, usable] = _spread(repeat_logits.astype(np.float64), target.values, weight[:, usable])
         else:
-            plain = _temperature(repeat_logits, None, target, weight[:, usable])
-            if prior is not None:
-                shrunk = _temperature(repeat_logits, prior[:num_folds][usable], target, weight[:, usable])
-                plain = np.where(shrunk > 1, shrunk, np.minimum(plain, 1))
-            scale[index, usable] = plain
+            anchors = np.zeros((num_folds, logits.shape[2]), np.float32) if anchor is None else anchor[:num_folds]
+            scale[index, usable] = _temperature(repeat_logits, anchors[usable], target, weight[:, usable])
     return scale
 
 
@@ -232,19 +225,18 @@ def _spread(logits: AnyFloats, values: AnyFloats, weight: AnyFloats) -> AnyFloat
     return np.asarray(np.maximum(np.sqrt(error @ weight / weight.sum(axis=0)), _MIN_SPREAD))
 
 
-def _temperature(outputs: AnyFloats, prior: Floats | None, target: Target, weight: AnyFloats) -> AnyFloats:
+def _temperature(outputs: AnyFloats, anchors: Floats, target: Target, weight: AnyFloats) -> AnyFloats:
     """Find the zero of the derivative of the cross entropy by 1/T with bracketed Newton steps: (f,).
 
     The cross entropy is convex in 1/T. Each fold starts at 1, so that folds do not influence each other.
     """
     logits = torch.from_numpy(outputs.astype(np.float32, copy=False))
-    offsets = torch.zeros(weight.shape[1], logits.shape[1]) if prior is None else torch.from_numpy(prior)
     torch_target = torch.from_numpy(target.label.astype(np.int64) if target.values is None else np.array(target.values))
     weights = [torch.from_numpy(fold_weight.astype(np.float32)) for fold_weight in weight.T]
     return 1 / np.array(
         [
             _fit_sharpness(logits - offset, offset, torch_target, fold_weight)
-            for fold_weight, offset in zip(weights, offsets, strict=True)
+            for fold_weight, offset in zip(weights, torch.from_numpy(anchors), strict=True)
         ]
     )
 

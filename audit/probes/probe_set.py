@@ -27,7 +27,7 @@ from .prediction import (
     fit_temperature,
     likelihoods,
     predict,
-    shrink_to_prior,
+    scale_logits,
 )
 
 KINDS = ("auto", "linear", "mlp")
@@ -95,8 +95,8 @@ class CalibratedProbe:
     """The cross-fitted probes of one modality, or of the concatenated features of all.
 
     present (n,): the samples that have the modality. scale (n,): the temperature of each sample, or the standard
-    deviation of residuals, fitted to the mean of the repeats on samples of other folds of the first repeat. prior
-    (f, k): that of each of these folds, fold (n,), to which the temperature shrinks; None without temperatures.
+    deviation of residuals, fitted to the mean of the repeats on samples of other folds of the first repeat. anchor
+    (f, k): the logits relative to which each of these folds, fold (n,), is scaled; None without temperatures.
     """
 
     name: str
@@ -105,7 +105,7 @@ class CalibratedProbe:
     probe: Probe
     scale: Floats
     calibration: Calibration
-    prior: Floats | None = None
+    anchor: Floats | None = None
     fold: NDArray[np.int16] | None = None
 
     @property
@@ -132,11 +132,11 @@ class CalibratedProbe:
         return predict(*self._calibrate(self.probe.logits(rows), rows), target, min_scale=min_scale)
 
     def _calibrate(self, outputs: Floats, rows: RowIndex) -> tuple[Floats, Floats]:
-        """Return outputs (r, b, k) and the scale (b,) that is left to apply: 1 where they are shrunk to the prior."""
-        if self.prior is None or self.fold is None:
+        """Return outputs (r, b, k) and the scale (b,) that is left to apply: 1 where they are scaled."""
+        if self.anchor is None or self.fold is None:
             return outputs, self.scale[rows]
-        shrunk = shrink_to_prior(outputs, self.scale[rows], self.prior[self.fold[rows]])
-        return shrunk, np.ones(len(rows), np.float32)
+        scaled = scale_logits(outputs, self.scale[rows], self.anchor[self.fold[rows]])
+        return scaled, np.ones(len(rows), np.float32)
 
     def confidence_by_epoch(self, rows: RowIndex, target: Target, *, min_scale: float = 1.0) -> Floats:
         """Compute the confidence (e, b) in the target after each recorded epoch of training, in the first repeat."""
@@ -186,17 +186,16 @@ def _calibrated(unscaled: CalibratedProbe, target: Target, cross_fit: CrossFit, 
     rose from 1.196 to 1.232. That one decision is all that the labels of a fold have to do with its own scale.
     """
     logits, labels, fold = unscaled.probe.logits(rows), target.take(rows), cross_fit.fold
-    prior, every_row = class_prior(target, fold, cross_fit.fits), np.ones(len(rows), bool)
-    by_fold = fit_temperature(logits.mean(axis=0)[None], labels, fold[None, rows], every_row, prior=prior)[0]
-    num_missing = cross_fit.num_folds - len(by_fold)  # folds without calibration rows
-    by_fold = np.append(by_fold, np.full(num_missing, by_fold.mean())).astype(np.float32)
-    scaled = replace(unscaled, scale=by_fold[fold], prior=prior, fold=None if prior is None else fold)
-    calibration = replace(unscaled.calibration, temperature=float(by_fold.mean()))
-    if prior is None:
+    prior = class_prior(target, fold, cross_fit.fits)
+    temperature, anchor = _fit_scale(logits.mean(axis=0), labels, fold[rows], prior)
+    num_missing = cross_fit.num_folds - len(temperature)  # folds without calibration rows
+    temperature = np.append(temperature, np.full(num_missing, temperature.mean())).astype(np.float32)
+    scaled = replace(unscaled, scale=temperature[fold], anchor=anchor, fold=None if anchor is None else fold)
+    calibration = replace(unscaled.calibration, temperature=float(temperature.mean()))
+    if anchor is None:
         return replace(scaled, calibration=calibration)
-    losses = [probe.predict(rows, labels).confidence for probe in (unscaled, scaled)]
-    before, after = (float(cross_entropy(confidence).mean()) for confidence in losses)
-    better = scaled if after < before else replace(unscaled)
+    before, after = (_loss(probe.predict(rows, labels)) for probe in (unscaled, scaled))
+    better = scaled if after < before else unscaled
     probabilities = [probe.predict(rows, labels).probability for probe in (unscaled, better)]
     ece_before, ece_after = (_error(probability, labels) for probability in probabilities)
     calibration = replace(
@@ -207,6 +206,41 @@ def _calibrated(unscaled: CalibratedProbe, target: Target, cross_fit: CrossFit, 
         ece_floor=ece_floor(probabilities[1], is_multilabel=labels.values is not None),
     )
     return replace(better, calibration=calibration)
+
+
+def _fit_scale(
+    logits: Floats, labels: Target, fold: NDArray[np.int16], prior: Floats | None
+) -> tuple[NDArray[np.float64], Floats | None]:
+    """Fit the temperature of each fold (f,) and choose its anchor (f, k), both on the rows (b, k) of the other folds.
+
+    The anchor is the prior or uniform probabilities, whichever gives those rows the lower loss. A probe of noise
+    becomes the prior; of tweets, whose texts without a known word are not those of the average class, the uniform
+    anchor has the lower loss. Of a regression there is no anchor.
+    """
+    every_row = np.ones(len(labels), bool)
+    temperature = fit_temperature(logits[None], labels, fold[None], every_row)[0]
+    if prior is None:
+        return temperature, None
+    relative = fit_temperature(logits[None], labels, fold[None], every_row, anchor=prior)[0]
+    anchor, ones = np.zeros_like(prior), np.ones(len(labels), np.float32)
+    for own in range(len(temperature)):
+        others = np.flatnonzero(fold != own)
+        losses = [
+            _loss(predict(_scaled(logits[others], scale, centre), ones[others], labels.take(others)))
+            for scale, centre in ((temperature[own], anchor[own]), (relative[own], prior[own]))
+        ]
+        if losses[1] < losses[0]:
+            temperature[own], anchor[own] = relative[own], prior[own]
+    return temperature, anchor
+
+
+def _scaled(logits: Floats, scale: float, anchor: Floats) -> Floats:
+    """Return logits (1, b, k) divided by one temperature relative to one anchor (k,)."""
+    return scale_logits(logits[None], np.full(len(logits), scale, np.float32), anchor[None])
+
+
+def _loss(prediction: Prediction) -> float:
+    return float(cross_entropy(prediction.confidence).mean())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,15 @@ inverse document frequency, log((1 + n) / (1 + df)) + 1, as in scikit-learn's TF
 makes the mean squared norm of a text MEAN_SQUARE. Both belong to the rows that a probe trains on: they are the
 same as a penalty of its weights, see TermUnits.penalty, so that probes with different rows share one sparse matrix.
 
+Terms of a single row stay in: without them, as with scikit-learn's min_df = 2, the loss of the tweets is .819 instead
+of .812 (mean of three seeds), that of dialogues and of reviews the same.
+
 Legend: n rows, t terms, p masks of rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +35,14 @@ class TermUnits:
     @classmethod
     def of(cls, weights: csr_array, *, max_terms: int) -> TermUnits:
         """Choose the terms that most of these rows have, at most `max_terms`, and compute their factors."""
-        frequency = np.bincount(weights.indices, minlength=weights.shape[1])
-        terms = np.flatnonzero(frequency)
-        if len(terms) > max_terms:
-            terms = np.sort(terms[np.argsort(-frequency[terms], kind="stable")[:max_terms]])
-        squares = np.bincount(weights.indices, weights=np.square(weights.data), minlength=weights.shape[1])[terms]
+        terms, frequency = np.unique(weights.indices, return_counts=True)
+        chosen = np.sort(np.argsort(-frequency, kind="stable")[:max_terms])
+        units = cls(terms=terms[chosen], gain=np.ones(len(chosen), np.float32))
+        rows = units.standardise(weights)
+        squares = np.bincount(rows.indices, weights=np.square(rows.data), minlength=len(chosen))
         num_texts = np.array([np.count_nonzero(np.diff(weights.indptr))])
-        gain = _gain(frequency[terms, None], squares[:, None], num_texts)[:, 0]
-        return cls(terms=terms, gain=gain.astype(np.float32))
+        gain = _gain(frequency[chosen, None], squares[:, None], num_texts)[:, 0]
+        return replace(units, gain=gain.astype(np.float32))
 
     def standardise(self, weights: csr_array) -> csr_array:
         """Return rows (n, t) of the terms in use, multiplied by their factors, of weights of all terms."""
