@@ -237,8 +237,11 @@ BROKEN = (
 )
 
 
-def check_header(stream: IO[bytes], *, num_bytes: int) -> None:
-    """Raise one of BROKEN if the header states objects, or more bytes than the `num_bytes` of header and body."""
+def check_header(stream: IO[bytes], *, num_bytes: int) -> tuple[int, ...]:
+    """Return the shape that the header of an array states.
+
+    Raises one of BROKEN if it states objects, or more bytes than the `num_bytes` of header and body.
+    """
     version = npy.read_magic(stream)
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read_header(stream)
@@ -246,6 +249,7 @@ def check_header(stream: IO[bytes], *, num_bytes: int) -> None:
     if dtype.hasobject or stated_bytes > num_bytes:
         stated = "objects" if dtype.hasobject else f"{stated_bytes:,} bytes"
         raise ValueError(f"its header states {stated}, and it has {num_bytes:,} bytes")
+    return tuple(int(size) for size in shape)
 
 
 def read_array(stream: IO[bytes]) -> NDArray[Any]:

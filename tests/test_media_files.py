@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmaudit.audit.dataset import columns as cells
-from mmaudit.audit.dataset.columns import load_cell
+from mmaudit.audit.dataset import cells
+from mmaudit.audit.dataset.cells import load_cell
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.hashing import digest

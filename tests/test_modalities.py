@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from mmaudit.audit.dataset.modalities import (
+    FileChecks,
     Modality,
     check_modalities,
     holds_bytes,
@@ -138,7 +139,9 @@ def test_video_with_separate_audio_column_is_visual_only(
     ],
 )
 def test_folders_of_images_are_frames(columns: dict[str, list[object]], expected: list[str]) -> None:
-    modalities = infer_modalities(pa.table(columns), excluded=[], holds_pictures=lambda path: path.startswith("in/"))
+    modalities = infer_modalities(
+        pa.table(columns), excluded=[], files=FileChecks(holds_pictures=lambda path: path.startswith("in/"))
+    )
     assert [str(modality) for modality in modalities] == expected
 
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from mmaudit.audit.dataset.formats import rows as readers
 from mmaudit.audit.dataset.formats.rows import (
     ParquetShard,
-    parquet_head,
     read_csv_rows,
     read_json_lines,
+    read_parquet_schema,
     row_group_shards,
 )
 from mmaudit.audit.dataset.formats.tables import read_rows
@@ -199,9 +199,6 @@ def test_shards_of_media_have_at_most_media_rows(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(readers, "_SHARD_BYTES", 30_000)
     sizes = [shard.num_rows for shard in row_group_shards([tmp_path / "m.parquet"], media_rows=7)]
     assert sizes == [7, 7, 7, 7, 7, 5]
-    assert parquet_head(tmp_path / "m.parquet").num_rows == 16
-    pq.write_table(cell_rows(200, media=False), tmp_path / "v.parquet")
-    assert parquet_head(tmp_path / "v.parquet").num_rows == 64
 
 
 def test_large_row_group_is_never_entirely_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,10 +226,10 @@ def test_head_of_empty_file_has_columns_and_damaged_file_is_reported(tmp_path: P
     pq.write_table(
         cell_rows(0, media=False).cast(pa.schema([("id", pa.int64()), ("x", pa.int8())])), tmp_path / "e.parquet"
     )
-    assert parquet_head(tmp_path / "e.parquet").column_names == ["id", "x"]
+    assert read_parquet_schema(tmp_path / "e.parquet").names == ["id", "x"]
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DatasetError, match=r"b\.parquet cannot be read"):
-        parquet_head(tmp_path / "b.parquet")
+        read_parquet_schema(tmp_path / "b.parquet")
 
 
 def test_pickled_shard_is_small(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ JSONL = (
 
 
 def rows_of(plan: Plan) -> list[dict[str, object]]:
-    return [row for shard in plan.shards for row in shard.read(plan.head.column_names).to_pylist()]
+    return [row for shard in plan.shards for row in shard.read(plan.sample.column_names).to_pylist()]
 
 
 def write_file(path: Path, text: str | bytes) -> Path:
@@ -187,7 +187,7 @@ def test_splits_are_inferred_from_parquet_file_names(tmp_path: Path, caplog: pyt
         paths = find_parquets(tmp_path)
         assert splits_of(paths) == ["test", "train"]
         plan = plan_files(tmp_path, paths, shard_rows=1, splits=splits_of(paths))
-        assert plan.head.column_names == [*rows.column_names, "split"]
+        assert plan.sample.column_names == [*rows.column_names, "split"]
         assert [shard.read(["split", "id"]).to_pylist() for shard in plan.shards] == [
             [{"split": "test", "id": "a"}], [{"split": "train", "id": "a"}]
         ]  # fmt: skip

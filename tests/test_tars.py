@@ -45,7 +45,7 @@ def npy(array: Any) -> bytes:
 
 def read_rows(plan: Plan) -> list[dict[str, Any]]:
     shards = [pickle.loads(pickle.dumps(shard)) for shard in plan.shards]
-    return [row for shard in shards for row in shard.read(plan.head.column_names).to_pylist()]
+    return [row for shard in shards for row in shard.read(plan.sample.column_names).to_pylist()]
 
 
 def test_members_are_read_by_extension(tmp_path: Path) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import Reason, UnusableError
 from ..parsing import check_ranges
 from ..storage import open_regular
 
 EXTENSIONS = {
-    "audio": {".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac"},
-    "image": {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"},
-    "video": {".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".flv", ".m4v"},
+    "audio": {".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".au", ".caf"},
+    "image": {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"},
+    "video": {".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".flv", ".m4v", ".wmv", ".3gp", ".ogv"},
 }
+TEXT_EXTENSIONS, ARRAY_EXTENSION = (".txt", ".text"), ".npy"
 _SIGNATURES = {
     "audio": (b"fLaC", b"ID3", b"caff", b".snd"),
     "image": (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
@@ -56,6 +61,16 @@ def kind_of_path(path: str) -> str | None:
     """Return the kind of medium by a file name's extension: audio, image, video, or None."""
     extension = PurePosixPath(path.lower()).suffix
     return next((kind for kind, extensions in EXTENSIONS.items() if extension in extensions), None)
+
+
+def is_text_path(path: str) -> bool:
+    """Return whether a string is the path of a text file: it ends in .txt or .text, and is one line."""
+    return path.lower().endswith(TEXT_EXTENSIONS) and "\n" not in path
+
+
+def is_array_path(path: str) -> bool:
+    """Return whether a string is the path of a .npy file."""
+    return path.lower().endswith(ARRAY_EXTENSION)
 
 
 MAX_FRAME_PIXELS = 2_147_483_647  # FFmpeg uses 32-bit integers
@@ -136,6 +151,7 @@ class MediaConfig:
 
 
 MAX_IN_MEMORY = 1 << 24  # bytes; smaller files are read into memory
+MAX_ARRAY_BYTES = 1 << 26  # of a .npy file: 16 million numbers, more than any probe can fit
 # Size in bytes up to which a file is hashed completely: a quarter of a second. The digest of a larger file covers its
 # size, the first HEAD bytes (10 s of eight channels of 32 bits at 192 kHz are 61 MB), and BLOCKS blocks spread evenly
 # over the rest, the last one at its end. Files that differ only elsewhere have the same digest.
@@ -233,6 +249,19 @@ Medium = bytes | MediaFile
 def open_stream(data: Medium) -> Any:
     """Open a medium as a stream."""
     return io.BytesIO(data) if isinstance(data, bytes) else data.open()
+
+
+def wave_file(samples: NDArray[Any], rate: int) -> bytes:
+    """Return samples (t,) or (channels, t) as a wav file: of 16 bits if they are integers, else of 32-bit floats."""
+    type_, format_code = ("<i2", 1) if samples.dtype.kind in "iu" else ("<f4", 3)
+    num_channels = 1 if samples.ndim == 1 else len(samples)
+    raw = np.ascontiguousarray(samples.T, dtype=type_).tobytes()
+    block_bytes = num_channels * np.dtype(type_).itemsize
+    layout = struct.pack(
+        "<HHIIHH", format_code, num_channels, rate, rate * block_bytes, block_bytes, 8 * np.dtype(type_).itemsize
+    )
+    chunks = b"WAVEfmt " + struct.pack("<I", len(layout)) + layout + b"data" + struct.pack("<I", len(raw))
+    return b"RIFF" + struct.pack("<I", len(chunks) + len(raw)) + chunks + raw
 
 
 def _digested_ranges(size: int) -> Iterator[tuple[int, int]]:

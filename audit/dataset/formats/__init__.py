@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ...errors import DatasetError
 from ...registry import Entry, Registry
+from ..not_read import NotRead
 
 
 class Shard(Protocol):
@@ -36,7 +37,7 @@ class Shard(Protocol):
         """The file that `read` opens, and two numbers for the position of the rows in it; None for rows in memory."""
 
     def read(self, columns: list[str]) -> pa.Table:
-        """Read these columns of the rows, in this order, with the types of `Plan.head`.
+        """Read these columns of the rows, in this order, with the types of `Plan.sample`.
 
         Raises:
             DatasetError: The rows cannot be read; one line that names the file and the reason.
@@ -53,15 +54,18 @@ class Plan:
 
     Args:
         root: Folder that relative paths start from, and that paths may not leave.
-        head: The first rows, at most 64, from which modalities are inferred; its schema is that of all rows.
+        sample: Some 64 rows spread over the source, from which modalities are inferred; its schema is that of all rows.
+            A column with values is not null in all of them.
         shards: All rows, in order.
         folders: The folders that contain the files of rows, if there can be several.
+        not_read: Files that belong to the source, but to no column.
     """
 
     root: Path
-    head: pa.Table
+    sample: pa.Table
     shards: tuple[Shard, ...]
     folders: tuple[Path, ...] = ()
+    not_read: tuple[NotRead, ...] = ()
 
 
 class Reader(Protocol):

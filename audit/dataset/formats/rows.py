@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -21,11 +20,12 @@ import pyarrow.csv
 import pyarrow.json
 from numpy.typing import NDArray
 
+from ...arrow import dataset_schema, dataset_table
 from ...errors import DatasetError
 from ...parsing import MAX_DEPTH, parse_data_json
 from ...storage import read_batches, read_footer, read_row_group, read_schema
 from ..columns import SPLIT, with_split
-from ..modalities import holds_bytes
+from ..modalities import holds_media
 
 MAX_COLUMNS = 10_000  # of a table: a million columns take 13 GB
 CSV_BLOCK_BYTES = 1 << 25  # parsed at once; the limit of a row
@@ -242,7 +242,6 @@ def _kinds(value: Any, key: str) -> Iterator[tuple[str, str]]:
 _SHARD_BYTES = 1 << 26  # a row group of up to 64 MiB uncompressed is one shard; a larger one is divided
 _MAX_VECTOR_ROWS = 8_192  # in a shard without media
 _BUFFER_BYTES = 1 << 20  # buffer of each column; without it, or with pre_buffer, the whole row group is in memory
-HEAD_ROWS, _HEAD_MEDIA = 64, 16  # rows from which kinds are inferred: without media, and with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,8 +269,9 @@ class ParquetShard:
     def read(self, columns: list[str]) -> pa.Table:
         """Read these columns. Reading the shards of a row group in order is fast: each continues after the last."""
         if self.split is None:
-            return self._read(columns)
-        return with_split(self._read([name for name in columns if name != SPLIT]), self.split).select(columns)
+            return dataset_table(self._read(columns))
+        rows = dataset_table(self._read([name for name in columns if name != SPLIT]))
+        return with_split(rows, self.split).select(columns)
 
     def _read(self, columns: list[str]) -> pa.Table:
         if self.part_rows is None:
@@ -298,7 +298,7 @@ def row_group_shards(
     shards: list[ParquetShard] = []
     first = 0
     for path, split in zip(paths, splits or [None] * len(paths), strict=True):
-        footer, schema = read_footer(path, error=DatasetError), read_schema(path, error=DatasetError)
+        footer, schema = read_footer(path, error=DatasetError), read_parquet_schema(path)
         max_rows = max_shard_rows(schema, media_rows=media_rows)
         for group in range(footer.num_row_groups):
             group_rows, num_bytes = footer.row_group(group).num_rows, footer.row_group(group).total_byte_size
@@ -321,19 +321,14 @@ def row_group_shards(
     return shards
 
 
+def read_parquet_schema(path: Path) -> pa.Schema:
+    """Read the schema of the rows that the shards of a Parquet file return."""
+    return dataset_schema(read_schema(path, error=DatasetError))
+
+
 def max_shard_rows(schema: pa.Schema, *, media_rows: int) -> int:
     """Return the most rows of a shard: `media_rows` if they hold media, else 8,192."""
-    return media_rows if any(map(holds_bytes, schema.types)) else _MAX_VECTOR_ROWS
-
-
-def parquet_head(path: Path) -> pa.Table:
-    """Read the first rows of a Parquet file; for an empty file a table without rows, with all columns."""
-    schema = read_schema(path, error=DatasetError)
-    rows = _HEAD_MEDIA if any(map(holds_bytes, schema.types)) else HEAD_ROWS
-    batches = read_batches(path, error=DatasetError, rows=rows, buffer_bytes=_BUFFER_BYTES)
-    with closing(batches):
-        first = next(batches, None)
-    return schema.empty_table() if first is None else first.replace_schema_metadata(schema.metadata)
+    return media_rows if any(map(holds_media, schema.types)) else _MAX_VECTOR_ROWS
 
 
 class _RowGroupReader:

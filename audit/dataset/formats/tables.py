@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from ...arrow import dataset_table
 from ...errors import DatasetError
 from ...storage import check_regular, read_table
 from ..columns import SPLIT, split_of_file, split_of_folder, with_split
-from ..modalities import holds_bytes, holds_files
+from ..modalities import holds_files, holds_media
+from ..not_read import NotRead
 from . import Plan
-from .rows import HEAD_ROWS, parquet_head, read_csv_rows, read_json_lines, row_group_shards
+from .rows import read_csv_rows, read_json_lines, read_parquet_schema, row_group_shards
+from .sample import sample_row_groups, sample_rows
 
 log = logging.getLogger("mmaudit")
 
@@ -126,14 +129,14 @@ def plan_files(
     """
     folders = tuple(sorted({path.parent for path in paths}))
     if all(path.suffix == ".parquet" for path in paths):
-        heads = [parquet_head(path) for path in paths]
-        _check_same_columns(paths, [head.schema for head in heads])
-        splits = None if SPLIT in heads[0].schema.names else splits
-        if any(pa.types.is_nested(type_) or holds_bytes(type_) for type_ in heads[0].schema.types):
+        schemas = [read_parquet_schema(path) for path in paths]
+        _check_same_columns(paths, schemas)
+        splits = None if SPLIT in schemas[0].names else splits
+        if any(pa.types.is_nested(type_) or holds_media(type_) for type_ in schemas[0].types):
             shards = row_group_shards(paths, media_rows=shard_rows, splits=splits)
-            head = next((head for head in heads if head.num_rows), heads[0])
-            first = with_split(head, splits[0] if splits else None)
-            return Plan(root=root, head=first, shards=tuple(shards), folders=folders)
+            groups = [(shard.path, shard.row_group, shard.split) for shard in shards if not shard.start]
+            schema = with_split(schemas[0].empty_table(), splits[0] if splits else None).schema
+            return Plan(root=root, sample=sample_row_groups(groups, schema), shards=tuple(shards), folders=folders)
     return plan_rows(root, read_tables(paths, splits=splits), shard_rows=shard_rows, folders=folders)
 
 
@@ -157,10 +160,18 @@ def plan_split_tables(root: Path, tables: Sequence[Path], *, shard_rows: int) ->
     return plan_rows(root, concat_rows(parts, source=str(root)), shard_rows=shard_rows)
 
 
-def plan_rows(root: Path, rows: pa.Table, *, shard_rows: int, folders: tuple[Path, ...] = ()) -> Plan:
+def plan_rows(
+    root: Path,
+    rows: pa.Table,
+    *,
+    shard_rows: int,
+    folders: tuple[Path, ...] = (),
+    not_read: tuple[NotRead, ...] = (),
+) -> Plan:
     """Plan rows in memory."""
+    rows = dataset_table(rows)
     shards = tuple(memory_shards(rows, shard_rows=shard_rows))
-    return Plan(root=root, head=rows.slice(0, HEAD_ROWS), shards=shards, folders=folders)
+    return Plan(root=root, sample=sample_rows(rows), shards=shards, folders=folders, not_read=not_read)
 
 
 def read_tables(paths: Sequence[Path], *, splits: Sequence[str | None] | None = None) -> pa.Table:
@@ -181,7 +192,7 @@ def read_rows(path: Path) -> pa.Table:
         return read_csv_rows(path)
     if path.suffix == ".jsonl":
         return read_json_lines(path)
-    return read_table(path, error=DatasetError)
+    return dataset_table(read_table(path, error=DatasetError))
 
 
 def concat_rows(parts: Sequence[pa.Table], *, source: str) -> pa.Table:

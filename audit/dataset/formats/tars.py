@@ -10,13 +10,15 @@ import glob
 import io
 import logging
 import tarfile
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...errors import DatasetError
@@ -26,7 +28,7 @@ from ...storage import open_regular
 from ..columns import SPLIT, split_of_file, split_of_folder
 from ..modalities import KINDS
 from . import Plan
-from .rows import HEAD_ROWS
+from .sample import sample_size, spread_positions
 from .tables import common_splits, concat_rows
 
 log = logging.getLogger("mmaudit")
@@ -60,6 +62,23 @@ class TarShard:
     def location(self) -> tuple[str, int, int]:
         """The file, and the first sample in it."""
         return self.path, 0, self.start
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the members that are read by shard."""
+        sizes = [name for name in self.positions.column_names if name.startswith("size:")]
+        return sum(pc.sum(self.positions[name]).as_py() or 0 for name in sizes)
+
+    def slice(self, position: int) -> TarShard:
+        """Return the shard of one sample, given its number in the source."""
+        row = position - self.first
+        one = {"rows": self.rows.slice(row, 1), "positions": self.positions.slice(row, 1)}
+        return replace(self, first=position, start=self.start + row, num_rows=1, **one)
+
+    def values(self, name: str) -> pa.ChunkedArray | None:
+        """Return a column, or the offsets of its members; None if no sample of the shard has one."""
+        table, key = (self.rows, name) if name in self.rows.column_names else (self.positions, f"offset:{name}")
+        return table[key] if key in table.column_names else None
 
     def read(self, columns: list[str]) -> pa.Table:
         """Read only the members of these columns, in file order."""
@@ -153,8 +172,32 @@ def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
             )
             shards.append(shard)
         first += len(samples)
-    head = shards[0].read(schema.names).slice(0, HEAD_ROWS)
-    return Plan(root=paths[0].parent, head=head, shards=tuple(shards))
+    return Plan(root=paths[0].parent, sample=_sample(shards, schema), shards=tuple(shards))
+
+
+def _sample(shards: Sequence[TarShard], schema: pa.Schema) -> pa.Table:
+    """Return samples spread over all tars, of at most 64 MiB together, and for each column the first with a value."""
+    num_rows = shards[-1].first + shards[-1].num_rows
+    with_values = (_first_with(shards, name) for name in schema.names)
+    positions = [*(row for row in with_values if row is not None), *spread_positions(num_rows, sample_size(schema))]
+    firsts = [shard.first for shard in shards]
+    sample: dict[int, pa.Table] = {}
+    num_bytes = 0
+    for position in dict.fromkeys(positions):
+        shard = shards[bisect_right(firsts, position) - 1].slice(position)
+        if not sample or num_bytes + shard.num_bytes <= _SHARD_BYTES:
+            sample[position] = shard.read(schema.names)
+            num_bytes += shard.num_bytes
+    return pa.concat_tables([sample[position] for position in sorted(sample)]).combine_chunks()
+
+
+def _first_with(shards: Sequence[TarShard], name: str) -> int | None:
+    """Return the number of the first sample that has a value in a column; None if there is none."""
+    for shard in shards:
+        column = shard.values(name)
+        if column is not None and column.null_count < len(column):
+            return shard.first + int(np.flatnonzero(column.is_valid().to_numpy())[0])
+    return None
 
 
 def _index_tar(path: Path) -> list[TarSample]:
