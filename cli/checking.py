@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.dataset.dataset import Dataset
+from ..audit.dataset.not_read import NotRead
 from ..audit.dataset.samples import read_samples
 from ..audit.downloads.ingest import Ingested
 from ..audit.downloads.ingest import ingest as ingest_download
@@ -36,6 +37,7 @@ class CheckResult:
         modalities: The modalities, each as NAME=COLUMN:KIND and its encoder.
         unusable: Counts of unusable samples by reason and modality, each with an example.
         leakage: What train and test share.
+        not_read: Columns and files that no modality is read from, each with the reason.
     """
 
     source: str
@@ -44,6 +46,7 @@ class CheckResult:
     modalities: tuple[str, ...]
     unusable: tuple[dict[str, Any], ...]
     leakage: Leakage
+    not_read: tuple[NotRead, ...] = ()
 
     @property
     def failed_gate(self) -> str:
@@ -60,6 +63,7 @@ class CheckResult:
             "modalities": list(self.modalities),
             "unusable": list(self.unusable),
             "leakage": self.leakage.to_json(),
+            "not_read": [asdict(entry) for entry in self.not_read],
         }
 
 
@@ -180,6 +184,7 @@ def check(
         modalities=tuple(str(modality) for modality in dataset.modalities),
         unusable=tuple(_by_reason(left_out)),
         leakage=leakage,
+        not_read=dataset.not_read,
     )
 
 
