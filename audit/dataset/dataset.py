@@ -45,7 +45,7 @@ class DataConfig:
     Args:
         reader: Source format, one of `READERS` or of an installed package; "auto": the built-in readers are asked.
         modality: Modalities as NAME=COLUMN[:KIND], such as audio=wav_path:audio; [] infers them from the columns. Kinds
-            are audio, image, video, frames (folders of pictures), features (vectors) and text.
+            are audio, image, video, frames (folders or lists of pictures), features (vectors, or .npy files) and text.
         encoder: Encoders as MODALITY=ENCODER, such as image=resnet18; a modality without one uses `statistics`. Others
             are `hf:MODEL`, `package.module:function` and the encoders of installed packages.
         task: What the label is: classification (one class), multilabel (a set of labels) or regression (a number).

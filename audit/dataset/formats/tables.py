@@ -1,4 +1,4 @@
-"""Plans of csv, jsonl and Parquet files: the head of the rows and their shards."""
+"""Plans of csv, jsonl and Parquet files: a sample of the rows and their shards."""
 
 from __future__ import annotations
 
