@@ -185,12 +185,13 @@ def test_lists_of_pictures_are_one_picture_or_frames(tmp_path: Path) -> None:
         (tmp_path / f"{number}.png").write_bytes(bytes([number]))
     names = [f"{number}.png" for number in (2, 0, 1)]
     structs = [{"bytes": None, "path": names[0]}, {"bytes": b"\0", "path": "?"}, {"bytes": b"\1", "path": None}]
-    for cell in (names, structs, [b"\2", b"\0", b"\1"]):
+    lists: list[Any] = [names, structs, [b"\2", b"\0", b"\1"]]
+    for cell in lists:
         assert loader("image", tmp_path).load(cell) == b"\2"
         assert loader("frames", tmp_path).load(cell) == ((b"\2", b"\0", b"\1"),)
-    for cell in ([], [None, "0.png"]):
+    for no_picture in ([], [None, "0.png"]):
         with pytest.raises(UnusableError) as caught:
-            loader("image", tmp_path).load(cell)
+            loader("image", tmp_path).load(no_picture)
         assert caught.value.reason is Reason.MISSING
     with pytest.raises(UnusableError, match=r"x\[1\] is null"):
         loader("frames", tmp_path).load(["0.png", None])

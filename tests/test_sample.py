@@ -18,6 +18,7 @@ from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.formats import sample as samples
 from mmaudit.audit.dataset.formats.sample import sample_positions, sample_row_groups, sample_rows, spread_positions
 from mmaudit.audit.dataset.formats.tables import plan_files, plan_rows
+from mmaudit.audit.storage import read_batches
 
 
 def test_positions_are_spread_and_reproducible() -> None:
@@ -60,7 +61,7 @@ def test_column_in_few_rows_of_the_middle_is_found_by_statistics(
     rows = sparse_rows(5_000, 0).set_column(1, "late", pa.array(late, pa.string()))
     pq.write_table(rows, tmp_path / "d.parquet", row_group_size=50)
     opened = []
-    read = samples.read_batches
+    read = read_batches
 
     def record(path: str, **options: Any) -> Any:
         opened.append(options["row_groups"])
