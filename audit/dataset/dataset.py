@@ -20,7 +20,7 @@ from ..errors import ConfigError, DatasetError, UnusableError
 from ..parsing import check_choices, check_ranges
 from .cells import CellLoader, check_files
 from .columns import Columns, find_columns, text_roles
-from .formats import Shard, plan_source
+from .formats import Plan, Shard, plan_source
 from .labels import TASKS
 from .modalities import (
     Modality,
@@ -252,18 +252,11 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
         raise DatasetError(f"{data} holds no rows")
     roles = {"id": config.id, "label": config.label, "group": config.group, "split": config.split}
     columns = find_columns(sample.column_names, roles)
-    files = check_files(plan.root, allow_outside=config.allow_outside)
-    not_read: tuple[NotRead, ...] = ()
-    if config.modality:
-        modalities = [parse_modality(text, sample, files=files) for text in config.modality]
-    else:
-        modalities = infer_modalities(sample, excluded=columns.names, files=files)
-        not_read = (*plan.not_read, *find_not_read(sample, modalities, roles=columns.names, files=files))
-        log_not_read(not_read)
+    modalities, not_read = _find_modalities(plan, sample, columns, config)
     dataset = Dataset(
         source=str(data),
         root=plan.root,
-        modalities=tuple(modalities),
+        modalities=modalities,
         columns=columns,
         schema=sample.schema,
         shards=plan.shards,
@@ -285,6 +278,19 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     log.info("modalities: %s", ", ".join(map(str, dataset.modalities)))
     log_forms(dataset.modalities, sample)
     return dataset
+
+
+def _find_modalities(
+    plan: Plan, sample: pa.Table, columns: Columns, config: DataConfig
+) -> tuple[tuple[Modality, ...], tuple[NotRead, ...]]:
+    """Return the modalities that are named, or else inferred from a sample, and what is then left; log the latter."""
+    files = check_files(plan.root, allow_outside=config.allow_outside)
+    if config.modality:
+        return tuple(parse_modality(text, sample, files=files) for text in config.modality), ()
+    modalities = infer_modalities(sample, excluded=columns.names, files=files)
+    not_read = (*plan.not_read, *find_not_read(sample, modalities, roles=columns.names, files=files))
+    log_not_read(not_read)
+    return tuple(modalities), not_read
 
 
 def _drop_silent_audio(dataset: Dataset, sample: pa.Table) -> list[Modality]:
