@@ -407,7 +407,7 @@ _METRICS = RequiredKeys(
         "counts": RequiredKeys(train=int, validation=int, test=int),
         "test": RequiredKeys({"all": _SUBSET, "*": _SUBSET}),
         "best_epoch": int,
-        "chance": RequiredKeys(majority=float),
+        "chance": RequiredKeys(uniform=float, majority=float),
         "test_labels_in_scores": bool,
         "contribution?": RequiredKeys(
             n=int,

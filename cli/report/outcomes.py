@@ -190,7 +190,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
         "seed": metrics["config"].get("seed"),
         "counts": metrics["counts"],
         "best_epoch": metrics["best_epoch"],
-        "chance": metrics["chance"]["majority"],
+        "chance": {name: metrics["chance"][name] for name in ("uniform", "majority")},
         "branches": branches,
         "contribution": contribution if contribution and contribution["n"] else None,
         "subsets": [

@@ -19,6 +19,7 @@ from ..provenance import own_record
 from ..run import Run
 from . import findings
 from .findings import Numbers
+from .formatting import accuracy, amount, breakable, edge, gain, interval, percent, probe_metric, signed, small
 from .outcomes import MAX_DETAILED, finetune_numbers, manifest_numbers
 
 _TEMPLATE = "report.html.jinja"
@@ -59,6 +60,7 @@ def report_numbers(run: Run) -> Numbers:
         "schema": "mmaudit.report/1",
         "facts": findings.facts(record, scores),
         "probe_report": findings.probe_report_numbers(record),
+        "chance": chance_levels(record),
         "agreement": findings.agreement(scores),
         "discrepancy": findings.discrepancies(scores),
         "share_without_leader": findings.standing_out(scores),
@@ -78,18 +80,29 @@ def report_numbers(run: Run) -> Numbers:
     return {**numbers, "verdict": verdict(numbers)}
 
 
+def chance_levels(record: Section) -> dict[str, float]:
+    """Return the metrics of guessing by name: uniformly over the classes, and always the majority class.
+
+    Of several labels, each is guessed by itself. The guess of a regression is the mean of the target.
+    """
+    task, majority = record["config"]["data"]["task"], record["probe_report"]["chance"]
+    if task == "regression":
+        return {"mean": majority}
+    return {"uniform": 0.5 if task == "multilabel" else 1 / max(record["num_classes"], 1), "majority": majority}
+
+
 def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
     """Return the page as HTML. Names and labels come from the user's data, so everything is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from .figures import palette
+    from .drawing import palette
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "small": small}
-    environment.filters |= {"accuracy": _accuracy, "probe_metric": _probe_metric, "gain": _format_gain}
-    environment.filters |= {"thousands": "{:,}".format, "amount": _amount, "edge": _edge}
+    environment.filters |= {"accuracy": accuracy, "probe_metric": probe_metric, "gain": gain, "breakable": breakable}
+    environment.filters |= {"thousands": "{:,}".format, "amount": amount, "edge": edge}
     modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]
     images = {name: _image(image) for name, image in figures.items()}
     page = environment.get_template(_TEMPLATE).render(**numbers, images=images, colours=palette(modalities))
@@ -100,36 +113,6 @@ def _image(png: bytes) -> dict[str, Any]:
     """Return a figure's bytes in base64, and its size in CSS pixels, half that of the file."""
     width, height = struct.unpack(">II", png[16:24])
     return {"data": base64.b64encode(png).decode(), "width": width // 2, "height": height // 2}
-
-
-def _accuracy(metrics: dict[str, Any]) -> str:
-    """Format an accuracy with its interval, in percent."""
-    low, high = 100 * metrics["accuracy_low"], 100 * metrics["accuracy_high"]
-    return f"{100 * metrics['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _probe_metric(probe: dict[str, Any], metric: str) -> str:
-    """Format a probe's metric with its interval: a share in percent, R^2 unscaled."""
-    scale, digits = (1, 2) if metric == "R^2" else (100, 1)
-    value, low, high = (f"{scale * probe[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def _format_gain(numbers: dict[str, Any], metric: str) -> str:
-    """Format a gain with its interval: of a share in points, of R^2 unscaled."""
-    scale, digits = (1, 2) if metric == "R^2" else (100, 1)
-    value, low, high = (signed(scale * numbers[key], digits) for key in ("gain", "low", "high"))
-    return f"{value}{'' if metric == 'R^2' else ' points'} [{low}, {high}]"
-
-
-def _amount(value: float) -> str:
-    """Format a fractional count, below 10 with one decimal."""
-    return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
-
-
-def _edge(value: float) -> str:
-    """Format the edge of a bin with at most four decimals, and a minus sign U+2212."""
-    return f"{round(value, 4) + 0.0:g}".replace("-", "−")
 
 
 Section = Mapping[str, Any]
@@ -148,31 +131,6 @@ def verdict(numbers: Section) -> dict[str, Any]:
         "sentences": [_shares_of_many(numbers) if several else _shares(numbers), _gain(numbers), _bimodal(numbers)],
         "warnings": [text for warn in warnings for text in warn(numbers)],
     }
-
-
-def percent(value: float) -> str:
-    """Format a share, 0.361 as 36%: with a decimal near 0 and 1; 0% and 100% only if exact."""
-    if 1e-9 < value < 0.0005:
-        return "<0.1%"
-    if 0.9995 < value < 1 - 1e-9:
-        return ">99.9%"
-    near = 0.0005 <= value < 0.0995 or 0.9905 < value <= 0.9995
-    return f"{100 * value:.{1 if near else 0}f}%"
-
-
-def interval(numbers: Section) -> str:
-    """Format a share with its interval."""
-    return f"{percent(numbers['share'])} [{percent(numbers['low'])}, {percent(numbers['high'])}]"
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """Format a number with its sign; the minus sign is U+2212."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
-
-
-def small(p: float) -> str:
-    """Format a p value; the table of the dip test ends at 0.001."""
-    return "≤ 0.001" if p < 0.0015 else f"{p:.3f}"
 
 
 def _headline(numbers: Section) -> str:
@@ -225,17 +183,18 @@ def _shares_of_many(numbers: Section) -> str:
         f"On {interval(leading['share_ahead'])} of the samples, the confidence of {leading['positive_side']} in the "
         f"true class is at least {margin:g} above the mean of the others. On {interval(trailing['share_behind'])}, "
         f"that of {trailing['positive_side']} is at least {margin:g} below it. On "
-        f"{interval(numbers['share_without_leader'])} no modality is that far ahead."
+        f"{interval(numbers['share_without_leader'])} no modality is that far ahead. The first two shares overlap: on "
+        f"a sample, one modality may be ahead and another behind."
     )
 
 
 def _gain(numbers: Section) -> str:
     probe_report = numbers["probe_report"]
-    gain, metric = probe_report["gain_over_best"], probe_report["metric"]
-    best, points = gain["name"], _format_gain(gain, metric)
-    if gain["low"] > 0:
+    over_best, metric = probe_report["gain_over_best"], probe_report["metric"]
+    best, points = over_best["name"], gain(over_best, metric)
+    if over_best["low"] > 0:
         return f"Using all modalities together gains {points} of {metric} over {best} alone, the best single one."
-    if gain["high"] < 0:
+    if over_best["high"] < 0:
         return f"Using all modalities together loses {points} of {metric} against {best} alone, the best single one."
     return f"That all modalities together beat {best} alone, the best single one, is not shown: {points} of {metric}."
 
@@ -268,24 +227,31 @@ def _left_out(numbers: Section) -> list[str]:
 
 
 def _weak_probes(numbers: Section) -> list[str]:
-    """Return a warning for each probe that is not shown to be better than predicting the most common class."""
+    """Return a warning for each probe that is not shown to be better than guessing."""
     probe_report = numbers["probe_report"]
-    chance = percent(probe_report["chance"]) if probe_report["metric"] != "R^2" else "R^2 of 0"
-    probes = {probe["name"]: probe["low"] for probe in probe_report["probe_metrics"] if probe["name"] != "fused"}
-    return [
-        f"The probe on {name} is not shown to be better than chance ({chance}): either {name} holds no information "
-        f"on these labels, or the probe cannot use it. Its discrepancies mean little."
-        for name, low in probes.items()
-        if low <= probe_report["chance"]
+    weak = [probe["name"] for probe in probe_report["probe_metrics"] if probe["low"] <= probe_report["chance"]]
+    guess = "always guessing the majority class"
+    guess = f"{guess} ({percent(probe_report['chance'])})" if probe_report["metric"] != "R^2" else "guessing the mean"
+    warnings = [
+        f"The probe on {name} is not shown to be better than {guess}: either {name} holds no information on these "
+        f"labels, or the probe cannot use it. Its discrepancies mean little."
+        for name in weak
+        if name not in ("fused", "joint")
     ]
+    if "joint" in weak:
+        warnings.append(
+            f"The joint probe, on the features of all modalities, is not shown to be better than {guess}. The Shapley "
+            f"values mean little."
+        )
+    return warnings
 
 
 def _leaks(numbers: Section) -> list[str]:
     """Return a warning for each probe that is above chance on shuffled labels: the labels leak."""
     return [
         f"LEAK: a probe on {control['name']} fitted on shuffled labels has an accuracy of {percent(control['value'])} "
-        f"on held-out samples, above chance ({percent(control['chance'])}). The labels leak from elsewhere than the "
-        f"samples: do not trust the scores."
+        f"on held-out samples, above the majority class ({percent(control['chance'])}). The labels leak from elsewhere "
+        f"than the samples: do not trust the scores."
         for control in numbers["probe_report"]["controls"]
         if control["leaks"]
     ]
