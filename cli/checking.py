@@ -19,7 +19,7 @@ from ..audit.features.encoded_samples import collect_encoded, select_usable
 from ..audit.leakage import Leakage, ModalityContent, find_leakage, group_columns
 from ..audit.locks import write_lock
 from .config import RunConfig, load_config
-from .console import progress_bars
+from .progress import progress_bars
 from .provenance import open_encodable
 from .run import Run
 from .scoring import data_settings, encode_missing, pick_device

@@ -1,27 +1,22 @@
-"""Output on the terminal: progress bars and results as text."""
+"""Output on the terminal: log and results as text."""
 
 from __future__ import annotations
 
 import csv
 import logging
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..audit.errors import printable
 
 if TYPE_CHECKING:
-    from ..audit.workers import Progress
     from ..rebalance.diff import ManifestDiff
     from ..rebalance.verify import Verification
     from .manifests import Epoch
 
 _BALANCED_SHARE = (0.4, 0.6)  # share of samples with D > 0; outside this range a balanced split gets a warning
 _SPLIT_ORDER = ("train", "validation", "test", "all")
-_LINE_SECONDS = 10.0  # between two lines of progress if stderr is not a terminal
 
 
 def print_status(line: str) -> None:
@@ -65,74 +60,6 @@ def configure_logging(level: int = logging.INFO, *, with_seconds: bool = False) 
     logger.setLevel(level)
     logger.propagate = False
     logging.raiseExceptions = False  # a closed terminal or a full disk for the log does not fail the command
-
-
-@contextmanager
-def progress_bars(shown: bool = True) -> Iterator[Progress]:
-    """Yield a progress callback that draws bars in a terminal or notebook, and else prints a line every ten seconds.
-
-    If it is not `shown` it prints nothing. An interrupt is raised at the next call.
-    """
-    from .failures import begin_stage, raise_if_interrupted
-
-    with _drawing(shown) as draw:
-
-        def progress(stage: str, done: int, total: int) -> None:
-            raise_if_interrupted()
-            begin_stage(stage)
-            draw(stage, done, total)
-
-        yield progress
-
-
-@contextmanager
-def _drawing(shown: bool) -> Iterator[Progress]:
-    """Yield a function that shows the progress of a stage."""
-    if not shown:
-        yield lambda stage, done, total: None
-    elif "ipykernel" in sys.modules:
-        yield _draw_in_notebook
-    elif not sys.stderr.isatty():
-        yield _Lines()
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description:>8}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            tasks: dict[str, Any] = {}
-
-            def draw(stage: str, done: int, total: int) -> None:
-                if stage not in tasks or bars.tasks[tasks[stage]].finished:
-                    tasks[stage] = bars.add_task(printable(stage), total=total)
-                bars.update(tasks[stage], completed=done, total=total)
-
-            yield draw
-
-
-def _draw_in_notebook(stage: str, done: int, total: int) -> None:
-    """Draw a bar of 40 characters on one line of the cell's output; rich's bars need ipywidgets there."""
-    filled = 40 * done // max(total, 1)
-    end = "\n" if done >= total else ""
-    print(f"\r{printable(stage):>8} {'#' * filled}{'.' * (40 - filled)} {done}/{total}", end=end, file=sys.stderr)
-
-
-class _Lines:
-    """Progress as a line every ten seconds; shorter stages print none."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        seconds = time.monotonic()
-        if seconds - self._last >= _LINE_SECONDS:
-            self._last = seconds
-            print_status(f"{stage}: {done} of {total}")
 
 
 def print_score(record: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from ..audit.scores.table import ScoreTable, write_scores
 from ..audit.storage import write_json, write_parquet
 from ..audit.workers import Progress, default_workers
 from .config import RunConfig, load_config
-from .console import progress_bars
+from .progress import progress_bars
 from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
 from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
 

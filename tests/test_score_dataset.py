@@ -74,7 +74,7 @@ def test_clips_with_an_informative_feature_are_predicted(clip_source: Path, tmp_
         tmp_path,
         config=DataConfig(group="speaker"),
         probe=WHOLE,
-        progress=lambda *step: steps.append(step),
+        progress=lambda *step, detail="": steps.append(step),
     )
     scores = result.scores
     assert len(scores) == 24
@@ -108,7 +108,7 @@ def test_network_has_a_control_if_configured(clip_source: Path, tmp_path: Path) 
             config=config,
             probe=probe,
             networks=networks,
-            progress=lambda *step: steps.append(step),
+            progress=lambda *step, detail="": steps.append(step),
         )
 
     without = go(replace(WHOLE, control=False))
@@ -119,7 +119,8 @@ def test_network_has_a_control_if_configured(clip_source: Path, tmp_path: Path) 
     assert [control.name for control in result.probe_report.controls] == ["audio", "image"]
     assert not any(control.leaks for control in result.probe_report.controls)
     assert result.scores.to_arrow().equals(without.scores.to_arrow())
-    assert [step for step in steps if step[0] == "probe"] == [("probe", done, 4) for done in (1, 2, 3, 4)]
+    assert [step[1:] for step in steps if step[0] == "probe"] == [(done, 4) for done in (0, 1, 1, 2, 2, 3, 3, 4)]
+    assert {step[0] for step in steps} >= {"probe", "control audio", "control image"}
     assert len(list(networks.folder.iterdir())) == 8
     assert go(WHOLE).probe_report.controls == result.probe_report.controls
     assert len(list(networks.folder.iterdir())) == 8

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,6 +25,7 @@ from ..hashing import canonical_order
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
 from ..probes.cross_fit import CrossFit, plan_cross_fits
+from ..probes.network_cost import describe_cost, seconds_per_row
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (
     CalibratedProbe,
@@ -36,9 +38,11 @@ from ..probes.probe_set import (
 )
 from ..workers import Progress, fixed_threads, parallel_map
 from .mixture import Mixture, MixtureConfig
-from .probe_report import ClassCheck, ProbeReport, compute_probe_report, fit_by_class
+from .probe_report import CONTROL_ROWS, ClassCheck, ProbeReport, compute_probe_report, fit_by_class
 from .sample_scores import SampleScores, add_balance, compute_sample_scores, score_columns
 from .table import ScoreTable
+
+log = logging.getLogger("mmaudit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +85,8 @@ def audit_dataset(
     inputs = [FeatureMatrix.of(tasks, status, rows) for status in encoded.statuses]
     _check_modalities(encoded, inputs, cross_fits[0], rows)
     total = _num_fits([status.modality for status in encoded.statuses], probe)
-    fit = _ProbeFitter(probe, networks, seed=seed, device=device, progress=progress, total=total)
+    fit = _ProbeFitter(probe, networks, target, seed=seed, device=device, progress=progress, total=total)
+    _log_cost([matrix for matrix in inputs if is_network(matrix.status.modality)], cross_fits, fit)
     probe_set = _fit_probe_set(inputs, target, cross_fits, fit=fit)
     sample_scores = compute_sample_scores(probe_set, seed=seed, progress=progress)
     scores = _score_table(encoded, rows, sample_scores, target=target, classes=classes, fold=cross_fits[0].fold)
@@ -129,24 +134,36 @@ class _ProbeFitter:
     """Fits probes on features or as networks, and reports progress; safe to call from several threads."""
 
     def __init__(
-        self, config: ProbeConfig, networks: NetworkSettings, *, seed: int, device: str, progress: Progress, total: int
+        self,
+        config: ProbeConfig,
+        networks: NetworkSettings,
+        target: Target,
+        *,
+        seed: int,
+        device: str,
+        progress: Progress,
+        total: int,
     ) -> None:
-        self.config, self.networks, self.seed, self.device = config, networks, seed, device
+        self.config, self.networks, self.target, self.seed, self.device = config, networks, target, seed, device
         self.progress, self.total, self.done = progress, total, 0
         self.lock = Lock()
 
     def __call__(self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+        detail = "" if target is self.target else "controls, on shuffled labels"
+        with self.lock:
+            self.progress("probe", min(self.done, self.total), self.total, detail=detail)
         if isinstance(inputs, FeatureMatrix) and is_network(inputs.status.modality):
             probe = self._train(inputs, target, cross_fits)
         else:
             probe = fit_probe(inputs, target, cross_fits, config=self.config, device=self.device)
         with self.lock:
             self.done += 1
-            self.progress("probe", min(self.done, self.total), self.total)
+            self.progress("probe", min(self.done, self.total), self.total, detail=detail)
         return probe
 
     def _train(self, inputs: FeatureMatrix, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         modality = inputs.status.modality
+        name = f"{'probe' if target is self.target else 'control'} {modality.name}"
         return fit_network(
             inputs,
             input_shape(modality, self.networks.media),
@@ -155,9 +172,24 @@ class _ProbeFitter:
             config=self.networks.config,
             seed=self.seed,
             device=self.device,
-            progress=lambda stage, done, total: self.progress(f"{stage} {modality.name}", done, total),
+            progress=lambda stage, done, total, *, detail="": self.progress(name, done, total, detail=detail),
             folder=self.networks.folder,
         )
+
+
+def _log_cost(inputs: Sequence[FeatureMatrix], cross_fits: Sequence[CrossFit], fit: _ProbeFitter) -> None:
+    """Log how long the networks of these modalities will train, before they do."""
+    if not inputs:
+        return
+    config, shapes = fit.networks.config, [input_shape(matrix.status.modality, fit.networks.media) for matrix in inputs]
+    options: dict[str, Any] = {"config": config, "device": fit.device}
+    seconds = [
+        seconds_per_row(matrix, shape, fit.target, **options) for matrix, shape in zip(inputs, shapes, strict=True)
+    ]
+    own_fits = [[replace(item, fits=item.fits & matrix.present) for item in cross_fits] for matrix in inputs]
+    control_rows = [min(CONTROL_ROWS, int(fits[0].fits.sum())) if fit.config.control else 0 for fits in own_fits]
+    names = ", ".join(matrix.status.modality.name for matrix in inputs)
+    log.info("networks of %s: %s", names, describe_cost(seconds, own_fits, control_rows=control_rows, **options))
 
 
 def _fit_probe_set(

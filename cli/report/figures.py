@@ -243,7 +243,7 @@ def _training(modalities: list[Numbers], colours: Palette) -> Figure:
     counts = np.array([numbers["counts"] for numbers in modalities])
     num_bins = counts.shape[2]
     filled = np.flatnonzero(counts.sum(axis=(0, 1))).max(initial=0) + 1
-    shown = min(max(filled, int(np.ceil(1.5 * modalities[0]["border"] * num_bins / 0.5))), num_bins)
+    shown = min(max(filled, round(3 * modalities[0]["border"] * num_bins)), num_bins)  # 1.5 times the border at least
     titles = fit_names([numbers["name"] for numbers in modalities], WIDTH / 3 - 0.5)
     for axes, numbers, title, cells in zip(panels, modalities, titles, counts, strict=True):
         draw_histogram_2d(axes, cells[:, :shown], max_x=0.5 * shown / num_bins)
