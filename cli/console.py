@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .manifests import Epoch
 
 _BALANCED_SHARE = (0.4, 0.6)  # share of samples with D > 0; outside this range a balanced split gets a warning
+_NAME_CELLS = 32  # of a name in a table; three such columns and the numbers fill a wide terminal
 _SPLIT_ORDER = ("train", "validation", "test", "all")
 
 
@@ -155,7 +157,9 @@ def _print_balance(summary: dict[str, Any]) -> None:
     after = summary["after"]
     if round(summary["effective_size"]) < summary["kept"]:
         print_line(f"  effective sample size with weights: {summary['effective_size']:.0f} of {summary['kept']}")
-    worst = ", ".join(f"{row['name']} {row['distance_after']:.2f}" for row in summary["least_uniform_classes"])
+    names = [_cell(row["name"], _column_width([row["name"]])) for row in summary["least_uniform_classes"]]
+    distances = [row["distance_after"] for row in summary["least_uniform_classes"]]
+    worst = ", ".join(f"{name} {distance:.2f}" for name, distance in zip(names, distances, strict=True))
     print_line(f"  least uniform classes: {worst}")
     if summary["empty_bins"]:
         print_line(f"  empty bins: {', '.join(map(str, summary['empty_bins']))}; uniform over the other bins")
@@ -218,18 +222,42 @@ def print_export(summary: dict[str, Any]) -> None:
     print_line(f"files: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}")
 
 
+def _cell(text: str, width: int) -> str:
+    """Align a text to the right of a column, which wide characters of Chinese or emoji fill by two cells each.
+
+    A longer text is cut in the middle; the end distinguishes NAME-dominated-0.2 from NAME-dominated-0.4.
+    """
+    from rich.cells import cell_len
+
+    text, kept = printable(text), len(text)
+    while cell_len(cut := text if kept >= len(text) else f"{text[: kept // 3]}…{text[kept // 3 - kept :]}") > width:
+        kept -= 1
+    return " " * (width - cell_len(cut)) + cut
+
+
+def _column_width(names: Iterable[str], *, minimum: int = 0) -> int:
+    """Return the width of a column that holds these names, at most _NAME_CELLS."""
+    from rich.cells import cell_len
+
+    return min(max([minimum, *(cell_len(printable(name)) for name in names)]), max(_NAME_CELLS, minimum))
+
+
 def print_finetune(metrics: dict[str, Any]) -> None:
     """Print the accuracy on the test split, overall and by subset."""
     counts, chance = metrics["counts"], metrics["chance"]
     print_line(
         f"trained on {counts['train']}, validated on {counts['validation']}, tested on {counts['test']} samples; "
-        f"epoch kept: {metrics['best_epoch']}; chance {chance['majority']:.3f}"
+        f"epoch kept: {metrics['best_epoch']}; guessing: uniform {chance['uniform']:.3f}, majority "
+        f"{chance['majority']:.3f}"
     )
     branches = sorted(metrics["test"]["all"]["branches"], key=lambda name: (name == "fused", name))
-    print_line(f"  {'accuracy':>24} {'n':>6} " + " ".join(f"{name:>10.10}" for name in branches))
+    width, widths = _column_width(metrics["test"], minimum=24), [_column_width([name], minimum=10) for name in branches]
+    heads = [_cell(name, size) for name, size in zip(branches, widths, strict=True)]
+    print_line(f"  {'accuracy':>{width}} {'n':>6} {' '.join(heads)}")
     for name, subset in sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
-        cells = [f"{subset['branches'][key]['accuracy']:>10.3f}" if subset["n"] else f"{'-':>10}" for key in branches]
-        print_line(f"  {name:>24} {subset['n']:>6} " + " ".join(cells))
+        values = [f"{subset['branches'][key]['accuracy']:.3f}" if subset["n"] else "-" for key in branches]
+        cells = [_cell(value, size) for value, size in zip(values, widths, strict=True)]
+        print_line(f"  {_cell(name, width)} {subset['n']:>6} {' '.join(cells)}")
     fused = metrics["test"]["all"]["branches"]["fused"]
     interval = f"[{fused['accuracy_low']:.3f}, {fused['accuracy_high']:.3f}]"
     print_line(f"  fused: 95% {interval}, MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
@@ -250,13 +278,15 @@ def print_evaluate(evaluation: dict[str, Any]) -> None:
         print_line(
             f"  {evaluation['num_trained_on']} of them were used in training or validation: metrics are too high"
         )
-    measures = ("accuracy", "map", "macro_f1", "ece")
-    print_line(f"  {'':>24} {'n':>6} {'branch':>10} " + " ".join(f"{name:>9}" for name in measures))
-    for name, subset in sorted(evaluation["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
+    measures, tested = ("accuracy", "map", "macro_f1", "ece"), evaluation["test"]
+    branch_names = {name for subset in tested.values() for name in subset.get("branches", {})}
+    width, branch_width = _column_width(tested, minimum=24), _column_width(branch_names, minimum=10)
+    print_line(f"  {'':>{width}} {'n':>6} {'branch':>{branch_width}} " + " ".join(f"{name:>9}" for name in measures))
+    for name, subset in sorted(tested.items(), key=lambda pair: (pair[0] != "all", pair[0])):
         branches = sorted(subset.get("branches", {}).items(), key=lambda pair: (pair[0] != "fused", pair[0]))
         for branch, values in branches:
             cells = " ".join(f"{values[key]:>9.3f}" for key in measures)
-            print_line(f"  {name:>24} {subset['n']:>6} {branch:>10.10} {cells}")
+            print_line(f"  {_cell(name, width)} {subset['n']:>6} {_cell(branch, branch_width)} {cells}")
     classes = evaluation["test_by_class"].items()
     weakest = sorted((row["branches"]["fused"]["recall"], name) for name, row in classes if row["n"])[:3]
     print_line(f"  lowest recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from mmaudit.audit.errors import printable
-from mmaudit.cli.console import configure_logging, print_line, print_split, print_status, print_text
+from mmaudit.cli.console import configure_logging, print_finetune, print_line, print_split, print_status, print_text
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\rname\nerror: forged\x9b31m\u202egnp.exe\u2028next\x00\ud800"
 
@@ -78,3 +79,25 @@ def test_split_prints_the_distance_that_the_tolerance_constrains_first(capsys: p
     ]
     print_split({**summary, "splits": {"all": 130}, "distances": {"all": 0.065}})
     assert capsys.readouterr().out.splitlines()[1] == "  distance to uniform 0.065 before, 0.065 after"
+
+
+def test_tables_align_names_of_any_length_and_script(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("a_very_long_modality_name_that_somebody_took_from_a_file_01", "音频特征", "fused")
+    values = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "map", "macro_f1"), 0.5)
+    branches = dict.fromkeys(names, values)
+    subsets = ("all", *(f"{name}-dominated-{share}" for name in names[:2] for share in (0.2, 0.4)), "empty")
+    metrics: dict[str, Any] = {
+        **{
+            "counts": dict.fromkeys(("train", "validation", "test"), 9),
+            "best_epoch": 1,
+            "test_labels_in_scores": False,
+        },
+        "chance": {"uniform": 0.25, "majority": 0.3},
+        "test": {name: {"n": int(name != "empty"), "branches": branches} for name in subsets},
+    }
+    print_finetune(metrics)
+    first, *table, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith("guessing: uniform 0.250, majority 0.300")
+    assert len({cell_len(line) for line in table}) == 1
+    assert len({line[:40] for line in table}) == len(table)  # cut names remain distinct
+    assert max(map(cell_len, table)) < 120

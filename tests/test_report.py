@@ -26,7 +26,8 @@ from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, ProbeReport, fit_by_class
 from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.audit.storage import read_json, write_json, write_parquet, write_text
-from mmaudit.cli.report.page import report_numbers, write_report
+from mmaudit.cli.report.formatting import breakable
+from mmaudit.cli.report.page import chance_levels, report_numbers, write_report
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.balanced import CURVE_TOLERANCES, BalancedConfig
 from mmaudit.rebalance.manifest import balance_path, dropped_path, read_dropped, read_manifest
@@ -667,3 +668,60 @@ def test_samples_without_the_discrepancy_are_counted(tmp_path: Path) -> None:
     assert sum(manifest["balance"]["before"]) == 45
     assert next(row["n"] for row in manifest["reasons"] if row["name"] == "missing-modality") == 15
     assert "15 samples have no audio or no visual" in words(write_report(run))
+
+
+def test_words_break_only_where_names_are_long() -> None:
+    assert str(breakable("balanced")) == "balanced"
+    assert str(breakable("<b>&")) == "&lt;b&gt;&amp;"
+    assert str(breakable("a class of several words")) == "a class of several words"
+    assert str(breakable("audio/speaker_01/clip.wav")) == "audio/<wbr>speaker_<wbr>01/<wbr>clip.<wbr>wav"
+    assert str(breakable("x" * 60)) == "<wbr>".join(["x" * 24, "x" * 24, "x" * 12])
+    assert re.sub("<wbr>", "", str(breakable("-_/." * 9))) == "-_/." * 9
+
+
+def test_tables_and_figures_scroll_in_their_own_box_and_never_break_words(reported: Run) -> None:
+    page = reported.report_file.read_text(encoding="utf-8")
+    style = page[page.index("<style>") : page.index("</style>")]
+    for rule in re.findall(r"[^{}]+\{[^{}]*\}", style):
+        selector = rule.partition("{")[0]
+        if re.search(r"\b(td|th|table)\b", selector):
+            assert "overflow-wrap" not in rule
+            assert "word-break" not in rule
+    assert ".scroll { max-width: 100%; overflow-x: auto; }" in style
+    assert page.count("<table") == page.count('<div class="scroll"><table') > 5
+    assert page.count("<img") == page.count('<div class="scroll"><img') > 4
+
+
+def test_both_levels_of_guessing_are_named(reported: Run) -> None:
+    numbers = read_json(reported.report_file.with_suffix(".json"), error=RunError)
+    assert numbers["chance"] == {"uniform": pytest.approx(1 / 3), "majority": 0.3}
+    page = reported.report_file.read_text(encoding="utf-8")
+    assert '<tr><td>uniform</td><td class="n">33.3</td>' in page
+    assert '<tr><td>majority</td><td class="n">30.0</td>' in page
+    assert "chance" not in re.sub(r"by chance", "", page[page.index("</style>") :])
+
+
+@pytest.mark.parametrize(
+    ("task", "levels"),
+    [("classification", {"uniform": 0.25, "majority": 0.6}), ("multilabel", {"uniform": 0.5, "majority": 0.6})],
+)
+def test_guessing_of_each_task(task: str, levels: dict[str, float]) -> None:
+    record = run_record(config={"data": {"task": task}}, num_classes=4)
+    record["probe_report"]["chance"] = 0.6
+    assert chance_levels(record) == levels
+    assert chance_levels(run_record(config={"data": {"task": "regression"}}) | {"probe_report": {"chance": 0.0}}) == {
+        "mean": 0.0
+    }
+
+
+def test_a_weak_joint_probe_has_the_name_of_the_table(tmp_path: Path) -> None:
+    run = run_of(tmp_path, planted(modalities=("audio", "visual", "text")))
+    record = read_json(run.record_file, error=RunError)
+    for probe in record["probe_report"]["probe_metrics"]:
+        probe["low"] = 0.2 if probe["name"] in ("joint", "text") else 0.4
+    run.write_record(record)
+    weak = [text for text in report_numbers(run)["verdict"]["warnings"] if "not shown to be better" in text]
+    assert [text.partition(" is not")[0] for text in weak] == [
+        "The probe on text",
+        "The joint probe, on the features of all modalities,",
+    ]
