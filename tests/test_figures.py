@@ -176,7 +176,7 @@ def test_figures_of_ten_modalities_are_small() -> None:
     assert all(len(content) < 200_000 for content in figures.values())
 
 
-@pytest.mark.parametrize("num_modalities", [2, 3, 4, 10])
+@pytest.mark.parametrize("num_modalities", [2, 10])
 def test_no_text_is_cut_off_at_the_edge(num_modalities: int) -> None:
     numbers = numbers_of(uniform(num_modalities), names=tuple(f"spectrogram of {j}" for j in range(num_modalities)))
     for name, image in draw(numbers).items():

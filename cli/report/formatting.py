@@ -8,24 +8,27 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+MAX_SHORT = 16  # characters of a name that never breaks
 MAX_UNBROKEN = 24  # characters of a name without a line break; words of no language are much longer
 
 
 def breakable(name: object) -> Markup:
-    """Return a name as HTML that may break after / _ . - and within parts of more than 24 characters, but nowhere else.
+    """Return a name as HTML that may break at spaces, after / _ . - and within parts of more than 24 characters.
 
-    A name of up to 16 characters without spaces never breaks.
+    A word of up to 16 characters never breaks. Longer names are in a span of the class `long`, which has a minimum
+    width.
     """
     words = re.split(r"( +)", str(name))
-    return Markup("").join(Markup("<wbr>").join(escape(part) for part in _parts(word)) for word in words)
+    text = Markup("").join(Markup("<wbr>").join(escape(part) for part in _parts(word)) for word in words)
+    return text if len(str(name)) <= MAX_SHORT else Markup('<span class="long">{}</span>').format(text)
 
 
 def _parts(word: str) -> list[str]:
     """Cut a word where a line may break."""
-    if len(word) <= 16:
+    if len(word) <= MAX_SHORT:
         return [word]
     parts = re.findall(r"[^/_.\-]*[/_.\-]+|[^/_.\-]+$", word)
-    return [part[start : start + MAX_UNBROKEN] for part in parts for start in range(0, max(len(part), 1), MAX_UNBROKEN)]
+    return [part[start : start + MAX_UNBROKEN] for part in parts for start in range(0, len(part), MAX_UNBROKEN)]
 
 
 def percent(value: float) -> str:
