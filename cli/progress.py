@@ -111,8 +111,7 @@ def _terminal_bars() -> Iterator[Progress]:
 
         def draw(stage: str, done: int, total: int, *, detail: str = "") -> None:
             if stage not in tasks or bars.tasks[tasks[stage]].finished:
-                fields = {"time_left": TimeLeft.begin(done), "detail": ""}
-                tasks[stage] = bars.add_task(printable(stage), total=total, **fields)
+                tasks[stage] = bars.add_task(printable(stage), total=total, time_left=TimeLeft.begin(done), detail="")
             task = bars.tasks[tasks[stage]]
             task.fields["time_left"].update(done)
             bars.update(task.id, completed=done, total=total, detail=printable(detail))

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
+import torch
 
+from mmaudit.audit.dataset.labels import Target
+from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import NetworkConfig
 from mmaudit.audit.probes.cross_fit import CrossFit
-from mmaudit.audit.probes.network_cost import describe_cost, row_passes
+from mmaudit.audit.probes.network_cost import describe_cost, row_passes, seconds_per_row
 
 
 def cross_fits(num_rows: int, *, folds: int, repeats: int) -> list[CrossFit]:
@@ -47,3 +51,13 @@ def test_long_training_that_cannot_be_shortened_has_no_advice() -> None:
     fits = cross_fits(100, folds=5, repeats=1)
     text = describe_cost([1.0], [fits], config=NetworkConfig(epochs=20), control_rows=[0], device="cpu")
     assert text == "about 2.2 h on this CPU (1 repeat of 5 folds, 20 epochs)"  # 400 rows of 20 epochs at 1 s
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_timed_steps_leave_no_trace(num_rows: int) -> None:
+    pytest.importorskip("transformers")
+    inputs = MatrixInputs(matrix=np.zeros((num_rows, 16 * 16 * 3), np.uint8))
+    target = Target(task="classification", label=np.zeros(num_rows, np.int32), num_outputs=2)
+    state, config = torch.get_rng_state(), NetworkConfig(width=1 / 16)
+    assert seconds_per_row(inputs, (16, 16, 3), target, config=config, device="cpu") > 0
+    assert torch.equal(torch.get_rng_state(), state)

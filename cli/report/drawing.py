@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -89,7 +89,7 @@ def text_colour(colour: str) -> str:
     rgb = np.array(to_rgb(colour))
     while _luminance(rgb) > _MAX_LUMINANCE:
         rgb = 0.95 * rgb
-    return matplotlib.colors.to_hex(rgb)
+    return to_hex(tuple(rgb.tolist()))
 
 
 def _luminance(rgb: NDArray[np.float64]) -> float:

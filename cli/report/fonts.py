@@ -123,7 +123,8 @@ def _common_length(lines: list[str]) -> int:
 
 @lru_cache(maxsize=1)
 def _renderer() -> Any:
-    return RendererAgg(1, 1, 72)  # one pixel is one point
+    renderer: Any = RendererAgg  # untyped in matplotlib
+    return renderer(1, 1, 72)  # one pixel is one point
 
 
 @lru_cache(maxsize=512)
