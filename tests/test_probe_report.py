@@ -291,7 +291,7 @@ def test_network_control_detects_training_on_scored_rows(leaks: bool) -> None:
     patches = rng.integers(0, 255, (24, 2, 2, 3)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     rows = MatrixInputs(matrix=patches.reshape(24, 192))
     target = CLASSES.take(np.arange(24) % 2 * 2)
-    config = NetworkConfig(epochs=24, batch_size=8, lr=0.02, lr_step=16, min_crop=1.0, flip=False, width=1 / 8)
+    config = NetworkConfig(epochs=40, batch_size=8, lr=0.02, lr_step=16, min_crop=1.0, flip=False, width=1 / 8)
 
     def train(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         if inputs.num_features == 2:
