@@ -214,17 +214,19 @@ def group_codes(group: NDArray[np.object_] | None) -> Groups:
     return np.asarray(codes, dtype=np.int64)
 
 
-def mean_interval(values: Array, groups: Groups, *, low: float = -1, high: float = 1) -> dict[str, float]:
+def mean_interval(
+    values: Array, groups: Groups, *, low: float = -1, high: float = 1, tail: float = 0.025
+) -> dict[str, float]:
     """Compute the mean of values (n,) in [low, high] and its interval by Student's t.
 
-    The standard error is that of `jackknife`. A single group carries no information on other groups: its interval is
-    all of [low, high].
+    The standard error is that of `jackknife`; `tail` is the probability on each side, .025 of a 95% interval. A
+    single group carries no information on other groups: its interval is all of [low, high].
     """
     centre = float(values.mean())
     if (len(values) if groups is None else int(np.count_nonzero(np.bincount(groups)))) < 2:
         return {"mean": centre, "low": low, "high": high}
     standard_error, df = jackknife(values, groups)
-    half_width = float(stdtrit(df, 0.975) * standard_error)
+    half_width = float(stdtrit(df, 1 - tail) * standard_error)
     return {"mean": centre, "low": max(low, centre - half_width), "high": min(high, centre + half_width)}
 
 

@@ -22,8 +22,9 @@ from scipy.stats import kstest
 from mmaudit.audit.errors import Quarantined, Reason, RunError, quarantine_table
 from mmaudit.audit.metrics import cross_entropy, discrepancy
 from mmaudit.audit.probes.probe_set import Calibration
+from mmaudit.audit.scores.gap_checks import fit_by_class
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
-from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, ProbeReport, fit_by_class
+from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, ProbeReport
 from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.audit.storage import read_json, write_json, write_parquet, write_text
 from mmaudit.cli.report.page import report_numbers, write_report
