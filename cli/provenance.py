@@ -394,10 +394,8 @@ def _names(modalities: list[dict[str, Any]]) -> str:
 
 def _verdict(mixture: Mixture) -> str:
     if mixture.bimodal:
-        return "of two or more modes; p_balanced is the posterior of the mixture"
-    return (
-        f"not shown to be bimodal ({'; '.join(mixture.reasons)}); p_balanced is the rule gap <= {mixture.threshold:g}"
-    )
+        return "two or more modes; p_balanced is the posterior of the mixture"
+    return f"not bimodal ({'; '.join(mixture.reasons)}); p_balanced is the rule gap <= {mixture.threshold:g}"
 
 
 def _absolute_source(source: str) -> str:

@@ -363,7 +363,7 @@ _VALUE = RequiredKeys(name=str, value=float, low=float, high=float)
 _PROBE_REPORT = RequiredKeys(
     metric=str,
     chance=float,
-    probe_metrics=[RequiredKeys(**_VALUE, loss=float, calibration=(_CALIBRATION, _NULL))],
+    probe_metrics=[RequiredKeys(**_VALUE, loss=float, beats_prior=bool, calibration=(_CALIBRATION, _NULL))],
     gain_over_best=_GAIN,
     gains=[_GAIN],
     controls=[RequiredKeys(**_VALUE, num_rows=int, chance=float, leaks=bool)],

@@ -28,9 +28,9 @@ from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable
 from mmaudit.audit.workers import no_progress
 
 # One l2 and one repeat unless a test needs more: most tests are about which rows are scored, not how well.
-QUICK = ProbeConfig(folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False)
+QUICK = ProbeConfig(folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False, halves=False)
 WHOLE = replace(QUICK, repeats=2, joint=True, control=True)
-EXACT = replace(WHOLE, tolerance=1e-9)  # where the last digits count, and not where a fit stops
+EXACT = replace(WHOLE, halves=True, tolerance=1e-9)  # where the last digits count, and not where a fit stops
 
 
 MEDIA = MediaConfig(image_size=16, network_size=16)

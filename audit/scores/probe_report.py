@@ -27,13 +27,18 @@ METRICS = {"classification": "accuracy", "multilabel": "label accuracy", "regres
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModalityMetric:
-    """Out-of-fold metric of one probe, named by `metric` of the report, with a 95% interval; loss: cross entropy."""
+    """Out-of-fold metric of one probe, named by `metric` of the report, with a 95% interval; loss: cross entropy.
+
+    beats_prior: whether the probe is shown to be better than predicting the most common class, by the lower end of the
+    metric, or, of classes, better than their frequencies, by the lower end of the reduction of the loss.
+    """
 
     name: str
     value: float
     low: float
     high: float
     loss: float
+    beats_prior: bool
     calibration: Calibration | None
 
 
@@ -105,14 +110,15 @@ def compute_probe_report(
     correct, fused = to_metric(sample_scores.correct, target), to_metric(sample_scores.fused_correct, target)
     without = to_metric(sample_scores.without_correct, target)
     metrics = [
-        _modality_metric(probe.name, values, confidence, groups, probe.calibration)
+        _modality_metric(probe.name, values, confidence, groups, target=target, calibration=probe.calibration)
         for probe, values, confidence in zip(probe_set.probes, correct.T, sample_scores.confidence.T, strict=True)
     ]
     over_best = gain_over_best([probe.name for probe in probe_set.probes], correct, fused, groups)
-    metrics.append(_modality_metric("fused", fused, sample_scores.fused_confidence, groups, None))
+    metrics.append(_modality_metric("fused", fused, sample_scores.fused_confidence, groups, target=target))
     if probe_set.joint is not None:
         joint, calibration = to_metric(sample_scores.joint_correct, target), probe_set.joint.calibration
-        metrics.append(_modality_metric("joint", joint, sample_scores.joint_confidence, groups, calibration))
+        confidence = sample_scores.joint_confidence
+        metrics.append(_modality_metric("joint", joint, confidence, groups, target=target, calibration=calibration))
 
     def control(calibrated: CalibratedProbe) -> Control:
         return _control(calibrated, target, cross_fit, fit=fit, sample_id=sample_id, seed=seed)
@@ -151,12 +157,25 @@ def to_metric(correct: Floats, target: Target) -> Floats:
 
 
 def _modality_metric(
-    name: str, values: Floats, confidence: Floats, groups: Groups, calibration: Calibration | None
+    name: str,
+    values: Floats,
+    confidence: Floats,
+    groups: Groups,
+    *,
+    target: Target,
+    calibration: Calibration | None = None,
 ) -> ModalityMetric:
-    present = ~np.isnan(values)
-    interval = _interval(values[present], None if groups is None else groups[present])
-    loss = float(cross_entropy(confidence[present]).mean())
-    return ModalityMetric(name=name, **interval, loss=loss, calibration=calibration)
+    present = np.flatnonzero(~np.isnan(values))
+    groups, losses = None if groups is None else groups[present], cross_entropy(confidence[present])
+    interval = _interval(values[present], groups)
+    beats_prior = interval["low"] > chance_level(target)
+    if not beats_prior and target.task == "classification":
+        label = target.label[present]
+        prior = -np.log(np.bincount(label)[label] / len(label))
+        beats_prior = mean_interval(prior - losses, groups, low=-np.inf, high=np.inf)["low"] > 0
+    return ModalityMetric(
+        name=name, **interval, loss=float(losses.mean()), beats_prior=bool(beats_prior), calibration=calibration
+    )
 
 
 def _interval(values: Floats, groups: Groups) -> dict[str, float]:

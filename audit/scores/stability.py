@@ -5,12 +5,13 @@ Both audits are repeated with one round of cross-fitting, on at most 200,000 sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from ..dataset.labels import Target
 from ..dataset.samples import Samples
@@ -208,6 +209,26 @@ def audit_bisections(data: AuditData) -> BisectionAudit:
     pairs = zip(data.names, errors.T.tolist(), strict=False)  # one pair of two modalities
     leans = tuple(LeanError(modality=name, ahead=a, behind=b, lean=c) for name, (a, b, c) in pairs)
     return replace(unmeasured, num_rows=len(positions), errors=leans)
+
+
+def intervals_of_sets(
+    error: Mapping[str, float], *, share_ahead: float, share_behind: float
+) -> dict[str, dict[str, float]]:
+    """Compute the 95% intervals over datasets of the two shares of a modality and of the lean, from a LeanError."""
+    quantile = float(stdtrit(NUM_BISECTIONS, 0.975))
+    values = {
+        "share_ahead": (share_ahead, error["ahead"], 0.0),
+        "share_behind": (share_behind, error["behind"], 0.0),
+        "lean": (share_ahead - share_behind, error["lean"], -1.0),
+    }
+    return {
+        name: {
+            "mean": value,
+            "low": max(lowest, value - quantile * standard_error),
+            "high": min(1.0, value + quantile * standard_error),
+        }
+        for name, (value, standard_error, lowest) in values.items()
+    }
 
 
 def _bisect(data: AuditData, positions: RowIndex, *, number: int) -> NDArray[np.bool_]:
