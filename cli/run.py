@@ -22,7 +22,7 @@ from ..audit.storage import flush, read_json, write_json
 
 _STAGED, _COMMITTED, _CLEARED = ".overwrite-new", ".overwrite-committed", ".overwrite-cleared"
 _JOURNAL = "swap.json"
-RUN_SCHEMA = "mmaudit.run/2"  # of run.json; another number means other keys
+RUN_SCHEMA = "mmaudit.run/3"  # of run.json; another number means other keys
 _WAIT_SECONDS = 60.0
 
 

@@ -129,8 +129,8 @@ class ScoreFiles:
         """
         if ordered or len(self.files) == 1:
             return prefetch(self._read_batches(self.files, all_columns=all_columns, halves=halves))
-        halves = (self.files[::2], self.files[1::2])
-        return prefetch(*(self._read_batches(files, all_columns=all_columns) for files in halves))
+        parts = (self.files[::2], self.files[1::2])
+        return prefetch(*(self._read_batches(files, all_columns=all_columns, halves=halves) for files in parts))
 
     def _read_batches(
         self, files: Sequence[ScoreFile], *, all_columns: bool, halves: bool = False

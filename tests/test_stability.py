@@ -81,7 +81,7 @@ def test_z_is_in_units_of_permutations_within_classes() -> None:
 def test_class_means_and_missing_values_have_no_reliability() -> None:
     rng = np.random.default_rng(0)
     label = np.arange(3_000) % 3
-    first, second = (5 * label + rng.standard_normal(3_000).astype(np.float32) for _ in range(2))
+    first, second = ((5 * label + rng.standard_normal(3_000)).astype(np.float32) for _ in range(2))
     first[:100] = np.nan
     found = reliability_within_classes(first, second, label)
     assert found is not None
@@ -145,7 +145,7 @@ def test_bisections_give_wider_intervals_than_one_sample(tmp_path: Path, group: 
 def test_bisections_need_four_groups(tmp_path: Path) -> None:
     data = write_features(tmp_path / "d.parquet", rows=60)
     table = pq.read_table(data).to_pydict()
-    pq.write_table(pa.table({**table, "speaker": [f"g{row % 3}" for row in range(60)]}), data)
+    pq.write_table(pa.table({**table, "speaker": [f"g{row // 3 % 3}" for row in range(60)]}), data)
     result = audit(data, tmp_path, replace(QUICK, halves=False, thorough=True), group="speaker")
     assert result.bisections is not None
     assert "of one group" in result.bisections.reason

@@ -63,7 +63,7 @@ def of_sets(numbers: dict[str, Any], half_width: float) -> dict[str, Any]:
 
 def test_without_bisections_a_lean_is_of_these_probes_on_this_sample() -> None:
     found = verdict(numbers_of(0.15))
-    assert found["headline"] == ("For these probes, on this sample: the set leans towards audio, away from image")
+    assert found["headline"] == ("For these probes, on this sample: the samples lean towards audio, away from image")
     assert any("two to three times as wide; it is measured by score --thorough" in text for text in found["warnings"])
     assert verdict(numbers_of(0.05))["headline"].endswith("no clear lean between audio and image")
 

@@ -123,7 +123,8 @@ def audit_dataset(
 def _gap_checks(scores: ScoreTable, fitted: Mixture, *, config: MixtureConfig, seed: int) -> dict[str, Any]:
     """Check the modes of the gap on the rows that the mixture is fitted to; the rows are in the order of a hash."""
     chooses = scores.not_test
-    confidence, label, options = scores.confidence[chooses], scores.label[chooses], {"config": config, "seed": seed}
+    confidence, label = scores.confidence[chooses], scores.label[chooses]
+    options: dict[str, Any] = {"config": config, "seed": seed}
     return {
         "class_check": fit_by_class(scores.gap[chooses], label, **options),
         "margin_check": permute_within_classes(confidence, label, **options, bimodal=fitted.bimodal),

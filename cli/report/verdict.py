@@ -66,7 +66,9 @@ def _headline(numbers: Section) -> str:
         return "Nothing can be read from these scores: no probe is shown to be better than the most common class"
     several = len(numbers["discrepancy"]) > 1
     claim = _headline_of_many(numbers) if several else _lean(numbers["discrepancy"][0])
-    return claim if _has_bisections(numbers) else f"{SCOPE}: {claim[0].lower()}{claim[1:]}"
+    if _has_bisections(numbers):
+        return claim
+    return f"{SCOPE}: {claim[0].lower()}{claim[1:]}"
 
 
 def _has_bisections(numbers: Section) -> bool:
@@ -82,7 +84,8 @@ def _lean(pair: Section) -> str:
     stronger, weaker = (positive_side, negative_side) if lean["mean"] > 0 else (negative_side, positive_side)
     size = abs(lean["mean"])
     degree = " strongly" if size > STRONG else " slightly" if size < SLIGHT else ""
-    return f"The set leans{degree} towards {stronger}, away from {weaker}"
+    subject = "The set leans" if pair["of_sets"] else "The samples lean"
+    return f"{subject}{degree} towards {stronger}, away from {weaker}"
 
 
 def _shares(numbers: Section) -> str:
@@ -202,9 +205,8 @@ def _reliability(numbers: Section) -> list[str]:
     rows = halves["reliability"]
     one = f"r = {rows[0]['r']:.2f} (z = {rows[0]['z']:.1f})"
     values = one if len(rows) == 1 else ", ".join(f"{row['modality']} r = {row['r']:.2f}" for row in rows)
-    sampled = (
-        "" if halves["num_rows"] == numbers["facts"]["counts"]["scored"] else f" of {halves['num_rows']:,} samples"
-    )
+    is_sampled = halves["num_rows"] < numbers["facts"]["counts"]["scored"]
+    sampled = f" on a sample of {halves['num_rows']:,}" if is_sampled else ""
     return [
         "The discrepancies of single samples by probes of two disjoint halves of the features correlate within classes "
         f"with {values}{sampled}; 0 is noise, 1 the same in both."
