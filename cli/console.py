@@ -174,9 +174,7 @@ def _print_stability(record: dict[str, Any]) -> None:
         )
     halves = record["halves"] or {"reliability": [], "reason": "probe.halves is off"}
     values = ", ".join(f"{row['modality']} r = {row['r']:.2f}, z = {row['z']:.1f}" for row in halves["reliability"])
-    print_line(
-        f"  reliability of the discrepancy by halves of the features: {values or 'not measured: ' + halves['reason']}"
-    )
+    print_line(f"  discrepancy by halves of the features: {values or 'not measured: ' + halves['reason']}")
 
 
 def print_check(summary: dict[str, Any]) -> None:
