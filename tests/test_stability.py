@@ -150,3 +150,20 @@ def test_bisections_need_four_groups(tmp_path: Path) -> None:
     assert result.bisections is not None
     assert "of one group" in result.bisections.reason
     assert result.bisections.errors == ()
+
+
+def test_results_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
+    data = write_features(tmp_path / "d.parquet", rows=150)
+    table = pq.read_table(data)
+    (tmp_path / "shuffled").mkdir()
+    pq.write_table(table.take(np.random.default_rng(0).permutation(150)), tmp_path / "shuffled" / "d.parquet")
+    probe = replace(QUICK, thorough=True)
+    first = audit(data, tmp_path, probe, group="speaker")
+    second = audit(tmp_path / "shuffled" / "d.parquet", tmp_path / "shuffled", probe, group="speaker")
+    assert first.halves is not None
+    assert second.halves is not None
+    assert first.halves.to_json() == second.halves.to_json()
+    assert first.bisections == second.bisections
+    assert first.margin_check == second.margin_check
+    assert first.balanced_side == second.balanced_side
+    assert first.probe_report == second.probe_report
