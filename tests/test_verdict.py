@@ -82,6 +82,13 @@ def test_with_bisections_the_wider_interval_decides(lean: float, half_width: flo
     assert not any("--thorough" in text for text in found["warnings"])
 
 
+def test_an_interval_from_a_sample_is_stated() -> None:
+    numbers = of_sets(numbers_of(0.15), 0.1)
+    assert not any("bisections of a random" in text for text in verdict(numbers)["warnings"])
+    numbers["bisections"]["num_rows"] = 200
+    assert any("bisections of a random 200 of the samples" in text for text in verdict(numbers)["warnings"])
+
+
 def test_why_bisections_are_missing_is_stated() -> None:
     bisections = {"num_rows": 0, "reason": "too few groups", "errors": []}
     found = verdict(numbers_of(0.15, bisections=bisections))

@@ -230,7 +230,9 @@ def _unreliable(numbers: Section) -> list[str]:
 def _scope(numbers: Section) -> list[str]:
     """Return a warning where nothing is claimed of other samples of the same kind."""
     if _has_bisections(numbers):
-        return []
+        num_rows, num_scored = numbers["bisections"]["num_rows"], numbers["facts"]["counts"]["scored"]
+        sampled = f"The interval of the headline is from bisections of a random {num_rows:,} of the samples."
+        return [sampled] if num_rows < num_scored else []
     reason = numbers["bisections"]["reason"] if numbers["bisections"] else ""
     measured = f"not measured, since {reason}" if reason else "measured by score --thorough"
     return [
