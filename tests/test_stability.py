@@ -65,17 +65,17 @@ def test_z_is_in_units_of_permutations_within_classes() -> None:
     label = rng.integers(0, 4, 200)
     shared = rng.standard_normal(200)
     first, second = (label + shared + rng.standard_normal(200) for _ in range(2))
-    found = reliability_within_classes(first.astype(np.float32), second.astype(np.float32), label)
-    assert found is not None
+    measured = reliability_within_classes(first.astype(np.float32), second.astype(np.float32), label)
+    assert measured is not None
     centred = [values - np.array([values[label == k].mean() for k in range(4)])[label] for values in (first, second)]
-    assert found[0] == pytest.approx(np.corrcoef(*centred)[0, 1], abs=1e-6)
+    assert measured[0] == pytest.approx(np.corrcoef(*centred)[0, 1], abs=1e-6)
     drawn = []
     for _ in range(2_000):
         permuted = np.empty(200)
         for k in range(4):
             permuted[label == k] = rng.permutation(centred[1][label == k])
         drawn.append(np.corrcoef(centred[0], permuted)[0, 1])
-    assert found[1] == pytest.approx(found[0] / np.std(drawn), rel=0.06)
+    assert measured[1] == pytest.approx(measured[0] / np.std(drawn), rel=0.06)
 
 
 def test_class_means_and_missing_values_have_no_reliability() -> None:
@@ -83,10 +83,10 @@ def test_class_means_and_missing_values_have_no_reliability() -> None:
     label = np.arange(3_000) % 3
     first, second = ((5 * label + rng.standard_normal(3_000)).astype(np.float32) for _ in range(2))
     first[:100] = np.nan
-    found = reliability_within_classes(first, second, label)
-    assert found is not None
-    assert abs(found[0]) < 0.05
-    assert abs(found[1]) < 3
+    measured = reliability_within_classes(first, second, label)
+    assert measured is not None
+    assert abs(measured[0]) < 0.05
+    assert abs(measured[1]) < 3
     assert reliability_within_classes(label.astype(np.float32), second, label) is None
 
 

@@ -62,9 +62,9 @@ def of_sets(numbers: dict[str, Any], half_width: float) -> dict[str, Any]:
 
 
 def test_without_bisections_a_lean_is_of_these_probes_on_this_sample() -> None:
-    found = verdict(numbers_of(0.15))
-    assert found["headline"] == ("For these probes, on this sample: the samples lean towards audio, away from image")
-    assert any("two to three times as wide; it is measured by score --thorough" in text for text in found["warnings"])
+    report = verdict(numbers_of(0.15))
+    assert report["headline"] == ("For these probes, on this sample: the samples lean towards audio, away from image")
+    assert any("two to three times as wide; it is measured by score --thorough" in text for text in report["warnings"])
     assert verdict(numbers_of(0.05))["headline"].endswith("no clear lean between audio and image")
 
 
@@ -77,9 +77,9 @@ def test_without_bisections_a_lean_is_of_these_probes_on_this_sample() -> None:
     ],
 )
 def test_with_bisections_the_wider_interval_decides(lean: float, half_width: float, headline: str) -> None:
-    found = verdict(of_sets(numbers_of(lean), half_width))
-    assert found["headline"] == headline
-    assert not any("--thorough" in text for text in found["warnings"])
+    report = verdict(of_sets(numbers_of(lean), half_width))
+    assert report["headline"] == headline
+    assert not any("--thorough" in text for text in report["warnings"])
 
 
 def test_an_interval_from_a_sample_is_stated() -> None:
@@ -91,28 +91,28 @@ def test_an_interval_from_a_sample_is_stated() -> None:
 
 def test_why_bisections_are_missing_is_stated() -> None:
     bisections = {"num_rows": 0, "reason": "too few groups", "errors": []}
-    found = verdict(numbers_of(0.15, bisections=bisections))
-    assert found["headline"].startswith("For these probes, on this sample")
-    assert any("it is not measured, since too few groups" in text for text in found["warnings"])
+    report = verdict(numbers_of(0.15, bisections=bisections))
+    assert report["headline"].startswith("For these probes, on this sample")
+    assert any("it is not measured, since too few groups" in text for text in report["warnings"])
 
 
 def test_nothing_can_be_read_where_no_probe_beats_the_prior() -> None:
     """A set of 28 samples at chance was reported to be balanced."""
-    found = verdict(of_sets(numbers_of(0.3, beats_prior=(False, False)), 0.1))
-    assert found["headline"].startswith("Nothing can be read from these scores")
-    assert sum("not shown to be better than chance" in text for text in found["warnings"]) == 2
+    report = verdict(of_sets(numbers_of(0.3, beats_prior=(False, False)), 0.1))
+    assert report["headline"].startswith("Nothing can be read from these scores")
+    assert sum("not shown to be better than chance" in text for text in report["warnings"]) == 2
     assert not verdict(numbers_of(0.3, beats_prior=(True, False)))["headline"].startswith("Nothing")
 
 
 def test_the_reliability_is_stated_and_its_absence_warned_of() -> None:
     assert any("r = 0.57 (z = 21.0); 0 is noise" in text for text in verdict(numbers_of(0.0))["sentences"])
     noise = {"num_rows": 200, "reason": "", "reliability": [{"modality": "audio", "r": 0.02, "z": 0.4}]}
-    found = verdict(numbers_of(0.0, halves=noise))
-    assert any("on a sample of 200" in text for text in found["sentences"])
-    assert any("not shown to be real: by two halves" in text for text in found["warnings"])
+    report = verdict(numbers_of(0.0, halves=noise))
+    assert any("on a sample of 200" in text for text in report["sentences"])
+    assert any("not shown to be real: by two halves" in text for text in report["warnings"])
     for halves, reason in ((None, "probe.halves is off"), ({**noise, "reliability": [], "reason": "why"}, "why")):
-        found = verdict(numbers_of(0.0, halves=halves))
-        assert any(f"was not measured: {reason}" in text for text in found["sentences"])
+        report = verdict(numbers_of(0.0, halves=halves))
+        assert any(f"was not measured: {reason}" in text for text in report["sentences"])
 
 
 def test_modes_are_attributed_to_the_margins_or_the_pairing() -> None:

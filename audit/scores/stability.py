@@ -186,8 +186,8 @@ def audit_bisections(data: AuditData) -> BisectionAudit:
     """Audit both halves of six random bisections of the samples by group, each apart with one round.
 
     se^2 = mean over bisections of (first half - second half)^2 / 4, with 6 degrees of freedom. Where the modalities are
-    equal over datasets, the usual interval, which holds for this run's probes, claims a lean in .21 to .27 of datasets,
-    and this one in .04 of n = 100, .02 of n = 300 (benchmarks/honesty.py).
+    equal over datasets, the usual interval, which holds for this run's probes, claims a lean in .28 and .33 of datasets
+    of n = 100 and 300, this one in .03 and 0 (benchmarks/honesty.py, 40 datasets each).
     """
     positions = np.arange(min(len(data.rows), AUDIT_ROWS))
     unmeasured = BisectionAudit(num_bisections=NUM_BISECTIONS, num_rows=0, errors=(), reason="")
