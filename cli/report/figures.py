@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from .findings import Numbers, short
-from .page import percent, signed
+from .verdict import percent, signed
 
 Palette = dict[str, str]
 
