@@ -84,14 +84,26 @@ def print_score(record: dict[str, Any]) -> None:
             f"  {name:>10}  {entry['value']:.3f}  {metric} out of fold, 95% [{entry['low']:.3f}, {entry['high']:.3f}]"
         )
     print_line(f"  {'chance':>10}  {probe_report['chance']:.3f}")
-    for entry in probe_report["controls"]:
-        if entry["leaks"]:
-            print_line(
-                f"  warning: probe of {entry['name']} on shuffled labels reaches {entry['value']:.3f}, above chance "
-                f"({entry['chance']:.3f}): the labels leak into its features or folds"
-            )
     print_line(f"  gap mixture: {record['gap_verdict']}")
+    _print_stability(record)
+    for warning in record["warnings"]:
+        print_line(f"  warning: {warning}")
+    print_line(record["headline"])
     print_line(f"report: {record['report']}")
+
+
+def _print_stability(record: dict[str, Any]) -> None:
+    """Print the shares of balanced samples that all modalities get right or wrong, and the reliability."""
+    if side := record["balanced_side"]:
+        shares = f"{side['all_correct']:.0%} right by all modalities, {side['all_wrong']:.0%} wrong by all"
+        print_line(f"  balanced: {side['n']} samples, {shares}")
+    if record["margin_check"]["survives"]:
+        print_line(
+            "  the modes remain with the modalities paired at random within classes: they are not in the pairing"
+        )
+    halves = record["halves"] or {"reliability": [], "reason": "probe.halves is off"}
+    values = ", ".join(f"{row['modality']} r = {row['r']:.2f}, z = {row['z']:.1f}" for row in halves["reliability"])
+    print_line(f"  discrepancy by halves of the features: {values or 'not measured: ' + halves['reason']}")
 
 
 def print_check(summary: dict[str, Any]) -> None:
@@ -155,6 +167,11 @@ def _print_distances_by_split(summary: dict[str, Any]) -> None:
 
 def _print_balance(summary: dict[str, Any]) -> None:
     after = summary["after"]
+    if halves := summary["halves"]:
+        print_line(
+            f"  by halves of the features: distance {halves['selected']:.3f} by the half it is selected by, "
+            f"{halves['measured']:.3f} by the other ({halves['chance']:.3f} by chance)"
+        )
     if round(summary["effective_size"]) < summary["kept"]:
         print_line(f"  effective sample size with weights: {summary['effective_size']:.0f} of {summary['kept']}")
     names = [_cell(row["name"], _column_width([row["name"]])) for row in summary["least_uniform_classes"]]

@@ -110,7 +110,7 @@ def _terminal_bars() -> Iterator[Progress]:
         tasks: dict[str, Any] = {}
 
         def draw(stage: str, done: int, total: int, *, detail: str = "") -> None:
-            if stage not in tasks or bars.tasks[tasks[stage]].finished:
+            if stage not in tasks or (bars.tasks[tasks[stage]].finished and done < total):
                 tasks[stage] = bars.add_task(printable(stage), total=total, time_left=TimeLeft.begin(done), detail="")
             task = bars.tasks[tasks[stage]]
             task.fields["time_left"].update(done)

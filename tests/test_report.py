@@ -22,8 +22,9 @@ from scipy.stats import kstest
 from mmaudit.audit.errors import Quarantined, Reason, RunError, quarantine_table
 from mmaudit.audit.metrics import cross_entropy, discrepancy
 from mmaudit.audit.probes.probe_set import Calibration
+from mmaudit.audit.scores.gap_checks import fit_by_class
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
-from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, ProbeReport, fit_by_class
+from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, ProbeReport
 from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.audit.storage import read_json, write_json, write_parquet, write_text
 from mmaudit.cli.report.formatting import breakable
@@ -72,7 +73,7 @@ def probe_report(names: tuple[str, ...], *, leaking: str | None = None) -> Probe
     """Return a probe report in which every probe has 0.5, and the control of `leaking` is above chance."""
     calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034)
     probe_metrics = [
-        ModalityMetric(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, calibration=calibration)
+        ModalityMetric(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, beats_prior=True, calibration=calibration)
         for name in (*names, "fused", "joint")
     ]
     gains = [Gain(name=name, gain=0.1, low=0.05, high=0.15) for name in names]
@@ -558,7 +559,7 @@ def test_bimodal_gap_is_described(tmp_path: Path) -> None:
     scores.confidence[:, 1] = np.where(near, 0.95, 0.25) + 0.01 * rng.standard_normal(600)
     run = run_of(tmp_path, scores)
     text = words(write_report(run))
-    assert "The gap is bimodal" in text
+    assert "The gap has two or more modes" in text
     assert "not bimodal" not in text
     assert 0.05 < report_numbers(run)["gap"]["border"] < 0.7
 
@@ -568,7 +569,7 @@ def test_constant_gap_draws_without_components(tmp_path: Path) -> None:
     scores.confidence[:] = 0.5
     text = words(write_report(run_of(tmp_path, scores)))
     assert "No mixture could be fitted: the gap is constant" in text
-    assert "No clear lean between audio and visual" in text
+    assert "For these probes, on this sample: no clear lean between audio and visual" in text
 
 
 def test_report_of_few_scored_samples(tmp_path: Path) -> None:
@@ -722,7 +723,7 @@ def test_a_weak_joint_probe_has_the_name_of_the_table(tmp_path: Path) -> None:
     run = run_of(tmp_path, planted(modalities=("audio", "visual", "text")))
     record = read_json(run.record_file, error=RunError)
     for probe in record["probe_report"]["probe_metrics"]:
-        probe["low"] = 0.2 if probe["name"] in ("joint", "text") else 0.4
+        probe["beats_prior"] = probe["name"] not in ("joint", "text")
     run.write_record(record)
     weak = [text for text in report_numbers(run)["verdict"]["warnings"] if "not shown to be better" in text]
     assert [text.partition(" is not")[0] for text in weak] == [

@@ -28,9 +28,9 @@ from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable
 from mmaudit.audit.workers import no_progress
 
 # One l2 and one repeat unless a test needs more: most tests are about which rows are scored, not how well.
-QUICK = ProbeConfig(folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False)
+QUICK = ProbeConfig(folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False, halves=False)
 WHOLE = replace(QUICK, repeats=2, joint=True, control=True)
-EXACT = replace(WHOLE, tolerance=1e-9)  # where the last digits count, and not where a fit stops
+EXACT = replace(WHOLE, halves=True, tolerance=1e-9)  # where the last digits count, and not where a fit stops
 
 
 MEDIA = MediaConfig(image_size=16, network_size=16)
@@ -391,7 +391,7 @@ def holed(columns: dict[str, list[Any]], names: Sequence[str] = THREE, *, every:
 
 def test_missing_modalities_are_null_and_discrepancy_is_over_the_others(planted: Planted, tmp_path: Path) -> None:
     columns = holed(rows_of(planted(modalities=THREE)))
-    result = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache", probe=WHOLE)
+    result = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache", probe=replace(WHOLE, halves=True))
     assert result.quarantined == ()
     rows = by_id(result)
     kinds = ("confidence", *BY_MODALITY, "discrepancy", "discrepancy_sd")

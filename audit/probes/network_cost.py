@@ -17,9 +17,9 @@ from .config import NetworkConfig
 from .cross_fit import CrossFit
 from .network import NetworkTarget, build_network, to_pictures
 
-# Rows of the longer timed step; one of 64 takes 6 s for video on a CPU core. Its difference to a step of a quarter of the
-# rows is the cost of rows; the rest is the cost of a step, which updates 11 million weights. For images of 112 pixels a
-# row took 110 ms in steps of 8, 62 ms in steps of 32, 48 ms in steps of 64.
+# Rows of the longer timed step; one of 64 takes 6 s for video on a CPU core. Its difference to a step of a quarter of
+# the rows is the cost of rows; the rest is the cost of a step, which updates 11 million weights. For images of 112
+# pixels a row took 110 ms in steps of 8, 62 ms in steps of 32, 48 ms in steps of 64.
 _TIMED_ROWS = 32
 _LONG = 300.0  # seconds above which a shorter setting is suggested; ours
 SHORTER = {"repeats": 1, "epochs": 20}
