@@ -78,18 +78,6 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
     **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
 }
-_WORD = re.compile(r"[a-z]+")
-
-
-def split_of_folder(name: str) -> str | None:
-    """Return the split that a folder's full name stands for, or None."""
-    return SPLIT_NAMES.get(name.lower())
-
-
-def split_of_file(name: str) -> str | None:
-    """Return the split that a file's name begins with, as in `train-000.tar`, or None."""
-    word = _WORD.match(name.lower())
-    return SPLIT_NAMES.get(word.group()) if word else None
 
 
 def with_split(rows: pa.Table, split: str | None) -> pa.Table:

@@ -21,6 +21,7 @@ from ..columns import SPLIT, with_split
 from ..labels import declared_classes
 from . import Plan
 from .rows import HEAD_ROWS, max_shard_rows
+from .sources import check_fetched, divide
 from .tables import SAVED_NAMES, TABLE_SUFFIXES, concat_rows, plan_rows
 
 log = logging.getLogger("mmaudit")
@@ -86,9 +87,12 @@ def plan_saved(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | Non
 
 def plan_parts(root: Path, parts: Sequence[SplitFiles], *, shard_rows: int) -> Plan:
     """Plan the rows of Arrow files; DatasetError unless all have the same columns and class names."""
-    files = [(path, part.split) for part in parts for path in part.paths]
+    splits = divide([part.split for part in parts], source=str(root)) if any(part.split for part in parts) else None
+    named = zip(parts, splits or [None] * len(parts), strict=True)
+    files = [(path, split) for part, split in named for path in part.paths]
     if not files:
         raise DatasetError(f"{root} names no Arrow file: {_SAVE_AGAIN}")
+    check_fetched([path for path, _ in files])
     outlines = [_read_outline(path) for path, _ in files]
     schema = outlines[0][0]
     for (path, _), (other, _) in zip(files, outlines, strict=True):
@@ -199,7 +203,8 @@ def plan_hub(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
     files = [SplitFiles(split=split, paths=_cache_files(rows)) for split, rows in rows_of.items() if len(rows)]
     if all(split_files.paths for split_files in files):
         return plan_parts(_cache_root(), files, shard_rows=shard_rows)
-    tables = [_read_split(rows, split) for split, rows in rows_of.items()]
+    splits = divide(list(rows_of), source=data)
+    tables = [_read_split(rows, split) for rows, split in zip(rows_of.values(), splits, strict=True)]
     return plan_rows(_cache_root(), concat_rows(tables, source=data), shard_rows=shard_rows)
 
 
@@ -241,7 +246,7 @@ def _cache_files(split_dataset: Any) -> tuple[Path, ...]:
     return paths if has_all_columns and sum(map(len, tables)) == len(split_dataset) else ()
 
 
-def _read_split(split_dataset: Any, split: str) -> pa.Table:
+def _read_split(split_dataset: Any, split: str | None) -> pa.Table:
     # The metadata of the schema declares the features; no value is decoded in the format `arrow`.
     metadata = split_dataset.features.arrow_schema.metadata
     rows: pa.Table = split_dataset.with_format("arrow")[:].replace_schema_metadata(metadata)
