@@ -8,13 +8,10 @@ import pyarrow as pa
 import pytest
 
 from mmaudit.audit.dataset.columns import (
-    SPLIT_NAMES,
     Columns,
     find_columns,
     holds_pictures,
     load_cell,
-    split_of_file,
-    split_of_folder,
     with_split,
 )
 from mmaudit.audit.dataset.modalities import Modality
@@ -48,19 +45,6 @@ def test_missing_and_repeated_columns_are_rejected() -> None:
         find_columns(["a", "b"], {})
     with pytest.raises(DatasetError, match="more than one column is called 'a'"):
         find_columns(["a", "label", "a"], {})
-
-
-@pytest.mark.parametrize("name", SPLIT_NAMES)
-def test_split_names_are_recognised_in_folders_and_files(name: str) -> None:
-    assert split_of_folder(name.upper()) == SPLIT_NAMES[name]
-    for file in (f"{name}-00001-of-00002.parquet", f"{name}_1.tar", f"{name}.tar", f"{name}000.tar"):
-        assert split_of_file(file) == SPLIT_NAMES[name]
-
-
-@pytest.mark.parametrize("name", ["trainer", "my-train", "", "-train", "tests", "0-train"])
-def test_other_words_are_not_splits(name: str) -> None:
-    assert split_of_folder(name) is None
-    assert split_of_file(f"{name}.tar") is None
 
 
 def test_split_column_is_constant_and_keeps_metadata() -> None:

@@ -127,7 +127,7 @@ def test_tars_of_folder_file_and_glob_are_found(tmp_path: Path) -> None:
     assert find_tars(str(tmp_path)) == [paths[1], paths[0], paths[2]]
     assert find_tars(str(paths[0])) == [paths[0]]
     assert find_tars(f"{tmp_path}/*.tar") == [paths[1], paths[0]]
-    assert find_tars(f"{tmp_path}/*") == []
+    assert find_tars(f"{tmp_path}/*") == [paths[1], paths[0]]
     assert find_tars(f"{tmp_path}/none.tar") == []
     (tmp_path / "e.tar.gz").write_bytes(b"x")
     with pytest.raises(DatasetError, match=r"e\.tar\.gz is compressed .*: unpack it"):
@@ -151,7 +151,7 @@ def test_splits_are_inferred_from_names_and_logged(
     split_of_row = [row.get("split") for row in read_rows(plan_tar_files(paths, shard_rows=9))]
     expected = {"train": "train", "val": "validation", "test": "test"}
     assert split_of_row == ([None] * len(names) if splits is None else [expected[split] for split in splits])
-    assert ("split by the names of the tars" in caplog.text) == (splits is not None)
+    assert ("by the names of the files: " in caplog.text) == (splits is not None)
 
 
 def test_existing_split_field_is_kept(tmp_path: Path) -> None:

@@ -87,9 +87,7 @@ def plan_saved(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | Non
 
 def plan_parts(root: Path, parts: Sequence[SplitFiles], *, shard_rows: int) -> Plan:
     """Plan the rows of Arrow files; DatasetError unless all have the same columns and class names."""
-    splits = divide([part.split for part in parts], source=str(root)) if any(part.split for part in parts) else None
-    named = zip(parts, splits or [None] * len(parts), strict=True)
-    files = [(path, split) for part, split in named for path in part.paths]
+    files = [(path, part.split) for part in parts for path in part.paths]
     if not files:
         raise DatasetError(f"{root} names no Arrow file: {_SAVE_AGAIN}")
     check_fetched([path for path, _ in files])
@@ -100,6 +98,9 @@ def plan_parts(root: Path, parts: Sequence[SplitFiles], *, shard_rows: int) -> P
     if SPLIT in schema.names and files[0][1] is not None:
         log.info("%s: splits are read from the column split, not from the names of the parts", root)
         files = [(path, None) for path, _ in files]
+    elif files[0][1] is not None:
+        splits = divide([split for _, split in files], source=str(root))
+        files = [(path, split) for (path, _), split in zip(files, splits, strict=True)]
     max_rows = max_shard_rows(schema, media_rows=shard_rows)
     shards: list[ArrowShard] = []
     first = 0

@@ -63,7 +63,7 @@ def divide(splits: Sequence[str | None], *, source: str) -> list[str | None]:
     counts = Counter(splits)
     if None in counts or len(counts) < 2:
         if None not in counts and counts:
-            log.info("%s: all is %s, which divides nothing: no split is read", source, splits[0])
+            log.info("%s: all is %s: no split is read, since one name divides nothing", source, splits[0])
         return [None] * len(splits)
     log.info("split, %s: %s", source, ", ".join(f"{number} {name}" for name, number in counts.items()))
     return list(splits)
@@ -185,4 +185,4 @@ def expand_braces(pattern: str) -> list[str]:
         numbers = [str(number).zfill(len(span[1])) for number in range(low, high + 1)] if span else []
         options = numbers if span else match[1].split(",")
         pending += [f"{part[: match.start()]}{option}{part[match.end() :]}" for option in options]
-    return sorted(complete)
+    return sorted(set(complete))

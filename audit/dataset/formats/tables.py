@@ -13,7 +13,8 @@ from ...storage import check_regular, read_table
 from ..columns import SPLIT, with_split
 from ..modalities import holds_bytes, holds_files
 from . import Plan
-from .rows import HEAD_ROWS, parquet_head, read_csv_rows, read_json_lines, row_group_shards
+from .csv_rows import read_csv_rows
+from .rows import HEAD_ROWS, parquet_head, read_json_lines, row_group_shards
 from .sources import (
     check_fetched,
     common_folder,
@@ -92,8 +93,9 @@ def _find_tables_in(folder: Path) -> list[Path]:
         return [metadata]
     if tables := [table for inner in subfolders(folder) if (table := _find_metadata(inner))]:
         return tables
-    paths = [path for path in find_files(folder, _TEXT_SUFFIXES) if split_of_path(path.relative_to(folder))]
-    return _check_one_format(paths, source=str(folder)) if len({split_of_path(path) for path in paths}) > 1 else []
+    split_of = {path: split_of_path(path.relative_to(folder)) for path in find_files(folder, _TEXT_SUFFIXES)}
+    paths = [path for path, split in split_of.items() if split]
+    return _check_one_format(paths, source=str(folder)) if len({split_of[path] for path in paths}) > 1 else []
 
 
 def _find_metadata(folder: Path) -> Path | None:
