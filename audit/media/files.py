@@ -88,6 +88,19 @@ def is_lfs_pointer_file(path: Path) -> bool:
         return False
 
 
+def require_fetched(data: Medium, name: str) -> Medium:
+    """Return a medium; UnusableError if it is a Git LFS pointer."""
+    if is_lfs_pointer(data):
+        raise UnusableError(Reason.MISSING, f"{name}: {LFS_HINT}")
+    return data
+
+
+def missing_file(root: Path, name: str) -> UnusableError:
+    """Return the error of a file that does not exist, which names a similar one that does; see `similar_path`."""
+    similar = similar_path(root, name)
+    return UnusableError(Reason.MISSING, f"no file {name}" + (f"; there is {similar}: write it so" if similar else ""))
+
+
 _MAX_LISTED = 100_000  # entries of a folder that are compared with a name
 
 

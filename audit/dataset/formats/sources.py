@@ -62,7 +62,7 @@ def divide(splits: Sequence[str | None], *, source: str) -> list[str | None]:
     """
     counts = Counter(splits)
     if None in counts or len(counts) < 2:
-        if None not in counts and counts:
+        if None not in counts and len(splits) > 1:
             log.info("%s: all is %s: no split is read, since one name divides nothing", source, splits[0])
         return [None] * len(splits)
     log.info("split, %s: %s", source, ", ".join(f"{number} {name}" for name, number in counts.items()))

@@ -124,6 +124,7 @@ def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
     check_fetched(paths)
     samples_of_tar = [_index_tar(path) for path in paths]
     _check_keys(paths, samples_of_tar)
+    _warn_of_dots(paths, samples_of_tar)
     root = common_folder(paths)
     splits = splits_of(paths, root=root)
     tables = [_value_table(samples, split) for samples, split in zip(samples_of_tar, splits, strict=True)]
@@ -260,6 +261,24 @@ def _check_keys(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSamp
                     "the members of a sample must be consecutive, and keys must be unique"
                 )
             tar_of_key[sample.key] = path
+
+
+def _warn_of_dots(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSample]]) -> None:
+    """Log a warning of columns that begin with a number: probably parts of keys with dots, as in 22.05.png."""
+    for path, samples in zip(paths, samples_of_tar, strict=True):
+        for sample in samples:
+            for name in (*sample.positions, *sample.values):
+                if name.partition(".")[0].isdigit():
+                    log.warning(
+                        "%s: the member %s.%s is the column %s of the sample %s, since a key ends at the first dot of "
+                        "a name: if the key holds dots, replace them when the tar is written",
+                        path,
+                        sample.key,
+                        name,
+                        name,
+                        sample.key,
+                    )
+                    return
 
 
 def _value_table(samples: Sequence[TarSample], split: str | None) -> pa.Table:
