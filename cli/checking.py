@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class CheckResult:
         num_usable: Samples that can be scored.
         modalities: The modalities, each as NAME=COLUMN:KIND and its encoder.
         unusable: Counts of unusable samples by reason and modality, each with an example.
+        task: classification, multilabel or regression.
         classes: Samples of each class; for multilabel of each label, for regression of each stratum. The most frequent
             come first.
         splits: Samples of each split.
@@ -48,6 +50,7 @@ class CheckResult:
     num_usable: int
     modalities: tuple[str, ...]
     unusable: tuple[dict[str, Any], ...]
+    task: str
     classes: dict[str, int]
     splits: dict[str, int]
     split_source: str
@@ -67,6 +70,7 @@ class CheckResult:
             "usable": self.num_usable,
             "modalities": list(self.modalities),
             "unusable": list(self.unusable),
+            "task": self.task,
             "classes": self.classes,
             "splits": self.splits,
             "split_source": self.split_source,
@@ -190,6 +194,7 @@ def check(
         num_usable=len(rows),
         modalities=tuple(str(modality) for modality in dataset.modalities),
         unusable=tuple(_by_reason(left_out)),
+        task=samples.task,
         classes=_class_counts(samples),
         splits={name: count for name in SPLITS if (count := int((samples.split == name).sum()))},
         split_source="data" if dataset.columns.split else "cut",
@@ -214,8 +219,10 @@ def _class_counts(samples: Samples) -> dict[str, int]:
     else:
         names = samples.class_names
         counts = np.bincount(samples.label[samples.label >= 0], minlength=len(names)).tolist()
-    pairs = sorted(zip(names, counts, strict=True), key=lambda pair: (-pair[1], pair[0]))
-    return dict(pairs)
+    count_of: Counter[str] = Counter()  # two classes may have one name
+    for name, count in zip(names, counts, strict=True):
+        count_of[name] += count
+    return dict(sorted(count_of.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:

@@ -177,7 +177,8 @@ def print_check(summary: dict[str, Any]) -> None:
         print_line(
             f"  unusable: {group['count']} x {group['reason']}, {group['modality'] or 'sample'}: {group['example']}"
         )
-    print_line(f"  classes ({len(summary['classes'])}): {_counts_text(summary['classes'])}")
+    noun = {"multilabel": "labels", "regression": "ranges of the target"}.get(summary["task"], "classes")
+    print_line(f"  {noun} ({len(summary['classes'])}): {_counts_text(summary['classes'])}")
     is_cut = summary["split_source"] == "cut"
     splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
     print_line(f"  splits: {splits}" + ("; the data state none, so that a test split was cut" if is_cut else ""))
