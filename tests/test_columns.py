@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.columns import (
     Columns,
+    compose_ids,
     find_columns,
     holds_pictures,
     load_cell,
@@ -35,7 +38,27 @@ def test_usual_names_are_assigned_their_role(names: list[str], expected: list[st
 def test_requested_columns_override_usual_names() -> None:
     names = ["id", "label", "label_name", "split", "group", "other"]
     columns = find_columns(names, {"label": "other", "split": "none", "group": "id"})
-    assert columns == Columns(id="id", label="other", label_name=None, group="id", split=None)
+    assert columns == Columns(id=("id",), label="other", label_name=None, group="id", split=None)
+
+
+def test_id_may_be_composed_or_left_out() -> None:
+    names = ["video", "clip", "a,b", "id", "label"]
+    assert find_columns(names, {}).id == ("id",)
+    assert find_columns(names, {"id": "none"}).id == ()
+    assert find_columns(names, {"id": "a,b"}).id == ("a,b",)
+    assert find_columns(names, {"id": "video,clip"}).names == ["video", "clip", "label"]
+    with pytest.raises(ConfigError, match=r"--id clib: no such column; did you mean clip\?"):
+        find_columns(names, {"id": "video,clib"})
+
+
+CELLS = st.text("a,\\", max_size=3)
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1))
+def test_different_cells_give_different_composed_ids(cells: list[tuple[str, str]]) -> None:
+    rows = pa.table({"video": [first for first, _ in cells], "clip": [second for _, second in cells]})
+    assert len(set(compose_ids(rows, ["video", "clip"]))) == len(set(cells))
+    assert compose_ids(rows, ["clip"]) == rows["clip"].to_pylist()
 
 
 def test_missing_and_repeated_columns_are_rejected() -> None:

@@ -235,3 +235,9 @@ def test_changed_file_is_reopened_or_reported(tmp_path: Path) -> None:
     write(path, 12, row_group_size=50)
     with pytest.raises(DatasetError, match="has fewer rows than when it was opened"):
         next_shards[-1].read(["id"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_lines_of_other_encodings_are_read(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"id": "caf\u00e9", "on": "2020-01-01"}\n'.encode(encoding))
+    assert read_json_lines(tmp_path / "a.jsonl").to_pylist() == [{"id": "caf\u00e9", "on": "2020-01-01"}]
