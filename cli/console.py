@@ -178,7 +178,7 @@ def print_check(summary: dict[str, Any]) -> None:
             f"  unusable: {group['count']} x {group['reason']}, {group['modality'] or 'sample'}: {group['example']}"
         )
     noun = {"multilabel": "labels", "regression": "ranges of the target"}.get(summary["task"], "classes")
-    print_line(f"  {noun} ({len(summary['classes'])}): {_counts_text(summary['classes'])}")
+    print_line(f"  {len(summary['classes'])} {noun}: {_counts_text(summary['classes'])}")
     is_cut = summary["split_source"] == "cut"
     splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
     print_line(f"  splits: {splits}" + ("; the data state none, so that a test split was cut" if is_cut else ""))
@@ -192,7 +192,7 @@ def print_check(summary: dict[str, Any]) -> None:
 
 def _counts_text(counts: dict[str, int]) -> str:
     """Return names with their counts, the most frequent first: of more than a dozen the first and last six."""
-    texts = [f"{name} {count}" for name, count in counts.items()]
+    texts = [f"{name}: {count}" for name, count in counts.items()]
     if len(texts) > _MAX_CLASSES:
         half = _MAX_CLASSES // 2
         texts = [*texts[:half], f"and {len(texts) - 2 * half} more", *texts[-half:]]

@@ -116,7 +116,7 @@ def test_check(command: Command, demo_folder: Path, tmp_path: Path) -> None:
     summary = check_text_and_json(
         command,
         ["check", demo_folder / "data", "--run", tmp_path / "run", "--num-workers", "0"],
-        text=["120 of 120 samples are usable", "modality audio=", "classes (10): ", "the data state no splits: "],
+        text=["120 of 120 samples are usable", "modality audio=", "10 classes: ", "the data state no splits: "],
         keys=["source", "input", "usable", "modalities", "unusable", "task", "classes", "splits", "leakage"],
     )
     assert summary["usable"] == sum(summary["classes"].values()) == sum(summary["splits"].values()) == 120

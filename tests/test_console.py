@@ -89,18 +89,18 @@ def check_summary(**changes: Any) -> dict[str, Any]:
 def test_check_states_classes_and_splits(capsys: pytest.CaptureFixture[str]) -> None:
     print_check(check_summary())
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1:] == ["  classes (2): dog 5, cat 4", "  splits: train 7, test 2", "no leaks found"]
+    assert printed[1:] == ["  2 classes: dog: 5, cat: 4", "  splits: train 7, test 2", "no leaks found"]
     print_check(check_summary(classes={f"c{number}": 99 - number for number in range(13)}))
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1].startswith("  classes (13): c0 99, ")
-    assert printed[1].endswith("c5 94, and 1 more, c7 92, c8 91, c9 90, c10 89, c11 88, c12 87")
+    assert printed[1].startswith("  13 classes: c0: 99, ")
+    assert printed[1].endswith("c5: 94, and 1 more, c7: 92, c8: 91, c9: 90, c10: 89, c11: 88, c12: 87")
 
 
 def test_check_does_not_vouch_for_a_split_that_it_cut(capsys: pytest.CaptureFixture[str]) -> None:
     print_check(check_summary(split_source="cut", task="multilabel"))
     printed = capsys.readouterr().out.splitlines()
     assert printed[1:] == [
-        "  labels (2): dog 5, cat 4",
+        "  2 labels: dog: 5, cat: 4",
         "  splits: train 7, test 2; the data state none, so that a test split was cut",
         "the data state no splits: only the split cut here was tested",
     ]

@@ -208,8 +208,8 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     """Open a dataset: find its rows, the roles of its columns and its modalities; no medium is decoded.
 
     Args:
-        data: A folder with a metadata file, or with one in each folder of a split; a csv, jsonl or Parquet file or a
-            glob of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
+        data: A folder with a metadata file, or with one in each folder of a split; a csv, tsv, jsonl or Parquet file
+            or a glob or brace pattern of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
             ROOT[/split]/class/file; WebDataset tars; or a source that the reader of an installed package recognises,
             if `config.reader` names it.
         config: Roles of the columns and options of reading; by default they are inferred. Inferred modalities are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import logging
@@ -139,11 +140,24 @@ def _parse_spaced(text: CsvText) -> pa.Table:
 
 
 def _quoted_values(text: CsvText) -> Iterator[re.Match[bytes]]:
-    """Yield each quoted value; group 1 is its closing quote, group 2 a character after it that ends no value."""
-    separator = re.escape(text.separator.encode())
-    blanks = rb" *" if text.is_spaced else b""
-    value = rb'"[^"]*(?:""[^"]*)*("?)([^\r\n' + separator + rb"]?)"
-    yield from re.finditer(rb"(?:\A|(?<=\xef\xbb\xbf)|(?<=[\r\n" + separator + rb"]))" + blanks + value, text.data)
+    """Yield each quoted value; group 1 is its closing quote, group 2 a character after it that ends no value.
+
+    A quote opens a value at the start of a field only. `find` jumps from quote to quote: a search by one expression
+    takes ten times as long.
+    """
+    data, separator = text.data, text.separator.encode()
+    value = re.compile(rb'"[^"]*(?:""[^"]*)*("?)([^\r\n' + re.escape(separator) + rb"]?)")
+    position = data.find(b'"')
+    while position >= 0:
+        start = position
+        while text.is_spaced and data[start - 1 : start] == b" ":
+            start -= 1
+        is_first = start == 0 or (start == 3 and data[:3] == codecs.BOM_UTF8)
+        opens = is_first or data[start - 1 : start] in (b"\r", b"\n", separator)
+        match = value.match(data, position) if opens else None
+        if match:
+            yield match
+        position = data.find(b'"', match.end(1) if match else position + 1)
 
 
 def _check_quotes(text: CsvText, *, num_columns: int, path: Path | None) -> None:
@@ -153,8 +167,7 @@ def _check_quotes(text: CsvText, *, num_columns: int, path: Path | None) -> None
     """
     suspects: list[re.Match[bytes]] = []
     for match in _quoted_values(text):
-        value = match[0].strip()
-        if match[1] and b"\n" not in value and b"\r" not in value:
+        if match[1] and b"\n" not in match[0] and b"\r" not in match[0]:
             continue
         if not match[1]:
             raise ValueError(f"line {text.line_of(match.start())}: a quote is never closed")
@@ -181,9 +194,10 @@ def _check_quotes(text: CsvText, *, num_columns: int, path: Path | None) -> None
 def _are_rows(text: CsvText, match: re.Match[bytes], *, num_columns: int) -> bool:
     """Return whether each line of a quoted value, with the rest of its first and last line, has the fields of a row."""
     start = text.data.rfind(b"\n", 0, match.start()) + 1
+    if text.data.count(text.separator.encode(), start, text.data.find(b"\n", match.start())) < num_columns - 1:
+        return False  # decides most texts at once
     end = text.data.find(b"\n", match.end(1))
-    opening = text.data.index(b'"', match.start())
-    content = text.data[start:opening] + text.data[opening + 1 : end if end >= 0 else len(text.data)]
+    content = text.data[start : match.start()] + text.data[match.start() + 1 : end if end >= 0 else len(text.data)]
     records = csv.reader(content.decode("utf-8-sig", "replace").splitlines(), delimiter=text.separator)
     try:
         return num_columns > 1 and all(len(fields) == num_columns for fields in records)
