@@ -106,6 +106,9 @@ def _print_stability(record: dict[str, Any]) -> None:
     print_line(f"  discrepancy by halves of the features: {values or 'not measured: ' + halves['reason']}")
 
 
+_MAX_CLASSES = 12  # that are printed
+
+
 def print_check(summary: dict[str, Any]) -> None:
     """Print the modalities, the unusable samples and the leaks of a dataset."""
     print_line(f"{summary['source']}: {summary['usable']} of {summary['input']} samples are usable")
@@ -115,12 +118,26 @@ def print_check(summary: dict[str, Any]) -> None:
         print_line(
             f"  unusable: {group['count']} x {group['reason']}, {group['modality'] or 'sample'}: {group['example']}"
         )
+    noun = {"multilabel": "labels", "regression": "ranges of the target"}.get(summary["task"], "classes")
+    print_line(f"  {len(summary['classes'])} {noun}: {_counts_text(summary['classes'])}")
+    is_cut = summary["split_source"] == "cut"
+    splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
+    print_line(f"  splits: {splits}" + ("; the data state none, so that a test split was cut" if is_cut else ""))
     for note in summary["leakage"]["notes"]:
         print_line(f"  note: {note}")
     for finding in summary["leakage"]["findings"]:
         print_line(f"  LEAK: {finding['message']}")
     if not summary["leakage"]["leaks"]:
-        print_line("no leaks found")
+        print_line("the data state no splits: only the split cut here was tested" if is_cut else "no leaks found")
+
+
+def _counts_text(counts: dict[str, int]) -> str:
+    """Return names with their counts, the most frequent first: of more than a dozen the first and last six."""
+    texts = [f"{name}: {count}" for name, count in counts.items()]
+    if len(texts) > _MAX_CLASSES:
+        half = _MAX_CLASSES // 2
+        texts = [*texts[:half], f"and {len(texts) - 2 * half} more", *texts[-half:]]
+    return ", ".join(texts)
 
 
 def print_ingest(summary: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def score(
         encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
         task: classification, multilabel or regression; by default classification.
         label: Label column.
-        id: Id column.
+        id: Id column, or several that are unique together: video_id,clip_id.
         group: Group column: samples of one group always share a fold.
         split: Split column; none: ignore it and cut a test split.
         allow_outside: Allow paths outside the metadata's folder.

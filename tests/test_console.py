@@ -15,6 +15,7 @@ from runs import run_record
 from mmaudit.audit.errors import printable
 from mmaudit.cli.console import (
     configure_logging,
+    print_check,
     print_finetune,
     print_line,
     print_score,
@@ -109,6 +110,32 @@ def test_score_prints_the_headline_and_the_warnings_of_the_report(capsys: pytest
     assert any("paired at random within classes" in line for line in lines)
     print_score({**record, "halves": None, "balanced_side": None})
     assert "not measured: probe.halves is off" in capsys.readouterr().out
+
+
+def check_summary(**changes: Any) -> dict[str, Any]:
+    summary: dict[str, Any] = {"source": "d", "input": 9, "usable": 8, "modalities": [], "unusable": []}
+    summary |= {"task": "classification", "classes": {"dog": 5, "cat": 4}, "splits": {"train": 7, "test": 2}}
+    return summary | {"split_source": "data", "leakage": {"notes": [], "findings": [], "leaks": False}} | changes
+
+
+def test_check_states_classes_and_splits(capsys: pytest.CaptureFixture[str]) -> None:
+    print_check(check_summary())
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:] == ["  2 classes: dog: 5, cat: 4", "  splits: train 7, test 2", "no leaks found"]
+    print_check(check_summary(classes={f"c{number}": 99 - number for number in range(13)}))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("  13 classes: c0: 99, ")
+    assert printed[1].endswith("c5: 94, and 1 more, c7: 92, c8: 91, c9: 90, c10: 89, c11: 88, c12: 87")
+
+
+def test_check_does_not_vouch_for_a_split_that_it_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    print_check(check_summary(split_source="cut", task="multilabel"))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:] == [
+        "  2 labels: dog: 5, cat: 4",
+        "  splits: train 7, test 2; the data state none, so that a test split was cut",
+        "the data state no splits: only the split cut here was tested",
+    ]
 
 
 def test_tables_align_names_of_any_length_and_script(capsys: pytest.CaptureFixture[str]) -> None:
