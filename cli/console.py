@@ -78,12 +78,13 @@ def print_score(record: dict[str, Any]) -> None:
     if record["quarantine"]:
         print_line(f"  by sample: {Path(record['report']).parent / 'quarantine.parquet'}")
     probe_report = record["probe_report"]
+    width = _column_width((entry["name"] for entry in probe_report["probe_metrics"]), minimum=10)
     for entry in probe_report["probe_metrics"]:
-        name, metric = entry["name"], probe_report["metric"]
+        name, metric = _cell(entry["name"], width), probe_report["metric"]
         print_line(
-            f"  {name:>10}  {entry['value']:.3f}  {metric} out of fold, 95% [{entry['low']:.3f}, {entry['high']:.3f}]"
+            f"  {name}  {entry['value']:.3f}  {metric} out of fold, 95% [{entry['low']:.3f}, {entry['high']:.3f}]"
         )
-    print_line(f"  {'chance':>10}  {probe_report['chance']:.3f}")
+    print_line(f"  {'chance':>{width}}  {probe_report['chance']:.3f}")
     print_line(f"  gap mixture: {record['gap_verdict']}")
     _print_stability(record)
     for warning in record["warnings"]:
