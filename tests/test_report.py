@@ -693,6 +693,8 @@ def test_tables_and_figures_scroll_in_their_own_box_and_never_break_words(report
             assert "overflow-wrap" not in rule
             assert "word-break" not in rule
     assert ".scroll { max-width: 100%; overflow-x: auto; }" in style
+    for selector in ("p", "figcaption", "h1", "h3"):  # text that does not scroll: long names wrap
+        assert re.search(rf"^{selector} \{{[^}}]*overflow-wrap: anywhere", style, flags=re.MULTILINE), selector
     assert page.count("<table") == page.count('<div class="scroll"><table') > 5
     assert page.count("<img") == page.count('<div class="scroll"><img') > 4
 
