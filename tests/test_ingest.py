@@ -544,6 +544,7 @@ def test_ogm_ge_groups_by_actor(tree: Callable[[str], Path]) -> None:
 
 def test_ogm_ge_reads_each_list_format(tmp_path: Path) -> None:
     write_files(tmp_path, "audio/abcdefghijk_5.wav", "visual/abcdefghijk_5/1.jpg", "stat.txt", content=b"Bark\nTruck\n")
+    write_files(tmp_path, "audio/one.wav", "visual/one/1.jpg")
     write_files(tmp_path, "my_train.txt", content=b"Bark,one\nTruck,one\n")
     write_files(tmp_path, "my_test.txt", content=b"Truck,two\n")
     rows = rows_of(ingest("ogm-ge", tmp_path))
