@@ -12,10 +12,9 @@ from typing import Protocol
 import pyarrow as pa
 
 from ..errors import DatasetError
-from ..media.files import kind_of_path
+from ..media.files import is_hidden, is_lfs_pointer_file, kind_of_path
 
-_POINTER = b"version https://git-lfs"
-_POINTER_BYTES = 1024  # a Git LFS pointer has about 130 bytes
+_POINTERS = "Git LFS pointers (git lfs pull fetches the files)"
 _NUM_LISTED = 6  # entries of an unexpected folder that a message lists
 
 
@@ -26,9 +25,9 @@ def list_media(root: Path, subfolder: str, *, kind: str) -> list[str]:
     """
     paths = []
     for folder, subfolders, names in os.walk(root / subfolder):
-        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         relative_folder = Path(folder).relative_to(root)
-        media_names = [name for name in names if kind_of_path(name) == kind and not _is_hidden(name)]
+        media_names = [name for name in names if kind_of_path(name) == kind and not is_hidden(name)]
         paths += [(relative_folder / name).as_posix() for name in media_names]
     return sorted(paths)
 
@@ -42,17 +41,13 @@ def list_frame_folders(root: Path, subfolder: str) -> list[str]:
     while remaining:
         folder = remaining.pop()
         with os.scandir(root / folder) as scan:
-            entries = [entry for entry in scan if not _is_hidden(entry.name)]
+            entries = [entry for entry in scan if not is_hidden(entry.name)]
         has_pictures = any(kind_of_path(entry.name) == "image" and entry.is_file() for entry in entries)
         subfolders = [folder / entry.name for entry in entries if not has_pictures and entry.is_dir()]
         remaining += subfolders
         if not subfolders and folder != PurePosixPath(subfolder):
             frame_folders.append(folder.as_posix())
     return sorted(frame_folders)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def event_ids(clips: Sequence[str], events: Sequence[str]) -> list[str]:
@@ -69,8 +64,8 @@ def absence_of_file(path: Path) -> str | None:
             return "not found"
         if size == 0:
             return "empty"
-        if size < _POINTER_BYTES and path.read_bytes().startswith(_POINTER):
-            return "Git LFS pointers (git lfs pull fetches the files)"
+        if is_lfs_pointer_file(path):
+            return _POINTERS
     except (OSError, ValueError) as error:
         return f"unreadable ({error})"
     return None
@@ -80,9 +75,7 @@ def absence_of_frames(folder: Path) -> str | None:
     """Return the reason why a folder cannot be read as frames; None if it contains a picture."""
     try:
         with os.scandir(folder) as entries:
-            pictures = (
-                entry for entry in entries if kind_of_path(entry.name) == "image" and not _is_hidden(entry.name)
-            )
+            pictures = (entry for entry in entries if kind_of_path(entry.name) == "image" and not is_hidden(entry.name))
             return "without pictures" if next(pictures, None) is None else None
     except (OSError, ValueError):
         return "not found"
@@ -95,7 +88,7 @@ def unexpected_folder(folder: Path, dataset: str, *, missing: str) -> DatasetErr
 
 def content_of(folder: Path) -> str:
     """Return the first entries of a folder for a message, without hidden ones."""
-    entries = [entry for entry in folder.iterdir() if not _is_hidden(entry.name)]
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
     remainder = f" and {len(names) - _NUM_LISTED:,} more" if len(names) > _NUM_LISTED else ""
     return ", ".join(names[:_NUM_LISTED]) + remainder if names else "nothing"

@@ -31,6 +31,7 @@ def read_cremad(folder: Path, lists: Sequence[Path]) -> Listing:
     audio = list_media(folder, "AudioWAV", kind="audio")
     video = list_media(folder, "VideoFlash", kind="video")
     lines = [line for path in lists for line in skip_header(read_list(path, ",\t; "))]
+    listed: list[tuple[str, str, str | None]]
     listed = [(_parse_line(line), line.where, split_of(line.path)) for line in lines]
     if not lists:
         names = {clip for path in (*audio, *video) if (clip := clip_of_path(path)) is not None}

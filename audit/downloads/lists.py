@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DatasetError
+from ..media.files import LFS_HINT, is_hidden, is_lfs_pointer
+from ..parsing import decode_text
 
 _SHOWN = 120  # characters of a line that a message repeats
 _SPLITS = (("train", "train"), ("val", "validation"), ("dev", "validation"), ("test", "test"))
@@ -60,7 +62,7 @@ def read_list(path: Path, separators: str) -> list[Line]:
     """Read the non-blank lines of a list, split at the one of `separators` that fits them best.
 
     Args:
-        path: File in UTF-8, or in UTF-16 with a byte order mark.
+        path: File in UTF-8, or in another Unicode encoding with its byte order mark.
         separators: Possible separators in order of preference; a blank stands for any white space.
 
     Returns:
@@ -84,7 +86,11 @@ def read_list(path: Path, separators: str) -> list[Line]:
 
 
 def _infer_separator(lines: Sequence[str], separators: str) -> str:
-    """Return the separator that gives the largest share of lines the same number of fields, above one."""
+    """Return the separator that gives the largest share of lines the same number of fields, above one.
+
+    A share, since a header may have fewer names than the rows have fields, and since one damaged line is to be reported
+    as such.
+    """
     sample = [line for line in lines[:_SEPARATOR_LINES] if line.strip()]
     best, best_share = separators[0], 0
     for separator in separators:
@@ -234,12 +240,20 @@ def find_lists(folder: Path, names: Iterable[str], *, subfolders: Sequence[str] 
 def visible_files(folder: Path) -> list[Path]:
     """Return the sorted files of a folder, without hidden ones; [] if the folder does not exist."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in paths if not path.name.startswith(".") and path.is_file())
+    return sorted(path for path in paths if not is_hidden(path.name) and path.is_file())
 
 
 def read_text(path: Path) -> str:
-    """Read a text in UTF-8, or in UTF-16 with a byte order mark."""
+    """Read a text of any Unicode encoding, with line feeds as ends of lines."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+        text = decode_text(data)
+    except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read as text: {error}") from error
+    if is_lfs_pointer(data):
+        raise DatasetError(f"{path}: {LFS_HINT}")
+    if "\0" in text:
+        raise DatasetError(
+            f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a NUL byte: it is no text"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
+from ..media.files import LFS_HINT, is_lfs_pointer_file
 from .clips import Listing, unexpected_folder
 from .lists import split_of, visible_files
 from .names import parse_clip_name
@@ -75,6 +76,8 @@ def _find_files(folder: Path) -> list[Path]:
 
 
 def _read_parts(path: Path) -> list[_Part]:
+    if is_lfs_pointer_file(path):
+        raise DatasetError(f"{path}: {LFS_HINT}")
     if path.suffix == ".npz":
         return _read_npz_parts(path)
     content = read_pickle(path)

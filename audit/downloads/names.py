@@ -138,8 +138,8 @@ def _match_spellings(
                 is_only = num_clips[clip.video] == 1
                 stems = [stem for stem, file in files if is_only and None in (clip.start, file.start)]
             if stems:
-                _check_same_times(name, stems, paths_of_stem)
                 matched[name] = stems
+        _check_unique(matched, paths_of_stem)
         for name, stems in matched.items():
             video = unmatched.pop(name).video
             stems_of_video[video] = {stem: file for stem, file in stems_of_video[video].items() if stem not in stems}
@@ -151,12 +151,19 @@ def _match_spellings(
     return stems_of_name, notes
 
 
-def _check_same_times(name: str, stems: Sequence[str], paths_of_stem: Mapping[str, Sequence[str]]) -> None:
-    clips = [clip for stem in stems if (clip := parse_clip_name(stem))]
-    starts, ends = ({clip.start for clip in clips} - {None}, {clip.end for clip in clips} - {None})
-    if len(starts) > 1 or len(ends) > 1:
-        first, second = (paths_of_stem[stem][0] for stem in sorted(stems)[:2])
-        raise DatasetError(f"two files with different times fit the clip {name}: {first} and {second}: keep one")
+def _check_unique(stems_of_name: Mapping[str, Sequence[str]], paths_of_stem: Mapping[str, Sequence[str]]) -> None:
+    """Raise DatasetError if files with different times fit one clip, or one file fits two clips."""
+    name_of_stem: dict[str, str] = {}
+    for name, stems in stems_of_name.items():
+        clips = [clip for stem in stems if (clip := parse_clip_name(stem)) is not None]
+        starts, ends = {clip.start for clip in clips} - {None}, {clip.end for clip in clips} - {None}
+        if len(starts) > 1 or len(ends) > 1:
+            first, second = (paths_of_stem[stem][0] for stem in sorted(stems)[:2])
+            raise DatasetError(f"two files with different times fit the clip {name}: {first} and {second}: keep one")
+        for stem in stems:
+            if name_of_stem.setdefault(stem, name) != name:
+                names = f"{name_of_stem[stem]} and {name}"
+                raise DatasetError(f"{paths_of_stem[stem][0]} fits two clips, {names}: name it after one")
 
 
 def _prefer(paths: Sequence[str], folders: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import DatasetError
 from ..media.files import kind_of_path
+from ..parsing import fold_text
 from .names import folder_split, is_in_folder, plain_name
 
 _SUBFOLDERS = ("images", "image", "img", "imgs", "data")
@@ -24,13 +25,13 @@ class PictureIndex:
         self._files = frozenset(files)
         self._paths_of_name: defaultdict[str, list[str]] = defaultdict(list)
         for path in sorted(self._files):
-            name = PurePosixPath(path).name.lower()
+            name = fold_text(PurePosixPath(path).name)
             self._paths_of_name[name].append(path)
             self._paths_of_name[PurePosixPath(name).stem].append(path)
 
     def is_picture(self, cell: str) -> bool:
         """Return whether a cell of a list has the name of a picture."""
-        name = PurePosixPath(cell.strip().replace("\\", "/")).name.lower()
+        name = fold_text(PurePosixPath(cell.strip().replace("\\", "/")).name)
         return kind_of_path(name) == "image" or name in self._paths_of_name
 
     def find(self, name: str, *, list_path: Path, where: str, split: str | None, label: str | None) -> str:
@@ -72,7 +73,7 @@ class PictureIndex:
         folders = [part for part in name.parts[:-1] if part != "."]
         paths = [
             path
-            for path in self._paths_of_name.get(name.name.lower(), ())
+            for path in self._paths_of_name.get(fold_text(name.name), ())
             if _agree(list(PurePosixPath(path).parts[:-1]), folders) and not self._is_of_other(path, split, label)
         ]
         in_class = [path for path in paths if label is not None and is_in_folder(path, label)]
@@ -90,4 +91,5 @@ class PictureIndex:
 def _agree(folders: list[str], listed: list[str]) -> bool:
     """Return whether the folders of a file and those of a listed path are the same, as far as both go."""
     length = min(len(folders), len(listed))
-    return not listed or (length > 0 and folders[-length:] == listed[-length:])
+    ends = (fold_text("/".join(parts[len(parts) - length :])) for parts in (folders, listed))
+    return not listed or (length > 0 and len(set(ends)) == 1)
