@@ -12,7 +12,8 @@ from ..dataset.formats.rows import parse_line
 from ..errors import DatasetError, choices
 from .clips import Clip, Listing, list_clips, list_media, unexpected_folder
 from .lists import Line, normalize_name, read_list, read_text, split_of, visible_files
-from .pictures import PictureIndex
+from .mvsa import LABELS_FILE
+from .picture_index import PictureIndex
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl")
 _TEXT_SUFFIX = ".txt"  # of a list that is passed, not of one that is searched for: texts have it, too
@@ -90,7 +91,9 @@ def _find_lists(folder: Path) -> list[Path]:
     split_lists = [path for path in list_paths if any(split in path.stem.lower() for split in splits)]
     selected = split_lists or list_paths
     if not selected:
-        raise unexpected_folder(folder, "a set of pictures with texts", missing="list in .csv, .tsv or .jsonl")
+        hint = f" ({LABELS_FILE} is read by: mmaudit ingest mvsa)" if (folder / LABELS_FILE).is_file() else ""
+        missing = f"list in .csv, .tsv or .jsonl{hint}"
+        raise unexpected_folder(folder, "a set of pictures with texts", missing=missing)
     if len(selected) > 1 and not split_lists:
         names = ", ".join(path.name for path in list_paths)
         raise DatasetError(f"{folder} contains {names}: select one with --list")

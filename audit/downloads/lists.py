@@ -16,7 +16,8 @@ from ..parsing import decode_text
 
 _SHOWN = 120  # characters of a line that a message repeats
 _SPLITS = (("train", "train"), ("val", "validation"), ("dev", "validation"), ("test", "test"))
-_SEPARATOR_LINES = 1000  # from which the separator is inferred
+_SEPARATOR_LINES = 1000  # from which the separator is inferred; ours
+_MIN_SHARE = 0.5  # of records that a separator divides, for blanks to be part of the fields; ours
 _QUOTED = ",;|\t"  # separators of lists in which a quote protects the separator; & and blanks have no such rule
 _HEADER_NAMES = frozenset(
     re.findall(
@@ -86,30 +87,27 @@ def read_list(path: Path, separators: str) -> list[Line]:
 
 
 def _infer_separator(lines: Sequence[str], separators: str) -> str:
-    """Return the separator that gives the largest share of lines the same number of fields, above one.
+    """Return the separator that gives the largest share of records the same number of fields, above one.
 
     A share, since a header may have fewer names than the rows have fields, and since one damaged line is to be reported
-    as such.
+    as such. Blanks separate only where nothing else divides half of the records: classes may consist of two words.
     """
     sample = [line for line in lines[:_SEPARATOR_LINES] if line.strip()]
-    best, best_share = separators[0], 0
-    for separator in separators:
-        counts = Counter(len(_split(line, separator)) for line in sample)
-        share = max((count for num_fields, count in counts.items() if num_fields > 1), default=0)
-        if share > best_share:
-            best, best_share = separator, share
-    return best
+    shares = {separator: _share_of_equal(sample, separator) for separator in separators}
+    best = max(separators.replace(" ", ""), key=lambda separator: shares[separator])
+    return " " if shares.get(" ", 0) > 0 and shares[best] < _MIN_SHARE else best
 
 
-def _split(line: str, separator: str) -> list[str]:
-    """Split one line, quoted or not."""
-    if separator == " ":
-        return line.split()
-    line = line.rstrip("\r\n")
+def _share_of_equal(lines: Sequence[str], separator: str) -> float:
+    """Return the share of records with the most frequent number of fields, if that is above one."""
+    records: Iterable[list[str]] = (line.split(None if separator == " " else separator) for line in lines)
+    if separator in _QUOTED:
+        records = csv.reader(lines, delimiter=separator)
     try:
-        return next(csv.reader([line], delimiter=separator)) if separator in _QUOTED else line.split(separator)
-    except (csv.Error, StopIteration):
-        return [line]
+        counts = Counter(map(len, records))
+    except csv.Error:  # an open quote, reported when the list is read
+        counts = Counter(line.count(separator) + 1 for line in lines)
+    return max((count for num_fields, count in counts.items() if num_fields > 1), default=0) / max(1, counts.total())
 
 
 def _plain_lines(path: Path, lines: Sequence[str], separator: str) -> list[Line]:

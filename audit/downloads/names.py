@@ -145,7 +145,7 @@ def _match_spellings(
             stems_of_video[video] = {stem: file for stem, file in stems_of_video[video].items() if stem not in stems}
         if matched and units != (1, 1):
             name, (stem, *_) = next(iter(matched.items()))
-            rule = "by its video alone" if units is None else "in milliseconds"
+            rule = "by the video alone" if units is None else "in milliseconds"
             notes.append(f"{len(matched):,} clips are matched {rule}, such as {name} with {paths_of_stem[stem][0]}")
         stems_of_name |= matched
     return stems_of_name, notes
