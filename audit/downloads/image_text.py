@@ -205,7 +205,9 @@ def _columns(records: Sequence[_Record], lists: Sequence[Path]) -> dict[str, str
 
 def _text(record: _Record, column: str) -> str | None:
     """Return the text; in the lists of TomBERT the sentence with a mark $T$, and after it the target that it marks."""
-    text, target = _scalar(record, column), record.fields.get("string_2") if column == "string" else None
+    text, target = record.fields.get(column), record.fields.get("string_2") if column == "string" else None
+    if not isinstance(text, str) or not text.strip():
+        text = _scalar(record, column)
     return text if text is None or target is None else f"{text} {target}"
 
 
@@ -246,7 +248,7 @@ def _scalar(record: _Record, column: str) -> str | None:
         raise DatasetError(f"{record.where}: {column} is {value!r}: it must be a single value")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return None if value is None or value == "" else str(value)
+    return None if value is None else str(value).strip() or None
 
 
 def _unlabelled_notes(clips: Sequence[Clip]) -> list[str]:

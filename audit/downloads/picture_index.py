@@ -85,7 +85,7 @@ class PictureIndex:
         if split is not None and splits and split not in splits:
             return True
         labels = self._labels.intersection(map(plain_name, PurePosixPath(path).parts[:-1]))
-        return bool(labels) and (label is None or plain_name(label) not in labels)
+        return bool(labels) and label is not None and plain_name(label) not in labels
 
 
 def _agree(folders: list[str], listed: list[str]) -> bool:
