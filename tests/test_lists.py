@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import random
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,52 @@ def test_text_over_several_lines_is_one_record(tmp_path: Path) -> None:
     fields = fields_of(tmp_path / "list", text)
     assert len(fields) == 13
     assert fields[3] == ("2.jpg", 'Hello, my old\nfriend, bye\n\nsee "you"', "dog")
+
+
+WORDS = [
+    "the",
+    "old",
+    "friend,",
+    "said",
+    "hello,",
+    "and",
+    "bye;",
+    "12",
+    "eggs",
+    "on",
+    "toast",
+    "ok",
+    "great",
+    "thanks",
+    "a",
+    "lot",
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prose_over_several_lines_is_never_taken_for_rows(tmp_path: Path, seed: int) -> None:
+    generator = random.Random(seed)
+    with (tmp_path / "list").open("w", encoding="utf-8", newline="") as file:
+        for number in range(200):
+            lines = (" ".join(generator.choices(WORDS, k=generator.randrange(1, 9))) for _ in range(number % 4))
+            csv.writer(file).writerow([f"{number}.jpg", "\n".join(lines), generator.choice(["dog", "cat"])])
+    assert len(read_list(tmp_path / "list", ",;\t|")) == 200
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("column", [0, 1])
+def test_stray_quote_closes_no_open_one_unnoticed(tmp_path: Path, seed: int, column: int) -> None:
+    generator = random.Random(seed)
+    rows = [[f"{number}.jpg", f"title {number}", generator.choice(["dog", "cat"])] for number in range(50)]
+    first = generator.randrange(40)
+    last = generator.randrange(first + 1 + (column == 0), 50)
+    rows[first][1], rows[last][1] = f'"title {first}', 'for 12"'
+    order = [1, 0, 2] if column == 0 else [0, 1, 2]
+    text = "".join(",".join(row[index] for index in order) + "\n" for row in rows)
+    with pytest.raises(
+        DatasetError, match=rf"line {first + 1}: the quote that opens here is closed only on line {last + 1}"
+    ):
+        fields_of(tmp_path / "list", text, ",;\t|")
 
 
 def test_quotes_of_lists_with_tabs_may_be_plain_characters(tmp_path: Path) -> None:

@@ -180,23 +180,32 @@ def _check_spans(
     """Raise DatasetError if a quoted field contains lines that are rows of the list: its quote was never closed."""
     last_lines = {last for _, last in spans}
     values = {cell for line in records if line.number not in last_lines for cell in enumerate(line.fields)}
+    num_fields = Counter(len(line.fields) for line in records).most_common(1)[0][0]
     for first, last in spans:
-        rows = [line.rstrip("\r\n").split(separator) for line in lines[first - 1 : last]]
-        num_fields = Counter(len(line.fields) for line in records).most_common(1)[0][0]
-        is_row = all(len(row) == num_fields for row in rows)
-        if is_row and all(_resembles(row, rows[0], values) for row in rows[1:]):
+        opening, *rows = (line.rstrip("\r\n").split(separator) for line in lines[first - 1 : last])
+        column = next((index for index, cell in enumerate(opening) if cell.startswith('"') and cell.count('"') % 2), 0)
+        # The end of the last line belongs to the record in any case. Evidence are the cells before the quoted one, or
+        # without any the lines before the last one.
+        if column == 0:
+            rows, columns = rows[:-1], range(1, num_fields)
+        else:
+            columns = range(column)
+        are_rows = all(len(row) >= num_fields and _resembles(row, opening, values, columns) for row in rows)
+        if rows and len(opening) >= num_fields and are_rows:
             raise DatasetError(
                 f"{path}, line {first}: the quote that opens here is closed only on line {last}, and the lines up to "
                 'there are rows of their own: close it, or write "" for "'
             )
 
 
-def _resembles(row: Sequence[str], opening_row: Sequence[str], values: set[tuple[int, str]]) -> bool:
+def _resembles(
+    row: Sequence[str], opening: Sequence[str], values: set[tuple[int, str]], columns: Iterable[int]
+) -> bool:
     """Return whether a cell of the row is a number or file name as in the opening row, or a value of its column."""
-    shapes = [_shape(cell) for cell in opening_row]
     return any(
-        (cell_index, cell) in values or (shapes[cell_index] is not None and _shape(cell) == shapes[cell_index])
-        for cell_index, cell in enumerate(row)
+        (index, row[index]) in values
+        or (_shape(opening[index]) is not None and _shape(row[index]) == _shape(opening[index]))
+        for index in columns
     )
 
 
