@@ -47,7 +47,7 @@ def test_modality_and_split_folders_in_either_order(tmp_path: Path, order: str) 
     ]
     table = read_layout(tmp_path, *paths)
     assert [(row["id"], row["label"], row["split"]) for row in table] == [
-        ("train/dog/train1", "dog", "train"), ("val/dog/val1", "dog", "val")
+        ("train/dog/train1", "dog", "train"), ("val/dog/val1", "dog", "validation")
     ]  # fmt: skip
     assert sorted(str(row[name]) for row in table for name in ("audio_file_name", "video_file_name")) == sorted(paths)
 

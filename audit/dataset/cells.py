@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from ..errors import DatasetError, Reason, UnusableError
 from ..hashing import digest
-from ..media.files import MAX_ARRAY_BYTES, MAX_IN_MEMORY, MediaFile, Medium, kind_of_path, wave_file
+from ..media.files import (
+    MAX_ARRAY_BYTES,
+    MAX_IN_MEMORY,
+    MediaFile,
+    Medium,
+    is_hidden,
+    kind_of_path,
+    missing_file,
+    require_fetched,
+    wave_file,
+)
 from ..parsing import BROKEN, check_header, read_array
 from ..storage import file_stamp, open_regular
 from .modalities import FileChecks, Modality
@@ -101,7 +111,7 @@ class CellLoader:
             if cell is None:
                 raise UnusableError(Reason.MISSING, f"{column} has neither bytes nor a path")
         if isinstance(cell, bytes):
-            return cell
+            return require_fetched(cell, column)
         return self._read_medium(str(cell), max_bytes=max_bytes)
 
     def _load_array(self, name: str) -> NDArray[np.float32]:
@@ -165,9 +175,10 @@ class CellLoader:
         try:
             with open_regular(path) as file:
                 status = os.fstat(file.fileno())
-                return file.read(status.st_size) if status.st_size <= max_bytes else MediaFile.of(path, status)
+                is_small = status.st_size <= max_bytes
+                return require_fetched(file.read(status.st_size) if is_small else MediaFile.of(path, status), name)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise UnusableError(Reason.MISSING, f"no file {name}") from error
+            raise missing_file(self.root, name) from error
         except OSError as error:
             raise UnusableError(Reason.CORRUPT, f"{name}: {error.strerror}") from error
 
@@ -243,7 +254,7 @@ def _pictures(folder: Path) -> list[str]:
         names = [entry.name for entry in islice(entries, MAX_FOLDER_ENTRIES + 1)]
     if len(names) > MAX_FOLDER_ENTRIES:
         raise UnusableError(Reason.TOO_LARGE, f"more than {MAX_FOLDER_ENTRIES:,} files in the folder {folder.name}")
-    pictures = [name for name in names if kind_of_path(name) == "image" and not name.startswith(".")]
+    pictures = [name for name in names if kind_of_path(name) == "image" and not is_hidden(name)]
     return sorted(pictures, key=_natural_order)
 
 

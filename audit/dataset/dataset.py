@@ -19,13 +19,14 @@ from ..arrow import dataset_table, flat_vectors, vector_length
 from ..errors import ConfigError, DatasetError, UnusableError
 from ..parsing import check_choices, check_ranges
 from .cells import CellLoader, check_files
-from .columns import Columns, find_columns, text_roles
+from .columns import Columns, compose_ids, find_columns, text_roles
 from .formats import Plan, Shard, plan_source
 from .labels import TASKS
 from .modalities import (
     Modality,
     check_modalities,
     choose_encoders,
+    holds_files,
     holds_media,
     infer_modalities,
     is_array,
@@ -49,8 +50,9 @@ class DataConfig:
         encoder: Encoders as MODALITY=ENCODER, such as image=resnet18; a modality without one uses `statistics`. Others
             are `hf:MODEL`, `package.module:function` and the encoders of installed packages.
         task: What the label is: classification (one class), multilabel (a set of labels) or regression (a number).
-        id: Column of unique sample ids. Not set: sample_id, id, uid, key, clip_id, video_id or __key__, else the first
-            column of paths, else row numbers.
+        id: Column of unique sample ids, or several that are unique together, as video_id,clip_id. Not set: sample_id,
+            id, uid, key, clip_id, video_id or __key__; without such a column or with "none": the first column of paths,
+            else row numbers.
         label: Column of labels. Not set: label, class, category, target, y, label_name, labels or cls.
         group: Column of groups, such as speakers or source videos, which folds and splits keep together. Not set: the
             column `group` if there is one; "none": no groups.
@@ -176,7 +178,7 @@ class Dataset:
     def sample_ids(self, rows: pa.Table, shard: Shard) -> list[str]:
         """Return the ids of a shard's rows: the id column, else the first path column, else `row-NUMBER`."""
         if self.columns.id:
-            return [str(value) for value in rows[self.columns.id].to_pylist()]
+            return compose_ids(rows, self.columns.id)
         names = rows[self.path_columns[0]].to_pylist() if self.path_columns else [None] * rows.num_rows
         numbers = range(shard.first, shard.first + rows.num_rows)
         # A row whose path is null is quarantined; the row number keeps its id unique.
@@ -221,8 +223,8 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     """Open a dataset: find its rows, the roles of its columns and its modalities; no medium is decoded.
 
     Args:
-        data: A folder with a metadata file, or with one in each folder of a split; a csv, jsonl or Parquet file or a
-            glob of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
+        data: A folder with a metadata file, or with one in each folder of a split; a csv, tsv, jsonl or Parquet file
+            or a glob or brace pattern of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
             ROOT[/split]/class/file; WebDataset tars; or a source that the reader of an installed package recognises,
             if `config.reader` names it.
         config: Roles of the columns and options of reading; by default they are inferred. Inferred modalities are
@@ -287,7 +289,9 @@ def _find_modalities(
     files = check_files(plan.root, allow_outside=config.allow_outside)
     if config.modality:
         return tuple(parse_modality(text, sample, files=files) for text in config.modality), ()
-    modalities = infer_modalities(sample, excluded=columns.names, files=files)
+    media_ids = [name for name in columns.id if holds_files(sample, sample.schema.field(name))]
+    excluded = [name for name in columns.names if name not in media_ids]  # a column of media files may be the id, too
+    modalities = infer_modalities(sample, excluded=excluded, files=files)
     not_read = (*plan.not_read, *find_not_read(sample, modalities, roles=columns.names, files=files))
     log_not_read(not_read)
     return tuple(modalities), not_read

@@ -213,17 +213,16 @@ def _check_kind(text: str, kind: str, sample: pa.Table, field: pa.Field) -> None
     type_ = field.type
     values = text_values(sample, field)
     names_arrays = _are_most(is_array_path, values)
+    is_medium, is_media_list = is_text(type_) or holds_bytes(type_), is_list(type_) and holds_media(type_)
     compatible = {
+        "audio": is_medium or holds_samples(type_),
+        "image": is_medium or is_media_list or holds_folders(type_),
+        "video": is_medium,
+        "frames": is_media_list or holds_folders(type_),
         "features": is_array(type_) or names_arrays,
         "text": is_text(type_) and not names_arrays,
-        "frames": holds_folders(type_) or (is_list(type_) and holds_media(type_)),
-        "image": is_text(type_)
-        or holds_bytes(type_)
-        or holds_folders(type_)
-        or (is_list(type_) and holds_media(type_)),
-        "audio": is_text(type_) or holds_bytes(type_) or holds_samples(type_),
     }
-    if not compatible.get(kind, is_text(type_) or holds_bytes(type_)):
+    if not compatible[kind]:
         raise ConfigError(f"--modality {text}: a column of type {type_} cannot be read as {kind}")
     if _are_most(is_written_list, values):
         raise ConfigError(
