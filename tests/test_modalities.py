@@ -70,6 +70,14 @@ def test_kind_is_inferred_from_extension(path: str, kind: str | None) -> None:
         ({"caption": ["a dog", "cat.png"], "label": ["x.wav", "y.wav"]}, ["caption=caption:text"]),
         ({"tokens": [[1, 2]], "embedding": [[1.0]]}, ["tokens=tokens:features", "embedding=embedding:features"]),
         ({"path": ["a.png", None]}, ["image=path:image"]),
+        (
+            {"au": [[1.0]], "text": [[2.0]], "au.npy": [[1.0]]},
+            ["au=au:features", "text=text:features", "au=au.npy:features"],
+        ),
+        (
+            {"images_file_names": [["a.png"]], "doc_path": ["a.txt"]},
+            ["images=images_file_names:image", "doc=doc_path:text"],
+        ),
         ({"note": ["no medium at all"], "nothing": pa.nulls(1, pa.string()), "age": [3], "tags": [["a", "b"]]}, []),
         ({"mixed": ["a.wav", "b.png"]}, []),
     ],

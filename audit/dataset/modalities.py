@@ -23,7 +23,7 @@ KINDS = ("audio", "image", "video", "frames", "features", "text")
 
 _PATH_SUFFIXES = ("_file_name", "_filepath", "_file", "_path", "_filename", "_file_names", "_files", "_paths")
 _FRAMES_SUFFIX = "_frames"
-_MEMBER_EXTENSIONS = {".npy", ".txt", ".text"}.union(*EXTENSIONS.values())
+_MEMBER_EXTENSIONS = {**EXTENSIONS, "features": {".npy"}, "text": {".txt"}}
 _NUM_MEDIA_CHECKS = 8  # cells whose content is inspected to infer a kind
 _MAX_NAME_BYTES = 100  # of a modality's name, which is part of file and folder names
 RESERVED = ("all", "chance", "fused", "joint", "rest")
@@ -331,6 +331,6 @@ def base_name(column: str, *, default: str) -> str:
         if column.endswith(suffix) and len(column) > len(suffix):
             return column[: -len(suffix)]
     name, _, extension = column.rpartition(".")  # columns of a tar: everything after the key
-    if f".{extension}" in _MEMBER_EXTENSIONS:
+    if f".{extension}" in _MEMBER_EXTENSIONS.get(default, set().union(*_MEMBER_EXTENSIONS.values())):
         return name or default
     return default if column in ("file_name", "path", "file", "filename", "filepath") else column
