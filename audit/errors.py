@@ -156,6 +156,10 @@ class Quarantined:
     reason: Reason
     detail: str
 
+    def __str__(self) -> str:
+        where = self.sample_id if self.modality is None else f"{self.sample_id}, {self.modality}"
+        return f"{where}: {self.reason.value} ({self.detail})"
+
 
 def quarantine_table(rows: Iterable[Quarantined]) -> pa.Table:
     """Return the content of quarantine.parquet: one row for each reason, so that a sample may have several rows."""

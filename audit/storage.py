@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .arrow import plain_table
 from .errors import MmauditError
 from .parsing import Shape, check_shape, parse_json
 from .workers import ProcessId, this_process
@@ -257,7 +258,7 @@ def read_parquet(
 def read_table(path: Path, *, error: type[MmauditError]) -> pa.Table:
     """Read all rows of a file."""
     with open_parquet(path, error=error) as file:
-        table = _plain(file.read())
+        table = plain_table(file.read())
         table.validate(full=True)
         _check_number(table.num_rows, file.metadata.num_rows)
     return table
@@ -281,20 +282,20 @@ def read_batches(
         for batch in file.iter_batches(batch_size=rows, columns=names, row_groups=row_groups):
             batch.validate(full=True)  # otherwise text that is not UTF-8 would fail later, on conversion to str
             num_rows += len(batch)
-            yield _plain(pa.Table.from_batches([batch]))
+            yield plain_table(pa.Table.from_batches([batch]))
         _check_number(num_rows, sum(file.metadata.row_group(group).num_rows for group in groups))
 
 
 def read_schema(path: Path | str, *, error: type[MmauditError]) -> pa.Schema:
     """Read the schema of a file, with its metadata."""
     with open_parquet(path, error=error) as file:
-        return _plain(file.schema_arrow.empty_table()).schema
+        return plain_table(file.schema_arrow.empty_table()).schema
 
 
 def read_row_group(path: Path | str, number: int, *, columns: Sequence[str], error: type[MmauditError]) -> pa.Table:
     """Read columns of one row group."""
     with open_parquet(path, error=error) as file:
-        table = _plain(file.read_row_group(number, columns=list(columns)))
+        table = plain_table(file.read_row_group(number, columns=list(columns)))
         table.validate(full=True)
         _check_number(table.num_rows, file.metadata.row_group(number).num_rows)
     return table
@@ -347,15 +348,6 @@ def parse_provenance(
     except ValueError as cause:
         raise error(f"{where}: the metadata under the key {key.decode()} are damaged: {cause}") from cause
     return dict(content)
-
-
-def _plain(table: pa.Table) -> pa.Table:
-    """Convert string and binary views to plain columns, which every Arrow function supports."""
-    type_of_view = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    if not any(type_ in type_of_view for type_ in table.schema.types):
-        return table
-    fields = [field.with_type(type_of_view.get(field.type, field.type)) for field in table.schema]
-    return table.cast(pa.schema(fields, table.schema.metadata))
 
 
 def _check_size(path: Path) -> None:

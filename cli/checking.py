@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..audit.dataset.columns import SPLITS
 from ..audit.dataset.dataset import Dataset
-from ..audit.dataset.samples import read_samples
+from ..audit.dataset.not_read import NotRead
+from ..audit.dataset.samples import Samples, read_samples
 from ..audit.downloads.ingest import Ingested
 from ..audit.downloads.ingest import ingest as ingest_download
 from ..audit.errors import Quarantined
@@ -19,7 +22,7 @@ from ..audit.features.encoded_samples import collect_encoded, select_usable
 from ..audit.leakage import Leakage, ModalityContent, find_leakage, group_columns
 from ..audit.locks import write_lock
 from .config import RunConfig, load_config
-from .console import progress_bars
+from .progress import progress_bars
 from .provenance import open_encodable
 from .run import Run
 from .scoring import data_settings, encode_missing, pick_device
@@ -35,7 +38,13 @@ class CheckResult:
         num_usable: Samples that can be scored.
         modalities: The modalities, each as NAME=COLUMN:KIND and its encoder.
         unusable: Counts of unusable samples by reason and modality, each with an example.
+        task: classification, multilabel or regression.
+        classes: Samples of each class; for multilabel of each label, for regression of each stratum. The most frequent
+            come first.
+        splits: Samples of each split.
+        split_source: "data" if the data state the splits, "cut" if they state none and a test split was cut here.
         leakage: What train and test share.
+        not_read: Columns and files that no modality is read from, each with the reason.
     """
 
     source: str
@@ -43,7 +52,12 @@ class CheckResult:
     num_usable: int
     modalities: tuple[str, ...]
     unusable: tuple[dict[str, Any], ...]
+    task: str
+    classes: dict[str, int]
+    splits: dict[str, int]
+    split_source: str
     leakage: Leakage
+    not_read: tuple[NotRead, ...] = ()
 
     @property
     def failed_gate(self) -> str:
@@ -59,7 +73,12 @@ class CheckResult:
             "usable": self.num_usable,
             "modalities": list(self.modalities),
             "unusable": list(self.unusable),
+            "task": self.task,
+            "classes": self.classes,
+            "splits": self.splits,
+            "split_source": self.split_source,
             "leakage": self.leakage.to_json(),
+            "not_read": [asdict(entry) for entry in self.not_read],
         }
 
 
@@ -119,7 +138,7 @@ def check(
         encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
         task: classification, multilabel or regression; by default classification.
         label: Label column.
-        id: Id column.
+        id: Id column, or several that are unique together: video_id,clip_id.
         group: Group column: samples of one group always share a fold.
         split: Split column; none: ignore it and cut a test split.
         allow_outside: Allow paths outside the metadata's folder.
@@ -179,17 +198,36 @@ def check(
         num_usable=len(rows),
         modalities=tuple(str(modality) for modality in dataset.modalities),
         unusable=tuple(_by_reason(left_out)),
+        task=samples.task,
+        classes=_class_counts(samples),
+        splits={name: count for name in SPLITS if (count := int((samples.split == name).sum()))},
+        split_source="data" if dataset.columns.split else "cut",
         leakage=leakage,
+        not_read=dataset.not_read,
     )
 
 
 def _group_columns(dataset: Dataset) -> list[str]:
     """Return the columns that may hold groups, the group column among them."""
-    used_columns = {modality.column for modality in dataset.modalities} | {dataset.columns.id, dataset.columns.label}
+    used_columns = {modality.column for modality in dataset.modalities} | {dataset.columns.label}
+    used_columns |= set(dataset.columns.id) if len(dataset.columns.id) == 1 else set()  # parts of an id may be groups
     columns = group_columns([name for name in dataset.schema.names if name not in used_columns])
     if dataset.columns.group and dataset.columns.group not in columns:
         columns = [dataset.columns.group, *columns]
     return columns
+
+
+def _class_counts(samples: Samples) -> dict[str, int]:
+    """Return the number of samples of each class, label or stratum, the most frequent first."""
+    if samples.task == "multilabel" and samples.values is not None:
+        names, counts = samples.outputs, np.nansum(samples.values, axis=0).astype(int).tolist()
+    else:
+        names = samples.class_names
+        counts = np.bincount(samples.label[samples.label >= 0], minlength=len(names)).tolist()
+    count_of: Counter[str] = Counter()  # two classes may have one name
+    for name, count in zip(names, counts, strict=True):
+        count_of[name] += count
+    return dict(sorted(count_of.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from ..audit.dataset.columns import load_cell
+from ..audit.dataset.cells import load_cell
 from ..audit.dataset.modalities import Modality
 from ..audit.errors import ConfigError, ManifestError, UnusableError
 from ..audit.hashing import digest

@@ -59,6 +59,32 @@ def test_read_rows_equal_rows_of_the_matrix(opened: Callable[..., FeatureMatrix]
     assert matrix.read(np.zeros(0, np.intp)).shape == (0, 3)
 
 
+def test_selected_columns_and_rows_equal_those_of_the_matrix(opened: Callable[..., FeatureMatrix]) -> None:
+    expected = RNG.standard_normal((9, 4)).astype(np.float32)
+    columns, rows = np.array([3, 1, 2]), np.array([8, 0, 5])
+    selected = opened(expected.tolist()).select_columns(columns)
+    assert selected.num_features == 3
+    np.testing.assert_array_equal(selected.read(rows), expected[np.ix_(rows, columns)])
+    again = selected.take(rows).select_columns(np.array([2]))
+    assert (again.num_rows, again.num_features) == (3, 1)
+    np.testing.assert_array_equal(again.read(np.array([1])), [[expected[0, 2]]])
+
+
+def test_halves_of_the_columns_of_a_text_are_halves_of_its_terms(opened: Callable[..., FeatureMatrix]) -> None:
+    cells: list[str | None] = [f"word {row} of {row % 3}" for row in range(9)]
+    cells[4] = None
+    matrix, rows = opened(cells), np.array([7, 4, 0])
+    halves = [matrix.select_columns(columns) for columns in (np.arange(0, 32, 2), np.arange(1, 32, 2))]
+    terms = [half.read_counts(rows) for half in halves]
+    assert (terms[0] + terms[1] != matrix.read_counts(rows)).nnz == 0
+    assert (terms[0].multiply(terms[1])).nnz == 0
+    for half in halves:
+        dense = half.read(rows)
+        assert dense.shape == (3, half.num_features) == (3, 16)
+        assert np.isnan(dense[1]).all()
+        assert not np.isnan(dense[[0, 2]]).any()
+
+
 def test_missing_rows_are_nan(opened: Callable[..., FeatureMatrix]) -> None:
     vectors: list[list[float] | None] = [[float(row), 1.0] for row in range(11)]
     vectors[0] = vectors[6] = None
@@ -77,7 +103,8 @@ def test_texts_are_stored_as_terms(opened: Callable[..., FeatureMatrix]) -> None
     assert (matrix.has_terms, matrix.num_features, matrix.num_numbers) == (True, 32, 0)
     for rows in (np.arange(11), np.array([9, 0, 3, 3, 6, 1]), np.zeros(0, np.intp)):
         assert (matrix.read_counts(rows) != counts[rows]).nnz == 0
-        np.testing.assert_array_equal(matrix.read(rows), project_terms(counts[rows], 32))
+        expected = np.where(matrix.present[rows, None], project_terms(counts[rows], 32), np.float32(np.nan))
+        np.testing.assert_array_equal(matrix.read(rows), expected)
         weights = matrix.read_terms(rows)
         assert weights is not None
         assert (weights != weigh_terms(counts[rows])).nnz == 0

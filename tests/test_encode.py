@@ -137,7 +137,9 @@ def test_other_preprocessing_uses_another_cache(clip_source: Path, tmp_path: Pat
 def test_workers_write_identical_files(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source, DataConfig(shard_rows=12))
     steps: list[tuple[str, int, int]] = []
-    encode_dataset(dataset, tmp_path / "two", media=MEDIA, num_workers=2, progress=lambda *step: steps.append(step))
+    encode_dataset(
+        dataset, tmp_path / "two", media=MEDIA, num_workers=2, progress=lambda *step, detail="": steps.append(step)
+    )
     assert steps == [("encode", 1, 2), ("encode", 2, 2)]
     encode_all(dataset, tmp_path / "none")
     assert files(tmp_path / "two") == files(tmp_path / "none")
@@ -256,6 +258,30 @@ def test_problems_of_vectors_are_reported_by_row(tmp_path: Path) -> None:
     before = tasks[0].file(dataset.modalities[0]).stat().st_ino
     encode_all(dataset, tmp_path / "cache")
     assert tasks[0].file(dataset.modalities[0]).stat().st_ino == before  # not written again
+
+
+def test_problems_of_vectors_in_files_are_reported_by_row(tmp_path: Path) -> None:
+    arrays = {"0": [1.0, 2.0], "1": [np.nan, 1.0], "2": [1.0], "3": [0.0, 0.0]}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", np.array(array))
+    names = [*(f"{name}.npy" for name in arrays), "none.npy", None]
+    rows = pa.table({"id": list("abcdef"), "label": [0] * 6, "u": names, "v": [[1.0]] * 6})
+    pq.write_table(rows, tmp_path / "d.parquet")
+    dataset = open_dataset(tmp_path / "d.parquet")
+    assert dataset.modalities[0].length == 2
+    tasks = encode_all(dataset, tmp_path / "cache")
+    status = read_status(tasks, dataset.modalities[0], read_ids(dataset))
+    assert list(status.problem) == [
+        (1, Reason.NOT_FINITE, "1 of 2 numbers are not finite"),
+        (2, Reason.WRONG_LENGTH, "1 numbers; most rows have 2"),
+        (4, Reason.MISSING, "no file none.npy"),
+        (5, Reason.MISSING, "u is null"),
+    ]
+    matrix = FeatureMatrix.of(tasks, status, np.array([0, 3])).read(np.arange(2))
+    np.testing.assert_array_equal(matrix, np.array([[1, 2], [0, 0]], dtype=np.float32))
+    assert num_computed(dataset, tmp_path / "cache") == 0
+    np.save(tmp_path / "3.npy", np.ones(2))
+    assert num_computed(dataset, tmp_path / "cache") == 1
 
 
 def test_video_is_encoded_as_audio_and_visual(tmp_path: Path, film: Callable[[bool], bytes]) -> None:

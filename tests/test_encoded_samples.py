@@ -19,6 +19,7 @@ from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import Samples, read_samples
 from mmaudit.audit.errors import Quarantined, Reason, ScoreError
+from mmaudit.audit.features.cached_matrix import FeatureMatrix
 from mmaudit.audit.features.encode import encode_dataset
 from mmaudit.audit.features.encoded_samples import (
     EncodedSamples,
@@ -146,6 +147,24 @@ def test_missing_file_counts_as_damaged_not_as_null() -> None:
     rows, quarantined = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]
     assert [entry.detail for entry in quarantined] == ["q.wav does not exist"]
+
+
+def test_clip_without_a_track_lacks_the_modality() -> None:
+    """A silent film among films with sound is not damaged: it is scored by two other modalities."""
+    without_sound = Status(
+        modality=Modality(name="a", column="a", kind="audio"),
+        usable=np.array([True, False, True]),
+        content=np.full(3, b"c" * 32),
+        problem=((1, Reason.NO_TRACK, "no audio stream; streams in the file: video"),),
+    )
+    assert missing_in_source(without_sound).tolist() == [False, True, False]
+    others = tuple(status_of(name, ["x", "y", "z"]) for name in ("b", "c"))
+    three = EncodedSamples(samples=samples_of(3), statuses=(without_sound, *others))
+    assert select_usable(three, keep_duplicates=False)[0].tolist() == [0, 1, 2]
+    two = EncodedSamples(samples=samples_of(3), statuses=(without_sound, others[0]))
+    rows, quarantined = select_usable(two, keep_duplicates=False)
+    assert rows.tolist() == [0, 2]
+    assert reasons(quarantined) == [("s1", "a", Reason.NO_TRACK, "no audio stream; streams in the file: video")]
 
 
 def test_unknown_label_and_missing_label_have_different_reasons() -> None:
@@ -313,6 +332,40 @@ def test_hashes_of_vectors_equal_those_of_encoding(planted: Callable[..., Path],
     tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=no_progress)
     encoded = collect_encoded(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
     assert [hashes.content for hashes in content_hashes(dataset)] == encoded.content.tolist()
+
+
+def test_hashes_do_not_depend_on_where_vectors_and_texts_are_stored(tmp_path: Path) -> None:
+    """Vectors in .npy files and words in text files have the content, and the scores, of those in the rows."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((12, 4)).astype(np.float32)
+    texts = [f"words of sample {row}" for row in range(12)]
+    for row, (vector, text) in enumerate(zip(vectors, texts, strict=True)):
+        np.save(tmp_path / f"{row}.npy", vector[None])
+        (tmp_path / f"{row}.txt").write_text(text)
+    names = {"id": [f"s{row}" for row in range(12)], "label": [str(row % 2) for row in range(12)]}
+    paths = {kind: [f"{row}.{kind}" for row in range(12)] for kind in ("npy", "txt")}
+    inside = {**names, "vector": list(vectors), "text": texts}
+    outside = {**names, "vector": paths["npy"], "text": paths["txt"]}
+    hashes, encoded_vectors = [], []
+    for name, columns in (("inside", inside), ("outside", outside)):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        dataset = open_dataset(tmp_path / f"{name}.parquet")
+        assert [(modality.kind, modality.length) for modality in dataset.modalities] == [
+            ("features", 4),
+            ("text", None),
+        ]
+        hashes.append([entry.content for entry in content_hashes(dataset)])
+        cache = tmp_path / f"cache-{name}"
+        samples = read_samples(dataset, seed=0, test_fraction=0.2)
+        tasks = encode_dataset(dataset, cache, media=MediaConfig(), num_workers=0, progress=no_progress)
+        encoded = collect_encoded(dataset, samples, tasks)
+        assert encoded.content.tolist() == hashes[-1]
+        rows = np.arange(12)
+        encoded_vectors.append([FeatureMatrix.of(tasks, status, rows).read(rows) for status in encoded.statuses])
+    assert hashes[0] == hashes[1]
+    for first, second in zip(*encoded_vectors, strict=True):
+        np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(encoded_vectors[1][0], vectors)
 
 
 def test_hash_depends_only_on_own_files(clips: Path) -> None:

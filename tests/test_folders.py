@@ -23,7 +23,7 @@ def write_files(root: Path, *paths: str) -> Path:
 
 def rows_of(plan: Plan | None) -> list[dict[str, object]]:
     assert plan is not None
-    return [row for shard in plan.shards for row in shard.read(plan.head.column_names).to_pylist()]
+    return [row for shard in plan.shards for row in shard.read(plan.sample.column_names).to_pylist()]
 
 
 def read_layout(root: Path, *paths: str) -> list[dict[str, object]]:
@@ -47,7 +47,7 @@ def test_modality_and_split_folders_in_either_order(tmp_path: Path, order: str) 
     ]
     table = read_layout(tmp_path, *paths)
     assert [(row["id"], row["label"], row["split"]) for row in table] == [
-        ("train/dog/train1", "dog", "train"), ("val/dog/val1", "dog", "val")
+        ("train/dog/train1", "dog", "train"), ("val/dog/val1", "dog", "validation")
     ]  # fmt: skip
     assert sorted(str(row[name]) for row in table for name in ("audio_file_name", "video_file_name")) == sorted(paths)
 
@@ -81,15 +81,34 @@ def test_videos_are_audio_and_visual(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_skipped_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_are_not_media_are_named_by_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
-    assert (
-        len(
-            read_layout(tmp_path, "dog/1.wav", "dog/1.png", "README.md", "dog/Thumbs.db", ".hidden/x.wav", "dog/.1.wav")
-        )
-        == 1
-    )
-    assert "skipped 2 files that are not media, such as README.md" in caplog.text
+    media, hidden = ["dog/1.wav", "dog/1.png", "cat/2.wav", "cat/2.png"], [".hidden/x.wav", "dog/.1.wav"]
+    data = write_files(tmp_path, *media, *hidden, "README.md", "dog/1.txt", "cat/2.TXT", "dog/1.pt")
+    dataset = open_dataset(data)
+    assert [(entry.name, entry.form) for entry in dataset.not_read] == [
+        ("*.txt", "2 files, such as cat/2.TXT"),
+        ("*.md", "1 file, README.md"),
+        ("*.pt", "1 file, dog/1.pt"),
+    ]
+    assert [entry.is_minor for entry in dataset.not_read] == [False, True, False]
+    assert "not read: *.txt (2 files, such as cat/2.TXT): name them in a column of a metadata file" in caplog.text
+
+
+@pytest.mark.parametrize("by_modality", [False, True])
+def test_folders_of_pictures_beside_a_clip_are_its_frames(tmp_path: Path, by_modality: bool) -> None:
+    """As in EPIC-Kitchens: the frames of dog/1.wav lie in dog/1."""
+    audio, image = ("audio/", "image/") if by_modality else ("", "")
+    frames = [f"{image}{clip}/{frame}.jpg" for clip in ("dog/1", "dog/2", "cat/3") for frame in ("0001", "0002")]
+    rows = read_layout(tmp_path, *(f"{audio}{clip}.wav" for clip in ("dog/1", "dog/2", "cat/3")), *frames)
+    assert [(row["id"], row["label"], row["audio_file_name"], row["visual_frames"]) for row in rows] == [
+        (clip, clip[:3], f"{audio}{clip}.wav", f"{image}{clip}") for clip in ("cat/3", "dog/1", "dog/2")
+    ]
+
+
+def test_pictures_without_a_clip_of_their_folders_name_are_samples(tmp_path: Path) -> None:
+    rows = read_layout(tmp_path, "dog/1/a.jpg", "dog/1/a.wav", "dog/1/b.jpg", "dog/1/b.wav")
+    assert [row["id"] for row in rows] == ["dog/1/a", "dog/1/b"]
 
 
 def test_folder_without_layout_is_rejected(tmp_path: Path) -> None:

@@ -229,14 +229,17 @@ def test_every_reader_plans_all_rows_in_order(
     reader, write = WRITERS[kind]
     data = str(write(clip_source, tmp_path / "data"))
     plan = plan_source(data, reader=reader, shard_rows=4, allow_outside=False)
-    names = plan.head.column_names
+    names = plan.sample.column_names
     parts = [pickle.loads(pickle.dumps(shard)).read(names) for shard in plan.shards]
     assert [shard.index for shard in plan.shards] == list(range(len(parts)))
     assert [shard.num_rows for shard in plan.shards] == [len(part) for part in parts]
     assert [shard.first for shard in plan.shards] == [sum(map(len, parts[:index])) for index in range(len(parts))]
-    assert all(part.schema.equals(plan.head.schema) for part in parts)
-    assert 0 < len(plan.head) <= 64
-    assert plan.head.equals(pa.concat_tables(parts).slice(0, len(plan.head)))
+    assert all(part.schema.equals(plan.sample.schema) for part in parts)
+    assert 0 < len(plan.sample) <= 64
+    rows = pa.concat_tables(parts).to_pylist()
+    positions = [rows.index(row) for row in plan.sample.to_pylist()]
+    assert positions == sorted(set(positions))
+    assert {positions[0], positions[-1]} == {0, len(rows) - 1}
     assert all(shard.read(names[::-1]).column_names == names[::-1] for shard in plan.shards[::-1])
     # The reader of class folders accepts any folder of media, and is therefore asked last.
     recognised = {name for name in READERS if name != "folders" and is_planned(name, data)}

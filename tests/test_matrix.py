@@ -41,7 +41,9 @@ def test_chunks_partition_rows_within_max_bytes() -> None:
 
 def test_texts_are_read_as_vectors_or_as_terms_beside_the_numbers() -> None:
     counts = count_terms(np.array([3, 3, 40, 7], np.uint32), np.array([2, 1, 0, 1]))
-    text, numbers = TermInputs(counts=counts, num_features=16), MatrixInputs(matrix=np.ones((4, 3), np.float32))
+    present = np.array([True, True, False, True])
+    text = TermInputs(counts=counts, present=present, num_buckets=16)
+    numbers = MatrixInputs(matrix=np.ones((4, 3), np.float32))
     joint = JointInputs(parts=(text, numbers, text))
     rows = np.array([3, 0, 2])
     assert joint.num_features == 35

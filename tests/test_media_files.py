@@ -19,15 +19,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmaudit.audit.dataset import columns as cells
-from mmaudit.audit.dataset.columns import load_cell
+from mmaudit.audit.dataset import cells
+from mmaudit.audit.dataset.cells import load_cell
+from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media import files as media_file
 from mmaudit.audit.media.audio import decode_audio, has_sound
 from mmaudit.audit.media.container import missing_bytes
-from mmaudit.audit.media.files import NUM_BYTES, MediaConfig, MediaFile, kind_of_bytes, open_stream
+from mmaudit.audit.media.files import (
+    NUM_BYTES,
+    MediaConfig,
+    MediaFile,
+    is_hidden,
+    is_lfs_pointer,
+    is_lfs_pointer_file,
+    kind_of_bytes,
+    kind_of_path,
+    open_stream,
+    similar_path,
+)
 from mmaudit.audit.media.pictures import decode_frames, decode_image
 
 SOUND = Modality(name="audio", column="audio", kind="audio")
@@ -283,3 +295,109 @@ def test_text_is_not_recognised_as_media(data: bytes) -> None:
     )
     if not data.startswith(signatures) and data[4:8] != b"ftyp" and not data.startswith(b"\0"):
         assert kind_of_bytes(data) is None
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "b.JFIF", "c.jpe", "d.jpg"])
+def test_jpeg_is_read_under_every_extension(tmp_path: Path, name: str) -> None:
+    """In folders named by class and in lists alike; imagefolder of `datasets` reads them, too."""
+    file = io.BytesIO()
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(file, "jpeg")
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / name).write_bytes(file.getvalue())
+        (tmp_path / label / f"{name[0]}.wav").write_bytes(b"RIFF")
+    assert [modality.kind for modality in open_dataset(tmp_path).modalities] == ["audio", "image"]
+    lines = [f"{label},{label}/{name},{label}/{name[0]}.wav" for label in ("cat", "dog")]
+    (tmp_path / "list.csv").write_text("\n".join(["label,x,y", *lines]))
+    dataset = open_dataset(tmp_path / "list.csv")
+    assert {modality.column: modality.kind for modality in dataset.modalities} == {"x": "image", "y": "audio"}
+    picture = next(modality for modality in dataset.modalities if modality.kind == "image")
+    assert decode_image(dataset.load(f"cat/{name}", picture), MediaConfig()).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("extension", "container", "codec"),
+    [("aiff", "aiff", "pcm_s16be"), ("au", "au", "pcm_s16be"), ("caf", "caf", "pcm_s16le")],
+)
+def test_sound_of_other_extensions_is_decoded(extension: str, container: str, codec: str) -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream: Any = output.add_stream(codec, rate=16_000, layout="mono")
+        samples = (8_000 * np.sin(np.arange(1_600) / 3)).astype(np.int16)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.rate = 16_000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    assert kind_of_path(f"a.{extension}") == kind_of_bytes(file.getvalue()) == "audio"
+    assert decode_audio(file.getvalue(), MediaConfig()).shape == (1_600,)
+
+
+@pytest.mark.parametrize(("extension", "container", "codec"), [("wmv", "asf", "wmv2"), ("3gp", "3gp", "mpeg4")])
+def test_video_of_other_extensions_is_decoded(extension: str, container: str, codec: str) -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream: Any = output.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for index in range(10):
+            pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+            pixels[:, 3 * index : 3 * index + 4] = 255
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        output.mux(stream.encode(None))
+    assert kind_of_path(f"a.{extension}") == kind_of_bytes(file.getvalue()) == "video"
+    assert decode_frames(file.getvalue(), MediaConfig()).shape == (16, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("._1.wav", True),
+        ("a/.DS_Store", True),
+        ("__MACOSX/a.wav", True),
+        ("a/Thumbs.db", True),
+        (".cache/a.wav", True),
+        ("./a.wav", False),
+        ("../a.b/c.wav", False),
+        ("a/_1.wav", False),
+    ],
+)
+def test_hidden_files_are_told_by_their_names(path: str, *, expected: bool) -> None:
+    assert is_hidden(path) == expected
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 72862\n"
+
+
+def test_git_lfs_pointer_in_place_of_a_medium_is_named(tmp_path: Path) -> None:
+    file = write_media_file(tmp_path / "1.wav", POINTER)
+    assert is_lfs_pointer(POINTER)
+    assert is_lfs_pointer(file)
+    assert is_lfs_pointer_file(file.path)
+    assert not is_lfs_pointer_file(tmp_path / "none")
+    assert not is_lfs_pointer(POINTER + b"x" * 2_000)
+    write_media_file(tmp_path / "1.png", POINTER)
+    frames = Modality(name="frames", column="frames", kind="frames")
+    for cell, modality in (
+        ("1.wav", SOUND),
+        (POINTER, SOUND),
+        ({"bytes": POINTER, "path": None}, SOUND),
+        (".", frames),
+    ):
+        with pytest.raises(UnusableError, match=r"missing: .*Git LFS pointer.*git lfs pull"):
+            load_cell(cell, modality, root=tmp_path, allow_outside=False)
+
+
+def test_missing_file_names_a_similar_one(tmp_path: Path) -> None:
+    (tmp_path / "Audio").mkdir()
+    for name in ("1.WAV", "caf\u00e9.wav", "two words.wav"):
+        write_media_file(tmp_path / "Audio" / name, b"x")
+    for name, similar in {
+        "Audio\\1.WAV": "Audio/1.WAV",
+        "audio/1.wav": "Audio/1.WAV",
+        "Audio/cafe\u0301.wav": "Audio/caf\u00e9.wav",
+        "Audio/two  words.wav ": "Audio/two words.wav",
+    }.items():
+        assert similar_path(tmp_path, name) == similar
+        with pytest.raises(UnusableError, match=rf"no file .*; there is {similar}: write it so"):
+            load_cell(name, SOUND, root=tmp_path, allow_outside=False)
+    for name in ("Audio/2.wav", "Audio", "../Audio/1.wav", "none/1.wav", "Audio/1.WAV"):
+        assert similar_path(tmp_path, name) is None

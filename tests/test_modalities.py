@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from mmaudit.audit.dataset.modalities import (
+    FileChecks,
     Modality,
     check_modalities,
     holds_bytes,
@@ -69,6 +70,14 @@ def test_kind_is_inferred_from_extension(path: str, kind: str | None) -> None:
         ({"caption": ["a dog", "cat.png"], "label": ["x.wav", "y.wav"]}, ["caption=caption:text"]),
         ({"tokens": [[1, 2]], "embedding": [[1.0]]}, ["tokens=tokens:features", "embedding=embedding:features"]),
         ({"path": ["a.png", None]}, ["image=path:image"]),
+        (
+            {"au": [[1.0]], "text": [[2.0]], "au.npy": [[1.0]]},
+            ["au=au:features", "text=text:features", "au=au.npy:features"],
+        ),
+        (
+            {"images_file_names": [["a.png"]], "doc_path": ["a.txt"]},
+            ["images=images_file_names:image", "doc=doc_path:text"],
+        ),
         ({"note": ["no medium at all"], "nothing": pa.nulls(1, pa.string()), "age": [3], "tags": [["a", "b"]]}, []),
         ({"mixed": ["a.wav", "b.png"]}, []),
     ],
@@ -138,7 +147,9 @@ def test_video_with_separate_audio_column_is_visual_only(
     ],
 )
 def test_folders_of_images_are_frames(columns: dict[str, list[object]], expected: list[str]) -> None:
-    modalities = infer_modalities(pa.table(columns), excluded=[], holds_pictures=lambda path: path.startswith("in/"))
+    modalities = infer_modalities(
+        pa.table(columns), excluded=[], files=FileChecks(holds_pictures=lambda path: path.startswith("in/"))
+    )
     assert [str(modality) for modality in modalities] == expected
 
 

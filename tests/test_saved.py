@@ -51,7 +51,7 @@ def test_shards_of_any_batches_give_all_rows(tmp_path: Path, footer: bool, batch
     parts = [shard.read(["x", "id"]) for shard in reversed(shards)][::-1]
     assert [part["id"][0].as_py() for part in parts] == [shard.first for shard in shards]
     assert pa.concat_tables(parts).equals(pa.concat_tables([first, second]).select(["x", "id"]))
-    assert plan.head.column_names == ["id", "x"]
+    assert plan.sample.column_names == ["id", "x"]
 
 
 def test_rows_without_media_form_large_shards(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def save_splits(folder: Path, **splits: dict[str, list[Any]]) -> Path:
 def read_all(folder: Path) -> list[dict[str, Any]]:
     plan = plan_saved(str(folder), shard_rows=2, allow_outside=False)
     assert plan is not None
-    return [row for shard in plan.shards for row in shard.read(plan.head.column_names).to_pylist()]
+    return [row for shard in plan.shards for row in shard.read(plan.sample.column_names).to_pylist()]
 
 
 def test_names_of_saved_splits_become_the_split_column(tmp_path: Path) -> None:

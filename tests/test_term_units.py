@@ -51,7 +51,8 @@ def inputs_of(rows: list[str], *, missing: NDArray[np.bool_] | None = None) -> T
     if missing is not None:
         terms = [np.zeros(0, np.uint32) if gone else term for term, gone in zip(terms, missing, strict=True)]
     counts = count_terms(np.concatenate(terms), np.array([len(term) for term in terms]))
-    return TermInputs(counts=counts, num_features=64)
+    present = np.ones(len(rows), bool) if missing is None else ~missing
+    return TermInputs(counts=counts, present=present, num_buckets=64)
 
 
 def cross_fit(num_rows: int = NUM_ROWS) -> CrossFit:
@@ -229,7 +230,7 @@ def test_terms_that_are_not_in_use_are_dropped() -> None:
     units = TermUnits.of(weights, max_terms=1)
     assert units.terms.tolist() == [0]
     assert units.standardise(weights).toarray()[:, 0].astype(bool).tolist() == [True, True, False, False, False]
-    assert TermUnits.of(weights[[4]], max_terms=9).standardise(weights).shape == (5, 0)
+    assert TermUnits.of(csr_array((1, 4), dtype=np.float32), max_terms=9).standardise(weights).shape == (5, 0)
 
 
 def test_texts_without_a_common_term_give_the_class_frequencies() -> None:

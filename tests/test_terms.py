@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import normalize
 
 from mmaudit.audit.errors import Reason, UnusableError
-from mmaudit.audit.features.terms import NUM_TERMS, count_terms, project_terms, text_terms, text_words, weigh_terms
+from mmaudit.audit.features.terms import (
+    NUM_TERMS,
+    count_terms,
+    keep_buckets,
+    project_terms,
+    text_terms,
+    text_words,
+    weigh_terms,
+)
 from mmaudit.audit.media.files import MediaConfig
 
 CONFIG = MediaConfig()
@@ -105,9 +113,15 @@ def test_weights_equal_sklearn_without_idf() -> None:
     assert columns(project_terms(counts, 1024)) == expected
 
 
-def test_row_without_terms_is_missing() -> None:
+def test_row_without_terms_is_zero() -> None:
     counts = count_terms(np.array([3, 3, 7], np.uint32), np.array([0, 2, 1]))
     assert weigh_terms(counts)[[0]].nnz == 0
-    projected = project_terms(counts, 2)
-    assert np.isnan(projected[0]).all()
-    np.testing.assert_array_equal(projected[1:], [[0, 1], [0, 1]])
+    np.testing.assert_array_equal(project_terms(counts, 2), [[0, 0], [0, 1], [0, 1]])
+
+
+def test_terms_of_some_buckets_are_kept() -> None:
+    counts = count_terms(np.array([3, 3, 8, 13, 4], np.uint32), np.array([3, 1, 1]))
+    kept = keep_buckets(counts, 5, np.array([3, 0]))
+    assert [kept[[row]].indices.tolist() for row in range(3)] == [[3, 8], [13], []]
+    assert kept.data.tolist() == [2, 1, 1]
+    np.testing.assert_array_equal(project_terms(kept, 5)[:, [1, 2, 4]], 0)

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..arrow import dataset_table, flat_vectors, vector_length
 from ..errors import ConfigError, DatasetError, UnusableError
 from ..parsing import check_choices, check_ranges
-from .columns import Columns, find_columns, holds_pictures, load_cell, stamp_cell
-from .formats import Shard, plan_source
+from .cells import CellLoader, check_files
+from .columns import Columns, compose_ids, find_columns, text_roles
+from .formats import Plan, Shard, plan_source
 from .labels import TASKS
 from .modalities import (
     Modality,
     check_modalities,
     choose_encoders,
-    holds_bytes,
+    holds_files,
+    holds_media,
     infer_modalities,
+    is_array,
     is_text,
     is_vector,
     parse_modality,
 )
+from .not_read import NotRead, find_not_read, log_forms, log_not_read
 
 log = logging.getLogger("mmaudit")
-
-_NUM_SOUND_CHECKS = 8  # clips that are opened to check whether a video column has sound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +46,13 @@ class DataConfig:
     Args:
         reader: Source format, one of `READERS` or of an installed package; "auto": the built-in readers are asked.
         modality: Modalities as NAME=COLUMN[:KIND], such as audio=wav_path:audio; [] infers them from the columns. Kinds
-            are audio, image, video, frames (folders of pictures), features (vectors) and text.
+            are audio, image, video, frames (folders or lists of pictures), features (vectors, or .npy files) and text.
         encoder: Encoders as MODALITY=ENCODER, such as image=resnet18; a modality without one uses `statistics`. Others
             are `hf:MODEL`, `package.module:function` and the encoders of installed packages.
         task: What the label is: classification (one class), multilabel (a set of labels) or regression (a number).
-        id: Column of unique sample ids. Not set: sample_id, id, uid, key, clip_id, video_id or __key__, else the first
-            column of paths, else row numbers.
+        id: Column of unique sample ids, or several that are unique together, as video_id,clip_id. Not set: sample_id,
+            id, uid, key, clip_id, video_id or __key__; without such a column or with "none": the first column of paths,
+            else row numbers.
         label: Column of labels. Not set: label, class, category, target, y, label_name, labels or cls.
         group: Column of groups, such as speakers or source videos, which folds and splits keep together. Not set: the
             column `group` if there is one; "none": no groups.
@@ -106,6 +111,7 @@ class Dataset:
         allow_outside: Whether paths may lead outside `root`.
         task: classification, multilabel or regression.
         classes: Requested classes; (): those of the source.
+        not_read: Columns and files that no modality is read from, with the reasons; () if the modalities were named.
 
     Example:
         >>> dataset = open_dataset("clips")
@@ -126,6 +132,7 @@ class Dataset:
     allow_outside: bool = False
     task: str = "classification"
     classes: tuple[str, ...] = ()
+    not_read: tuple[NotRead, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -135,13 +142,18 @@ class Dataset:
     @property
     def path_columns(self) -> list[str]:
         """Names of the columns that hold paths of media files; they are copied to every table."""
-        columns = {m.column for m in self.modalities if m.kind != "text" and is_text(self.schema.field(m.column).type)}
+        columns = {modality.column for modality in self.modalities if self.in_files(modality)}
         return [name for name in self.schema.names if name in columns]
+
+    def in_files(self, modality: Modality) -> bool:
+        """Return whether the cells of a modality are paths, one per row."""
+        is_path = modality.kind != "text" or modality.in_files
+        return is_path and is_text(self.schema.field(modality.column).type)
 
     def holds_data(self, column: str) -> bool:
         """Return whether the cells of a column are media or vectors themselves, not paths or texts."""
         type_ = self.schema.field(column).type
-        return holds_bytes(type_) or is_vector(type_)
+        return holds_media(type_) or is_array(type_)
 
     def read(self, shard: Shard, *, modalities: bool = True, data: bool = True) -> pa.Table:
         """Read the rows of a shard.
@@ -160,12 +172,13 @@ class Dataset:
         columns = set(self.columns.names) | set(self.path_columns)
         if modalities:
             columns |= {m.column for m in self.modalities if data or not self.holds_data(m.column)}
-        return shard.read([name for name in self.schema.names if name in columns])
+        rows = dataset_table(shard.read([name for name in self.schema.names if name in columns]))
+        return text_roles(rows, self.columns)
 
     def sample_ids(self, rows: pa.Table, shard: Shard) -> list[str]:
         """Return the ids of a shard's rows: the id column, else the first path column, else `row-NUMBER`."""
         if self.columns.id:
-            return [str(value) for value in rows[self.columns.id].to_pylist()]
+            return compose_ids(rows, self.columns.id)
         names = rows[self.path_columns[0]].to_pylist() if self.path_columns else [None] * rows.num_rows
         numbers = range(shard.first, shard.first + rows.num_rows)
         # A row whose path is null is quarantined; the row number keeps its id unique.
@@ -175,7 +188,8 @@ class Dataset:
         """Load a cell of a modality.
 
         Args:
-            cell: Value of the modality's column: a path, bytes, a struct of both, a text, a vector, or folder names.
+            cell: Value of the modality's column: a path, bytes, a struct of both or of samples and rate, a text, a
+                vector, a list of pictures, or folder names.
             modality: The modality that the cell belongs to.
 
         Returns:
@@ -187,12 +201,15 @@ class Dataset:
             DatasetError: A path leads outside the dataset's folder, unless `allow_outside`.
         """
         with self._naming_source():
-            return load_cell(cell, modality, root=self.root, allow_outside=self.allow_outside)
+            return self._loader(modality).load(cell)
 
     def stamp(self, cell: Any, modality: Modality, source_stamp: str | None) -> str | None:
-        """Return a digest of the paths, sizes and times of the files that a cell names; see columns.stamp_cell."""
+        """Return a digest of the paths, sizes and times of the files that a cell names; see CellLoader.stamp."""
         with self._naming_source():
-            return stamp_cell(cell, modality, source_stamp, root=self.root, allow_outside=self.allow_outside)
+            return self._loader(modality).stamp(cell, source_stamp)
+
+    def _loader(self, modality: Modality) -> CellLoader:
+        return CellLoader(modality=modality, root=self.root, allow_outside=self.allow_outside)
 
     @contextmanager
     def _naming_source(self) -> Iterator[None]:
@@ -206,8 +223,8 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     """Open a dataset: find its rows, the roles of its columns and its modalities; no medium is decoded.
 
     Args:
-        data: A folder with a metadata file, or with one in each folder of a split; a csv, jsonl or Parquet file or a
-            glob of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
+        data: A folder with a metadata file, or with one in each folder of a split; a csv, tsv, jsonl or Parquet file
+            or a glob or brace pattern of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
             ROOT[/split]/class/file; WebDataset tars; or a source that the reader of an installed package recognises,
             if `config.reader` names it.
         config: Roles of the columns and options of reading; by default they are inferred. Inferred modalities are
@@ -232,25 +249,23 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     config = config or DataConfig()
     options: dict[str, Any] = {"shard_rows": config.shard_rows, "allow_outside": config.allow_outside}
     plan = plan_source(str(data), reader=config.reader, **options)
-    if not plan.shards or not plan.head.num_rows:
+    sample = dataset_table(plan.sample)
+    if not plan.shards or not sample.num_rows:
         raise DatasetError(f"{data} holds no rows")
     roles = {"id": config.id, "label": config.label, "group": config.group, "split": config.split}
-    columns = find_columns(plan.head.column_names, roles)
-    contains_pictures = partial(holds_pictures, root=plan.root)
-    if config.modality:
-        modalities = [parse_modality(text, plan.head, holds_pictures=contains_pictures) for text in config.modality]
-    else:
-        modalities = infer_modalities(plan.head, excluded=columns.names, holds_pictures=contains_pictures)
+    columns = find_columns(sample.column_names, roles)
+    modalities, not_read = _find_modalities(plan, sample, columns, config)
     dataset = Dataset(
         source=str(data),
         root=plan.root,
-        modalities=tuple(modalities),
+        modalities=modalities,
         columns=columns,
-        schema=plan.head.schema,
+        schema=sample.schema,
         shards=plan.shards,
         allow_outside=config.allow_outside,
         task=config.task,
         classes=config.classes,
+        not_read=not_read,
     )
     if (names := dataset.path_columns) and len(plan.folders) > 1:
         raise DatasetError(
@@ -258,31 +273,54 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
             f"{names[0]!r} are relative to one: write one metadata file above them"
         )
     if not config.modality:
-        dataset = replace(dataset, modalities=tuple(_drop_silent_audio(dataset, plan.head)))
-    check_modalities(dataset.modalities, plan.head.column_names)
-    with_length = [_set_vector_length(dataset, modality) for modality in dataset.modalities]
+        dataset = replace(dataset, modalities=tuple(_drop_silent_audio(dataset, sample)))
+    check_modalities(dataset.modalities, sample.column_names)
+    with_length = [_set_vector_length(dataset, modality, sample) for modality in dataset.modalities]
     dataset = replace(dataset, modalities=tuple(choose_encoders(with_length, config.encoder)))
     log.info("modalities: %s", ", ".join(map(str, dataset.modalities)))
+    log_forms(dataset.modalities, sample)
     return dataset
 
 
-def _drop_silent_audio(dataset: Dataset, head: pa.Table) -> list[Modality]:
-    """Return the modalities without the audio of a video column whose first clips have no sound."""
+def _find_modalities(
+    plan: Plan, sample: pa.Table, columns: Columns, config: DataConfig
+) -> tuple[tuple[Modality, ...], tuple[NotRead, ...]]:
+    """Return the modalities that are named, or else inferred from a sample, and what is then left; log the latter."""
+    files = check_files(plan.root, allow_outside=config.allow_outside)
+    if config.modality:
+        return tuple(parse_modality(text, sample, files=files) for text in config.modality), ()
+    media_ids = [name for name in columns.id if holds_files(sample, sample.schema.field(name))]
+    excluded = [name for name in columns.names if name not in media_ids]  # a column of media files may be the id, too
+    modalities = infer_modalities(sample, excluded=excluded, files=files)
+    not_read = (*plan.not_read, *find_not_read(sample, modalities, roles=columns.names, files=files))
+    log_not_read(not_read)
+    return tuple(modalities), not_read
+
+
+def _drop_silent_audio(dataset: Dataset, sample: pa.Table) -> list[Modality]:
+    """Return the modalities without the audio of a video column of whose clips none has sound."""
     modalities = []
     for modality in dataset.modalities:
         same_column = [candidate for candidate in dataset.modalities if candidate.column == modality.column]
-        if modality.kind == "audio" and len(same_column) == 2 and not _has_any_sound(dataset, head, modality):
-            log.info("%s: no sound in the first %d clips; only the frames are read", modality.column, _NUM_SOUND_CHECKS)
-        else:
-            modalities.append(modality)
+        if modality.kind == "audio" and len(same_column) == 2:
+            cells = pc.drop_null(sample[modality.column]).to_pylist()
+            if not _has_any_sound(dataset, cells, modality):
+                column = modality.column
+                log.info(
+                    "%s: no sound in %d clips spread over the source: only the frames are read; "
+                    "--modality audio=%s:audio reads sound all the same",
+                    *(column, len(cells), column),
+                )
+                continue
+        modalities.append(modality)
     return modalities
 
 
-def _has_any_sound(dataset: Dataset, head: pa.Table, modality: Modality) -> bool:
+def _has_any_sound(dataset: Dataset, cells: Iterable[Any], modality: Modality) -> bool:
     from ..media.audio import has_sound  # imported here: PyAV takes 0.1 s, and every command imports DataConfig
 
     num_readable = 0
-    for cell in head[modality.column].to_pylist()[:_NUM_SOUND_CHECKS]:
+    for cell in cells:
         try:
             if has_sound(dataset.load(cell, modality)):
                 return True
@@ -293,17 +331,36 @@ def _has_any_sound(dataset: Dataset, head: pa.Table, modality: Modality) -> bool
     return num_readable == 0
 
 
-def _set_vector_length(dataset: Dataset, modality: Modality) -> Modality:
+def _set_vector_length(dataset: Dataset, modality: Modality, sample: pa.Table) -> Modality:
     """Set the length of a feature vector: that of the column type, else the most frequent one."""
     if modality.kind != "features":
         return modality
     type_ = dataset.schema.field(modality.column).type
-    if pa.types.is_fixed_size_list(type_):
-        return replace(modality, length=type_.list_size)
+    if not is_text(type_) and (length := vector_length(type_)) is not None:
+        return replace(modality, length=length)
     rows_of_length: Counter[int] = Counter()
-    for shard in dataset.shards:
-        lengths = pc.value_counts(pc.list_value_length(shard.read([modality.column])[modality.column]))
-        rows_of_length.update({row["values"]: row["counts"] for row in lengths.to_pylist() if row["values"]})
+    if is_text(type_):
+        rows_of_length.update(_file_lengths(dataset, modality, sample))
+    else:
+        for shard in dataset.shards:
+            rows_of_length.update(_list_lengths(shard.read([modality.column])[modality.column]))
     if not rows_of_length:
         raise DatasetError(f"{dataset.source}: column {modality.column!r} holds no vector")
     return replace(modality, length=max(rows_of_length, key=lambda length: (rows_of_length[length], -length)))
+
+
+def _file_lengths(dataset: Dataset, modality: Modality, sample: pa.Table) -> Iterator[int]:
+    """Yield the number of numbers in the .npy files of some rows, by their headers."""
+    shape_of = check_files(dataset.root, allow_outside=dataset.allow_outside).array_shape
+    for name in pc.drop_null(sample[modality.column]).to_pylist():
+        if shape := shape_of(name):
+            yield math.prod(shape)
+
+
+def _list_lengths(column: pa.ChunkedArray) -> dict[int, int]:
+    """Return how many rows of a column of lists have each number of numbers; empty ones and nulls are left out."""
+    if is_vector(column.type):
+        counts = pc.value_counts(pc.list_value_length(column)).to_pylist()
+        return {row["values"]: row["counts"] for row in counts if row["values"]}
+    _, offsets, _ = flat_vectors(column)
+    return {length: count for length, count in Counter(np.diff(offsets).tolist()).items() if length}

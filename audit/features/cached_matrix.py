@@ -14,7 +14,7 @@ from .encode import EncodeTask, column_of, read_arrow
 from .encoded_samples import Status
 from .encoders import holds_terms
 from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs
-from .terms import count_terms, project_terms, weigh_terms
+from .terms import count_terms, keep_buckets, weigh_terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,7 @@ class FeatureMatrix:
     """One modality of n samples in the feature cache; rows without the modality read as NaN.
 
     row: dataset row of each sample (n,). shard_starts: first dataset row of each shard, and the end (s + 1,).
+    columns: the columns that are read, (d,); None: all. Of hashed terms these are the buckets of their dense vectors.
     """
 
     tasks: tuple[EncodeTask, ...]
@@ -29,6 +30,7 @@ class FeatureMatrix:
     row: RowIndex
     shard_starts: RowIndex
     num_features: int
+    columns: RowIndex | None = None
 
     @classmethod
     def of(cls, tasks: Sequence[EncodeTask], status: Status, row: RowIndex) -> FeatureMatrix:
@@ -52,6 +54,15 @@ class FeatureMatrix:
         """Mask (n,) of the samples that have this modality."""
         return np.asarray(self.status.usable[self.row])
 
+    def take(self, rows: RowIndex) -> FeatureMatrix:
+        """Return the matrix of these rows, in this order."""
+        return replace(self, row=self.row[rows])
+
+    def select_columns(self, columns: RowIndex) -> FeatureMatrix:
+        """Return the matrix of the same rows with these of its columns, (c,), in this order."""
+        selected = columns if self.columns is None else self.columns[columns]
+        return replace(self, columns=selected, num_features=len(selected))
+
     @property
     def has_terms(self) -> bool:
         """Whether the modality is stored as hashed terms of texts."""
@@ -73,7 +84,9 @@ class FeatureMatrix:
     def in_memory(self, rows: RowIndex) -> Inputs:
         """Read these rows into memory."""
         if self.has_terms:
-            return TermInputs(counts=self.read_counts(rows), num_features=self.num_features)
+            present, num_buckets = self.present[rows], self._num_buckets
+            counts = self.read_counts(rows)
+            return TermInputs(counts=counts, present=present, num_buckets=num_buckets, columns=self.columns)
         return MatrixInputs(matrix=self.read(rows))
 
     def reading_order(self, rows: RowIndex) -> RowIndex:
@@ -92,7 +105,13 @@ class FeatureMatrix:
             skipped = np.repeat(start - np.cumsum(lengths[-1]) + lengths[-1], lengths[-1])
             codes.append(vector.values.to_numpy()[skipped + np.arange(len(skipped))])
             order = np.concatenate([order, positions])
-        return count_terms(np.concatenate(codes), np.concatenate(lengths))[np.argsort(order)]
+        counts = count_terms(np.concatenate(codes), np.concatenate(lengths))[np.argsort(order)]
+        return counts if self.columns is None else keep_buckets(counts, self._num_buckets, self.columns)
+
+    @property
+    def _num_buckets(self) -> int:
+        """Length of the dense vectors of hashed terms."""
+        return self.tasks[0].media.text_buckets
 
     def _by_shard(self, rows: RowIndex) -> Iterator[tuple[int, RowIndex, RowIndex]]:
         """Yield each shard with the positions in `rows` that it holds, and their dataset rows."""
@@ -105,7 +124,7 @@ class FeatureMatrix:
     def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
         if self.has_terms:
-            return project_terms(self.read_counts(rows), self.num_features)
+            return self.in_memory(rows).read(np.arange(len(rows)))
         features: NDArray[Any] | None = None
         for shard, positions, dataset_rows in self._by_shard(rows):
             part = self._read_shard(shard, dataset_rows)
@@ -124,6 +143,7 @@ class FeatureMatrix:
         usable_vectors = vector.flatten().to_numpy().reshape(int(shard_usable.sum()), -1)  # flatten skips nulls
         is_usable = shard_usable[dataset_rows - start]
         vectors = usable_vectors[(np.cumsum(shard_usable) - 1)[dataset_rows - start][is_usable]]
+        vectors = vectors if self.columns is None else vectors[:, self.columns]
         if is_usable.all():
             return np.asarray(vectors)
         part = np.full((len(dataset_rows), self.num_features), np.nan, np.float32)

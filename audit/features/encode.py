@@ -209,7 +209,9 @@ def encode_dataset(
     ]
     models = [modality for modality in dataset.modalities if is_pretrained(modality)]
     modalities = [modality for modality in dataset.modalities if not is_pretrained(modality)]
-    opens_media = any(modality.kind not in ("features", "text") for modality in modalities)
+    opens_media = any(
+        modality.kind not in ("features", "text") or dataset.in_files(modality) for modality in modalities
+    )
     all_cached = all(task.file(modality).exists() for task in tasks for modality in modalities)
     # Comparing digests is faster than starting processes.
     processes = 0 if all_cached or not opens_media else num_workers
@@ -296,7 +298,8 @@ def _encode_without_model(task: EncodeTask) -> None:
     rows, ids = _read_rows(task, columns)
     for column in columns:
         if not column.is_unchanged(sample_id=ids):
-            encode_column = _encode_vectors if column.modalities[0].kind == "features" else _encode_cells
+            reads_cells = column.modalities[0].kind != "features" or task.dataset.in_files(column.modalities[0])
+            encode_column = _encode_cells if reads_cells else _encode_vectors
             encode_column(column, rows[column.name], ids)
 
 
@@ -325,7 +328,7 @@ def _encode_cells(column: _Column, cells: pa.ChunkedArray, ids: Sequence[str]) -
 def load_cell_content(dataset: Dataset, modality: Modality, value: Any) -> tuple[Any, bytes]:
     """Return a cell's loaded value, or the UnusableError raised by loading it, and the digest of its content."""
     try:
-        is_name = isinstance(value, str) and modality.kind != "text"
+        is_name = isinstance(value, str) and (modality.kind != "text" or modality.in_files)
         with attach_file_name(value if is_name else f"column {modality.column}"):
             loaded = dataset.load(value, modality)
             return loaded, _content_digest(loaded).encode()
@@ -333,7 +336,9 @@ def load_cell_content(dataset: Dataset, modality: Modality, value: Any) -> tuple
         return error, digest(str(error).encode()).encode()
 
 
-def _content_digest(loaded: str | Medium | Sequence[Sequence[Medium]]) -> str:
+def _content_digest(loaded: str | Medium | Vector | Sequence[Sequence[Medium]]) -> str:
+    if isinstance(loaded, np.ndarray):
+        return digest(loaded.tobytes())  # as of vectors within the rows
     if isinstance(loaded, str):
         return digest(loaded.encode("utf-8", "surrogatepass"))
     if isinstance(loaded, (bytes, MediaFile)):

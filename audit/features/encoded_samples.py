@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..dataset.columns import null_error
+from ..dataset.cells import null_error
 from ..dataset.dataset import Dataset
 from ..dataset.labels import MAX_NUMBER
 from ..dataset.modalities import Modality
@@ -127,19 +127,23 @@ def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
 
 
 def missing_in_source(status: Status) -> NDArray[np.bool_]:
-    """Return a mask (n,) of the samples whose cell of this modality is null in the source."""
+    """Return a mask (n,) of the samples that lack this modality in the source.
+
+    Their cell is null, or their clip has other tracks only, as a silent film among films with sound.
+    """
     missing = np.zeros(len(status.usable), dtype=bool)
     null = null_error(status.modality.column)
-    missing[[row for row, *problem in status.problem if problem == [null.reason, null.detail]]] = True
+    for row, reason, detail in status.problem:
+        missing[row] = reason is Reason.NO_TRACK or (reason, detail) == (null.reason, null.detail)
     return missing
 
 
 def select_usable(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[NDArray[np.intp], list[Quarantined]]:
     """Return the rows that can be scored, and the reasons for every excluded sample.
 
-    A sample is scored if it has a label, at least two usable modalities and no damaged one: only a null in the source
-    counts as a missing modality. Of samples with the same content in every modality only the one with the smallest id
-    is scored, unless `keep_duplicates`.
+    A sample is scored if it has a label, at least two usable modalities and no damaged one: a null in the source, or a
+    clip without this track, counts as a missing modality. Of samples with the same content in every modality only the
+    one with the smallest id is scored, unless `keep_duplicates`.
     """
     samples, statuses = encoded.samples, encoded.statuses
     missing = np.stack([missing_in_source(status) for status in statuses], axis=1)
@@ -233,7 +237,7 @@ def _hash_cells(
     dataset: Dataset, modality: Modality, cells: pa.ChunkedArray, problems: dict[int, str]
 ) -> NDArray[np.bytes_]:
     """Return the same digests of these cells as encoding computes; unreadable cells are added to `problems`."""
-    if modality.kind == "features":
+    if modality.kind == "features" and not dataset.in_files(modality):
         return encode_vectors(cells, modality).content
     digests = []
     for row, cell in enumerate(cells):

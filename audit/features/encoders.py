@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..dataset.columns import null_error
+from ..arrow import flat_vectors
+from ..dataset.cells import null_error
 from ..dataset.modalities import Modality
 from ..errors import ConfigError, Reason, UnusableError, choices
 from ..hashing import digest
@@ -200,6 +201,8 @@ def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector |
     """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised."""
     if isinstance(loaded, UnusableError):
         return loaded
+    if modality.kind == "features":
+        return _check_vector(loaded, modality)
     encoder = load_encoder(modality)
     try:
         decoded = (encoder.decode or _DECODERS[modality.kind])(loaded, media)
@@ -306,12 +309,8 @@ class EncodedRows:
 
 def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
     """Check a column of feature vectors, which are used unchanged; a million rows take a few seconds."""
-    cells = column.combine_chunks()
-    cells = cells.cast(pa.large_list(pa.float32()), safe=False)  # integers above 2^24 are rounded
-    flat = cells.values.to_numpy(zero_copy_only=False)  # nulls inside a vector become NaN
-    offsets = cells.offsets.to_numpy()
+    flat, offsets, valid = flat_vectors(column)
     start, end = offsets[:-1], offsets[1:]
-    valid = cells.is_valid().to_numpy(zero_copy_only=False)
     not_finite = _not_finite_positions(flat)
     num_not_finite = np.searchsorted(not_finite, end) - np.searchsorted(not_finite, start)
     fits = valid & (end - start == modality.length)
@@ -321,15 +320,29 @@ def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
         if not valid[row]:
             problem[row] = null_error(modality.column)
         elif not fits[row]:
-            detail = f"{end[row] - start[row]} numbers; most rows have {modality.length}"
-            problem[row] = UnusableError(Reason.WRONG_LENGTH, detail)
+            problem[row] = _length_error(end[row] - start[row], modality)
         else:
-            detail = f"{num_not_finite[row]} of {modality.length} numbers are not finite"
-            problem[row] = UnusableError(Reason.NOT_FINITE, detail)
+            problem[row] = _not_finite_error(num_not_finite[row], modality)
     content = _row_digests(flat, np.where(valid, start, 0), np.where(valid, end, 0))
     vector = _usable_vectors(flat, start, usable, int(modality.length or 0))
     lengths = np.full(len(vector), vector.shape[1], dtype=np.intp)
     return EncodedRows(content=content, usable=usable, values=vector.ravel(), lengths=lengths, problem=problem)
+
+
+def _check_vector(vector: NDArray[np.float32], modality: Modality) -> NDArray[np.float32] | UnusableError:
+    """Return a vector (d,) that was loaded from a file, or why it cannot be used."""
+    if len(vector) != modality.length:
+        return _length_error(len(vector), modality)
+    num_not_finite = int((~np.isfinite(vector)).sum())
+    return _not_finite_error(num_not_finite, modality) if num_not_finite else vector
+
+
+def _length_error(length: int, modality: Modality) -> UnusableError:
+    return UnusableError(Reason.WRONG_LENGTH, f"{length} numbers; most rows have {modality.length}")
+
+
+def _not_finite_error(count: int, modality: Modality) -> UnusableError:
+    return UnusableError(Reason.NOT_FINITE, f"{count} of {modality.length} numbers are not finite")
 
 
 def _not_finite_positions(flat: NDArray[np.float32]) -> NDArray[np.intp]:

@@ -132,15 +132,25 @@ class MatrixInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TermInputs:
-    """Counts of the hashed terms of n texts (n, NUM_TERMS) in memory; a row without any has no text."""
+    """Counts of the hashed terms of n texts (n, NUM_TERMS) in memory.
+
+    present (n,): the rows that have a text. Dense vectors have these `columns` of `num_buckets`; None: all.
+    """
 
     counts: csr_array
-    num_features: int
+    present: NDArray[np.bool_]
+    num_buckets: int
+    columns: RowIndex | None = None
 
     @property
     def num_rows(self) -> int:
         """Number of rows, n."""
         return int(self.counts.shape[0])
+
+    @property
+    def num_features(self) -> int:
+        """Number of features of the dense vectors, d."""
+        return self.num_buckets if self.columns is None else len(self.columns)
 
     @property
     def num_numbers(self) -> int:
@@ -149,7 +159,9 @@ class TermInputs:
 
     def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
-        return project_terms(self.counts[rows], self.num_features)
+        vectors = project_terms(self.counts[rows], self.num_buckets)
+        vectors[~self.present[rows]] = np.nan
+        return vectors if self.columns is None else vectors[:, self.columns]
 
     def read_numbers(self, rows: RowIndex) -> NDArray[Any]:
         """Read no features of these rows: (len(rows), 0)."""
@@ -161,7 +173,7 @@ class TermInputs:
 
     def in_memory(self, rows: RowIndex) -> Inputs:
         """Return these rows."""
-        return replace(self, counts=self.counts[rows])
+        return replace(self, counts=self.counts[rows], present=self.present[rows])
 
     def reading_order(self, rows: RowIndex) -> RowIndex:
         """Return the order (b,) in which these rows are read sequentially."""

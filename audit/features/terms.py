@@ -104,13 +104,15 @@ def weigh_terms(counts: csr_array) -> csr_array:
 
 
 def project_terms(counts: csr_array, num_buckets: int) -> NDArray[np.float32]:
-    """Return the weights of terms whose numbers are taken modulo `num_buckets`: (n, num_buckets) of L2 norm 1.
-
-    NaN in rows without terms: such a sample has no text.
-    """
+    """Return the weights of terms whose numbers are taken modulo `num_buckets`: (n, num_buckets) of L2 norm 1."""
     shape = (counts.shape[0], num_buckets)
     hashed = csr_array((counts.data, counts.indices % num_buckets, counts.indptr), shape=shape)
     hashed.sum_duplicates()
-    rows: NDArray[np.float32] = weigh_terms(hashed).toarray()
-    rows[np.diff(counts.indptr) == 0] = np.nan
-    return rows
+    return np.asarray(weigh_terms(hashed).toarray())
+
+
+def keep_buckets(counts: csr_array, num_buckets: int, buckets: NDArray[np.integer]) -> csr_array:
+    """Return the counts (n, NUM_TERMS) of the terms whose numbers modulo `num_buckets` are in `buckets` only."""
+    is_kept = np.isin(counts.indices % num_buckets, buckets)
+    ends = np.concatenate([[0], np.cumsum(is_kept)])[counts.indptr]
+    return csr_array((counts.data[is_kept], counts.indices[is_kept], ends), shape=counts.shape)

@@ -303,7 +303,9 @@ def select_stream(container: Any, kind: str, config: MediaConfig) -> Any:
     """Return the first stream of a kind, audio or video; raise UnusableError if none can be decoded."""
     streams = getattr(container.streams, kind)
     if not streams:
-        stream_types = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        stream_types = ", ".join(sorted({stream.type for stream in container.streams}))
+        if not stream_types:
+            raise UnusableError(Reason.CORRUPT, "no stream in the file")
         raise UnusableError(Reason.NO_TRACK, f"no {kind} stream; streams in the file: {stream_types}")
     if streams[0].codec_context is None:
         raise UnusableError(Reason.CORRUPT, f"the {kind} stream has an unknown codec")

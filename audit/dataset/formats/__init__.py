@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ...errors import DatasetError
 from ...registry import Entry, Registry
+from ..not_read import NotRead
 
 
 class Shard(Protocol):
@@ -36,7 +37,7 @@ class Shard(Protocol):
         """The file that `read` opens, and two numbers for the position of the rows in it; None for rows in memory."""
 
     def read(self, columns: list[str]) -> pa.Table:
-        """Read these columns of the rows, in this order, with the types of `Plan.head`.
+        """Read these columns of the rows, in this order, with the types of `Plan.sample`.
 
         Raises:
             DatasetError: The rows cannot be read; one line that names the file and the reason.
@@ -53,15 +54,18 @@ class Plan:
 
     Args:
         root: Folder that relative paths start from, and that paths may not leave.
-        head: The first rows, at most 64, from which modalities are inferred; its schema is that of all rows.
+        sample: Some 64 rows spread over the source, from which modalities are inferred; its schema is that of all rows.
+            A column with values is not null in all of them.
         shards: All rows, in order.
         folders: The folders that contain the files of rows, if there can be several.
+        not_read: Files that belong to the source, but to no column.
     """
 
     root: Path
-    head: pa.Table
+    sample: pa.Table
     shards: tuple[Shard, ...]
     folders: tuple[Path, ...] = ()
+    not_read: tuple[NotRead, ...] = ()
 
 
 class Reader(Protocol):
@@ -104,7 +108,7 @@ READERS = Registry(
     {
         "tables": Entry(
             "tables:plan_tables",
-            "csv, jsonl or Parquet: a file, a glob, a folder with metadata, or one with such folders",
+            "csv, tsv, jsonl or Parquet: a file, a glob, a folder with metadata or with tables named after splits",
         ),
         "saved": Entry("saved:plan_saved", "a folder written by save_to_disk of `datasets`"),
         "tars": Entry("tars:plan_tars", "WebDataset tars: a file, a glob, a folder, or one folder per split"),
@@ -125,13 +129,14 @@ def plan_source(data: str, *, reader: str = "auto", shard_rows: int, allow_outsi
         ConfigError: There is no such reader, or its package cannot be imported.
         DatasetError: The source has no known format, or not that of the named reader, or cannot be read.
     """
+    from .sources import strip_wildcard
+    from .tables import source_error
+
     for name in READERS if reader == "auto" else (reader,):
         plan_rows: Reader = READERS.load(name)
-        plan = plan_rows(data, shard_rows=shard_rows, allow_outside=allow_outside)
+        plan = plan_rows(strip_wildcard(data), shard_rows=shard_rows, allow_outside=allow_outside)
         if plan is not None:
             return plan
     if reader == "auto":
-        from .tables import find_tables
-
-        find_tables(data)  # raises an error that states what DATA may be
+        raise source_error(data)
     raise DatasetError(f"{data} is not of the format that data.reader = {reader!r} reads: correct or omit it")

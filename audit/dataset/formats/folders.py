@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
 from ...errors import DatasetError
-from ...media.files import kind_of_path
-from ..columns import SPLIT, split_of_folder
+from ...media.files import is_hidden, kind_of_path
+from ..columns import SPLIT
+from ..not_read import files_not_read
 from . import Plan
+from .sources import divide, split_of_name
 from .tables import OTHER_FORMS, plan_rows
 
 log = logging.getLogger("mmaudit")
 
 # A folder whose name contains one of these words stands for a modality, not for a class
 _MODALITY_WORDS = ("audio", "sound", "wav", "speech", "image", "img", "picture", "photo", "video", "visual", "frame")
+_FRAMES = "frames"  # the kind of a folder of pictures
 _METADATA_HINT = (
     "or write a metadata.csv with a column file_name (or NAME_file_name for each modality) and a column label"
 )
@@ -57,12 +60,10 @@ def plan_folders(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | N
                 f"use a folder of media, {_METADATA_HINT}; {OTHER_FORMS}"
             )
         return None
-    if len(media) < len(paths):
-        skipped = next(path for path in paths if kind_of_path(path) is None)
-        log.info("%s: skipped %d files that are not media, such as %s", root, len(paths) - len(media), skipped)
-    rows = _sample_rows(root, _parse_paths(media))
+    rows = _sample_rows(root, _join_frames(_parse_paths(media)))
     log.info("%s: files of one name form a sample, their folder is the label", root)
-    return plan_rows(root, rows, shard_rows=shard_rows)
+    not_read = files_not_read(path for path in paths if kind_of_path(path) is None)
+    return plan_rows(root, rows, shard_rows=shard_rows, not_read=not_read)
 
 
 def _iter_files(root: Path, *, allow_outside: bool) -> Iterator[str]:
@@ -71,7 +72,7 @@ def _iter_files(root: Path, *, allow_outside: bool) -> Iterator[str]:
 
     def walk(folder: Path, parents: tuple[Path, ...]) -> Iterator[str]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 continue
             if not Path(entry.path).is_dir():
                 yield Path(entry.path).relative_to(root).as_posix()
@@ -94,7 +95,7 @@ def _parse_paths(paths: Sequence[str]) -> list[LayoutFile]:
     splits: list[str | None] = [None] * len(paths)
     for _ in range(2):  # audio/train/dog/1.wav and train/audio/dog/1.wav
         tops = [part[0] if len(part) > 1 else "" for part in parts]
-        if not any(splits) and all(split_of_folder(top) for top in tops):
+        if not any(splits) and all(split_of_name(top) for top in tops):
             splits = list(tops)
         elif not any(folders) and _are_modality_folders(tops, kinds):
             folders = list(tops)
@@ -114,6 +115,20 @@ def _are_modality_folders(tops: Sequence[str], kinds: Sequence[str]) -> bool:
     # Folders of one kind are classes, such as cat_video and dog_video.
     are_named = all(any(word in name.lower() for word in _MODALITY_WORDS) for name in names)
     return len(set(kinds)) > 1 and len(pairs) == len(names) and are_named
+
+
+def _join_frames(files: Sequence[LayoutFile]) -> list[LayoutFile]:
+    """Replace the pictures of a folder by the folder, if its sample has a file: dog/1/0001.jpg beside dog/1.wav."""
+    samples = {file.sample_id for file in files if file.kind != "image"}
+    joined: dict[tuple[str, str | None], LayoutFile] = {}
+    for file in files:
+        class_path = PurePosixPath(file.class_path).parent.as_posix()
+        clip = replace(file, path=PurePosixPath(file.path).parent.as_posix(), kind=_FRAMES, class_path=class_path)
+        is_frame = file.kind == "image" and clip.sample_id in samples
+        joined.setdefault((clip.path, file.folder) if is_frame else (file.path, None), clip if is_frame else file)
+    if num_folders := sum(file.kind == _FRAMES for file in joined.values()):
+        log.info("%d folders of pictures are the frames of the samples that they are named after", num_folders)
+    return list(joined.values())
 
 
 def _sample_rows(root: Path, files: Sequence[LayoutFile]) -> pa.Table:
@@ -137,8 +152,9 @@ def _sample_rows(root: Path, files: Sequence[LayoutFile]) -> pa.Table:
         )
     names = sorted(samples)
     columns = {"id": names, "label": [samples[name].class_path.split("/")[0] for name in names]}
-    if any(file.split for file in files):
-        columns[SPLIT] = [str(samples[name].split) for name in names]
+    splits = [split_of_name(samples[name].split or "") for name in names]
+    if any(splits) and any(divide(splits, source=f"{root}, by the names of the folders")):
+        columns[SPLIT] = [str(split) for split in splits]
     path_columns = sorted(set(column_of.values()))
     paths = {column: [paths_by_sample[name].get(column) for name in names] for column in path_columns}
     return pa.table({name: pa.array(values, pa.string()) for name, values in {**columns, **paths}.items()})
@@ -149,6 +165,12 @@ def _column_names(files: Sequence[LayoutFile]) -> dict[tuple[str | None, str], s
     modalities = sorted({(file.folder, file.kind) for file in files}, key=str)
     kinds = [kind for _, kind in modalities]
     return {
-        (folder, kind): f"{kind if folder is None or kinds.count(kind) == 1 else folder}_file_name"
+        (folder, kind): _column_name(kind if folder is None or kinds.count(kind) == 1 else folder, kind)
         for folder, kind in modalities
     }
+
+
+def _column_name(name: str, kind: str) -> str:
+    if kind == _FRAMES:
+        return f"{'visual' if name == _FRAMES else name}_frames"
+    return f"{name}_file_name"

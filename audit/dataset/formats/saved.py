@@ -14,13 +14,16 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
+from ...arrow import dataset_schema, dataset_table
 from ...errors import DatasetError
 from ...parsing import check_shape, parse_data_json
 from ...storage import check_regular
 from ..columns import SPLIT, with_split
 from ..labels import declared_classes
 from . import Plan
-from .rows import HEAD_ROWS, max_shard_rows
+from .rows import max_shard_rows
+from .sample import sample_positions, take_rows
+from .sources import check_fetched, divide
 from .tables import SAVED_NAMES, TABLE_SUFFIXES, concat_rows, plan_rows
 
 log = logging.getLogger("mmaudit")
@@ -57,9 +60,9 @@ class ArrowShard:
                 raise ValueError("it has fewer rows than when it was opened")
             rows = with_split(rows, self.split).select(columns)
             rows.validate(full=True)
+            return dataset_table(rows)
         except _READ_ERRORS as error:
             raise _read_error(Path(self.path), error) from error
-        return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,31 +92,46 @@ def plan_parts(root: Path, parts: Sequence[SplitFiles], *, shard_rows: int) -> P
     files = [(path, part.split) for part in parts for path in part.paths]
     if not files:
         raise DatasetError(f"{root} names no Arrow file: {_SAVE_AGAIN}")
-    outlines = [_read_outline(path) for path, _ in files]
-    schema = outlines[0][0]
-    for (path, _), (other, _) in zip(files, outlines, strict=True):
-        _check_same_columns(path, other, files[0][0], schema)
+    check_fetched([path for path, _ in files])
+    tables = [_open_rows(path) for path, _ in files]
+    schema = dataset_schema(tables[0].schema)
+    for (path, _), rows in zip(files, tables, strict=True):
+        _check_same_columns(path, dataset_schema(rows.schema), files[0][0], schema)
     if SPLIT in schema.names and files[0][1] is not None:
         log.info("%s: splits are read from the column split, not from the names of the parts", root)
         files = [(path, None) for path, _ in files]
+    elif files[0][1] is not None:
+        splits = divide([split for _, split in files], source=str(root))
+        files = [(path, split) for (path, _), split in zip(files, splits, strict=True)]
     max_rows = max_shard_rows(schema, media_rows=shard_rows)
     shards: list[ArrowShard] = []
     first = 0
-    for (path, split), (_, num_rows) in zip(files, outlines, strict=True):
-        for start in range(0, num_rows, max_rows):
+    for (path, split), rows in zip(files, tables, strict=True):
+        for start in range(0, rows.num_rows, max_rows):
             shard = ArrowShard(
                 index=len(shards),
                 first=first + start,
-                num_rows=min(max_rows, num_rows - start),
+                num_rows=min(max_rows, rows.num_rows - start),
                 path=str(path),
                 start=start,
                 split=split,
             )
             shards.append(shard)
-        first += num_rows
-    schema = with_split(schema.empty_table(), files[0][1]).schema
-    head = shards[0].read(schema.names).slice(0, HEAD_ROWS) if shards else schema.empty_table()
-    return Plan(root=root, head=head, shards=tuple(shards))
+        first += rows.num_rows
+    return Plan(root=root, sample=_sample(files, tables), shards=tuple(shards))
+
+
+def _sample(files: Sequence[tuple[Path, str | None]], tables: Sequence[pa.Table]) -> pa.Table:
+    """Return rows spread over all files."""
+    parts = []
+    for (path, split), rows, positions in zip(files, tables, sample_positions(tables), strict=True):
+        try:
+            part = with_split(take_rows(rows, positions), split)
+            part.validate(full=True)
+            parts.append(dataset_table(part))
+        except _READ_ERRORS as error:
+            raise _read_error(path, error) from error
+    return pa.concat_tables(parts).combine_chunks()
 
 
 def _map_rows(path: Path) -> pa.Table:
@@ -129,15 +147,16 @@ def _map_rows(path: Path) -> pa.Table:
         return pa.ipc.open_stream(source).read_all()
 
 
-def _read_outline(path: Path) -> tuple[pa.Schema, int]:
-    """Return the schema and the number of rows of an Arrow file."""
+def _open_rows(path: Path) -> pa.Table:
+    """Map the rows of an Arrow file, whose buffers are checked against the number of its rows."""
     try:
         rows = _map_rows(path)
+        rows.validate()
     except FileNotFoundError as error:
         raise DatasetError(f"{path} is missing: {_SAVE_AGAIN}") from error
     except _READ_ERRORS as error:
         raise _read_error(path, error) from error
-    return rows.schema, rows.num_rows
+    return rows
 
 
 def _check_same_columns(path: Path, schema: pa.Schema, reference_path: Path, reference: pa.Schema) -> None:
@@ -199,7 +218,8 @@ def plan_hub(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
     files = [SplitFiles(split=split, paths=_cache_files(rows)) for split, rows in rows_of.items() if len(rows)]
     if all(split_files.paths for split_files in files):
         return plan_parts(_cache_root(), files, shard_rows=shard_rows)
-    tables = [_read_split(rows, split) for split, rows in rows_of.items()]
+    splits = divide(list(rows_of), source=data)
+    tables = [_read_split(rows, split) for rows, split in zip(rows_of.values(), splits, strict=True)]
     return plan_rows(_cache_root(), concat_rows(tables, source=data), shard_rows=shard_rows)
 
 
@@ -241,7 +261,7 @@ def _cache_files(split_dataset: Any) -> tuple[Path, ...]:
     return paths if has_all_columns and sum(map(len, tables)) == len(split_dataset) else ()
 
 
-def _read_split(split_dataset: Any, split: str) -> pa.Table:
+def _read_split(split_dataset: Any, split: str | None) -> pa.Table:
     # The metadata of the schema declares the features; no value is decoded in the format `arrow`.
     metadata = split_dataset.features.arrow_schema.metadata
     rows: pa.Table = split_dataset.with_format("arrow")[:].replace_schema_metadata(metadata)
