@@ -182,7 +182,7 @@ def _confidence_in_decision(
 def _sum_by_bin(confidence: NDArray[np.float64], values: NDArray[np.float64], *, num_bins: int) -> NDArray[np.float64]:
     """Sum values by bins of confidence of equal width, (0, 1 / num_bins], ..."""
     bins = np.clip(np.ceil(confidence * num_bins).astype(np.intp) - 1, 0, num_bins - 1)
-    return np.bincount(bins, weights=values, minlength=num_bins)
+    return np.bincount(bins, weights=values, minlength=num_bins).astype(np.float64)
 
 
 def shapley(value: Callable[[frozenset[int]], Floats], num_modalities: int, *, seed: int = 0) -> Floats:

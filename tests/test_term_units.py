@@ -252,4 +252,4 @@ def test_number_of_threads_does_not_change_the_bytes() -> None:
             logits.append(fit(inputs_of(rows), target(label), ProbeConfig()).logits(ROWS))
         finally:
             torch.set_num_threads(before)
-    np.testing.assert_array_equal(*logits)
+    np.testing.assert_array_equal(logits[0], logits[1])

@@ -29,7 +29,7 @@ CONFIG = MediaConfig()
 
 
 def same(first: str, second: str) -> bool:
-    return text_terms(first, CONFIG).tolist() == text_terms(second, CONFIG).tolist()
+    return bool(text_terms(first, CONFIG).tolist() == text_terms(second, CONFIG).tolist())
 
 
 @given(text=st.text())

@@ -189,9 +189,9 @@ def _calibrated(unscaled: CalibratedProbe, target: Target, cross_fit: CrossFit, 
     prior = class_prior(target, fold, cross_fit.fits)
     temperature, anchor = _fit_scale(logits.mean(axis=0), labels, fold[rows], prior)
     num_missing = cross_fit.num_folds - len(temperature)  # folds without calibration rows
-    temperature = np.append(temperature, np.full(num_missing, temperature.mean())).astype(np.float32)
-    scaled = replace(unscaled, scale=temperature[fold], anchor=anchor, fold=None if anchor is None else fold)
-    calibration = replace(unscaled.calibration, temperature=float(temperature.mean()))
+    by_fold = np.append(temperature, np.full(num_missing, temperature.mean())).astype(np.float32)
+    scaled = replace(unscaled, scale=by_fold[fold], anchor=anchor, fold=None if anchor is None else fold)
+    calibration = replace(unscaled.calibration, temperature=float(by_fold.mean()))
     if anchor is None:
         return replace(scaled, calibration=calibration)
     before, after = (_loss(probe.predict(rows, labels)) for probe in (unscaled, scaled))

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+Floats = NDArray[np.float64]
 # Ours: it sets which of the penalties are weak for texts, so that those of thousands and of hundreds of thousands of
 # texts lie within the candidates: C of scikit-learn is MEAN_SQUARE / (l2 n).
 MEAN_SQUARE = 64.0
@@ -39,9 +40,9 @@ class TermUnits:
         chosen = np.sort(np.argsort(-frequency, kind="stable")[:max_terms])
         units = cls(terms=terms[chosen], gain=np.ones(len(chosen), np.float32))
         rows = units.standardise(weights)
-        squares = np.bincount(rows.indices, weights=np.square(rows.data), minlength=len(chosen))
-        num_texts = np.array([np.count_nonzero(np.diff(weights.indptr))])
-        gain = _gain(frequency[chosen, None], squares[:, None], num_texts)[:, 0]
+        squares = np.asarray(rows.power(2).sum(axis=0), dtype=np.float64)
+        num_texts = np.array([float(np.count_nonzero(np.diff(weights.indptr)))])
+        gain = _gain(frequency[chosen, None].astype(np.float64), squares[:, None], num_texts)[:, 0]
         return replace(units, gain=gain.astype(np.float32))
 
     def standardise(self, weights: csr_array) -> csr_array:
@@ -63,13 +64,11 @@ class TermUnits:
         ones = csr_array((np.ones_like(rows.data), rows.indices, rows.indptr), shape=rows.shape)
         frequency = np.asarray(ones.T @ used, dtype=np.float64)
         squares = np.asarray(rows.power(2).T @ used, dtype=np.float64) / np.square(self.gain)[:, None]
-        gain = _gain(frequency, squares, (used * has_text[:, None]).sum(axis=0))
+        gain = _gain(frequency, squares, (used * has_text[:, None]).sum(axis=0, dtype=np.float64))
         return np.square(self.gain / gain.T).astype(np.float32)
 
 
-def _gain(
-    frequency: NDArray[np.floating | np.integer], squares: NDArray[np.float64], num_texts: NDArray[np.generic]
-) -> NDArray[np.float64]:
+def _gain(frequency: Floats, squares: Floats, num_texts: Floats) -> Floats:
     """Compute the factors (t, p) from document frequencies (t, p), sums of squared weights (t, p) and numbers of texts.
 
     A probe without any text gets the inverse document frequencies alone.
