@@ -12,9 +12,8 @@ from scipy.sparse import csr_array
 
 from .encode import EncodeTask, column_of, read_arrow
 from .encoded_samples import Status
-from .encoders import holds_terms
 from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs
-from .terms import count_terms, keep_buckets, weigh_terms
+from .terms import count_terms, holds_terms, keep_buckets, weigh_terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
