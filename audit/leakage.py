@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -20,7 +21,7 @@ from .features.encode import EncodeTask
 from .features.encoded_samples import Status
 from .features.matrix import FeatureMatrix, Inputs
 from .media.files import kind_of_path
-from .near_duplicates import MIN_FEATURES, MIN_ROWS, Links, SplitPair, is_present, search_near_duplicates
+from .near_duplicates import MIN_ROWS, Links, SplitPair, is_present, search_near_duplicates
 from .parsing import check_ranges
 from .workers import Progress, fixed_threads, no_progress
 
@@ -67,13 +68,15 @@ class LeakageConfig:
 class ModalityContent:
     """One modality of n samples: `content` (n,) holds digests, None where missing, and `inputs` the features.
 
-    `recurs`: equal contents occur by chance, as short texts do, and are then notes, not findings.
+    `recurs` (n,): equal contents occur by chance, as short texts do, and are then notes, not findings. `kind` is that
+    of the modality: nearly equal texts are notes, and so are equal vectors of samples with different labels.
     """
 
     modality: str
     content: NDArray[np.object_]
+    recurs: NDArray[np.bool_]
+    kind: str = "features"
     inputs: Inputs | None = None
-    recurs: bool = False
 
     @classmethod
     def of(cls, status: Status, tasks: Sequence[EncodeTask]) -> ModalityContent:
@@ -82,14 +85,17 @@ class ModalityContent:
         return cls(
             modality=modality.name,
             content=np.where(status.usable, status.content.astype(str).astype(object), np.array(None)),
+            recurs=status.recurs,
+            kind=modality.kind,
             inputs=FeatureMatrix.of(tasks, status, np.arange(len(status.usable))),
-            recurs=modality.kind == "text" or (modality.length or MIN_FEATURES) < MIN_FEATURES,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One kind of leak between two splits. `what`: ids, content, near duplicates or groups.
+
+    Copies whose label differs from the original's are a finding of their own, "content of another label".
 
     `name` is the modality or the group column; "sample" for ids, and for contents equal in every modality.
     `count` of `of` samples or groups of between[1] are shared; `samples` is the number of its samples affected.
@@ -154,12 +160,13 @@ def find_leakage(
     pairs, messages = _pair_splits(samples)
     columns, column_notes = _group_columns(samples, groups or {})
     joint_keys = _joint_keys(modality_contents)
+    label = samples.label if samples.task == "classification" else None
     for pair_index, pair in enumerate(pairs):
         messages += _shared_ids(pair)
-        messages += _same_samples(pair, modality_contents, joint_keys)
+        messages += _same_samples(pair, modality_contents, joint_keys, label)
         for modality_index, modality_content in enumerate(modality_contents):
-            messages += _same_contents(pair, modality_content, joint_keys, max_partners=config.max_partners)
-            messages += _near_duplicates(pair, modality_content, config=config, seed=seed)
+            messages += _same_contents(pair, modality_content, joint_keys, label, max_partners=config.max_partners)
+            messages += _near_duplicates(pair, modality_content, label, config=config, seed=seed)
             num_done = pair_index * len(modality_contents) + modality_index + 1
             progress("leakage", num_done, len(pairs) * len(modality_contents))
         messages += [finding for name, column in columns.items() if (finding := _shared_groups(pair, name, column))]
@@ -192,7 +199,7 @@ def _pair_splits(samples: Samples) -> tuple[list[SplitPair], Messages]:
     return pairs, [f"no {name} split: {consequence}" for name in ("train", "test") if not len(rows[name])]
 
 
-def _finding(pair: SplitPair, what: str, name: str, links: Links, *, of: int, description: str) -> Messages:
+def _finding(pair: SplitPair, what: str, name: str, links: Links, *, of: int, description: str) -> list[Finding]:
     """Return a list of one finding with examples, or an empty list without links."""
     if not links:
         return []
@@ -225,9 +232,13 @@ def _shared_ids(pair: SplitPair) -> Messages:
     reference, heldout = pair.between
     num_ids = len(pair.heldout_rows)
     description = f"{heldout} ids also in {reference}, up to case, extension or folder"
-    messages = _finding(pair, "ids", "sample", links, of=num_ids, description=description)
+    findings = _finding(pair, "ids", "sample", links, of=num_ids, description=description)
     description = f"{heldout} ids have the file name of a {reference} id in another folder; not counted as duplicates"
-    return messages + _as_notes(_finding(pair, "ids", "sample", folder_links, of=num_ids, description=description))
+    note = [
+        finding.message
+        for finding in _finding(pair, "ids", "sample", folder_links, of=num_ids, description=description)
+    ]
+    return [*findings, *note]
 
 
 def _path_suffixes(name: str) -> list[str]:
@@ -239,13 +250,28 @@ def _path_suffixes(name: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def _as_notes(messages: Messages, *, reason: str = "") -> Messages:
-    return [f"{message.message}{reason}" if isinstance(message, Finding) else message for message in messages]
+def _as_notes(messages: Messages, reason: str) -> Messages:
+    return [f"{message.message}; {reason}" if isinstance(message, Finding) else message for message in messages]
 
 
-def _recurring(messages: Messages, *, recurs: bool) -> Messages:
-    """Return findings as notes where equal contents occur by chance."""
-    return _as_notes(messages, reason="; not a leak by itself: such contents recur by chance") if recurs else messages
+_BY_CHANCE = "not a leak by itself: such contents recur by chance"
+_OTHER_LABELS = "not counted as copies: the features cannot tell these samples apart"
+
+
+def _copies(
+    pair: SplitPair, what: str, name: str, links: Links, *, of: int, description: str, label: NDArray[np.int32] | None
+) -> Messages:
+    """Return the findings of copies with the same label and, apart, of those whose label differs from the original's.
+
+    `label` (n,) is None for tasks without classes: then no label differs.
+    """
+    differs = {row: match for row, match in links.items() if label is not None and label[row] != label[match]}
+    same = {row: match for row, match in links.items() if row not in differs}
+    other = f"{description} of another label"
+    return [
+        *_finding(pair, what, name, same, of=of, description=description),
+        *_finding(pair, f"{what} of another label", name, differs, of=of, description=other),
+    ]
 
 
 def _joint_keys(modality_contents: Sequence[ModalityContent]) -> NDArray[np.object_]:
@@ -254,45 +280,79 @@ def _joint_keys(modality_contents: Sequence[ModalityContent]) -> NDArray[np.obje
     return np.array(["\0".join(part or "" for part in row) for row in parts], dtype=object)
 
 
-def _link_equal(pair: SplitPair, keys: NDArray[np.object_]) -> tuple[Links, int]:
-    """Link held-out rows to the first reference row of equal key (n,), None where missing; count those with a key."""
-    first_row = {keys[row]: row for row in reversed(pair.reference_rows.tolist()) if keys[row] is not None}
+def _link_equal(pair: SplitPair, keys: NDArray[np.object_], label: NDArray[np.int32] | None) -> tuple[Links, int]:
+    """Link held-out rows to a reference row of equal key (n,), None where missing; count those with a key.
+
+    The first such row of the same label, if there is one, else the first.
+    """
+    labels = [0] * len(keys) if label is None else label.tolist()
+    first_row: dict[object, int] = {}
+    for row in reversed(pair.reference_rows.tolist()):
+        if keys[row] is not None:
+            first_row[keys[row]] = first_row[keys[row], labels[row]] = row
     present_rows = [row for row in pair.heldout_rows.tolist() if keys[row] is not None]
-    return {row: first_row[keys[row]] for row in present_rows if keys[row] in first_row}, len(present_rows)
+    links = {row: first_row.get((keys[row], labels[row]), first_row.get(keys[row], -1)) for row in present_rows}
+    return {row: match for row, match in links.items() if match >= 0}, len(present_rows)
 
 
 def _same_samples(
-    pair: SplitPair, modality_contents: Sequence[ModalityContent], joint_keys: NDArray[np.object_]
+    pair: SplitPair,
+    modality_contents: Sequence[ModalityContent],
+    joint_keys: NDArray[np.object_],
+    label: NDArray[np.int32] | None,
 ) -> Messages:
     """Find samples that are equal in every modality."""
     if len(modality_contents) < 2:
         return []  # `_same_contents` finds the same
     is_complete = np.logical_and.reduce([is_present(modality.content) for modality in modality_contents])
-    links, num_complete = _link_equal(pair, np.where(is_complete, joint_keys, np.array(None)))
-    description = f"{pair.between[1]} samples also in {pair.between[0]}, equal in every modality"
-    messages = _finding(pair, "content", "sample", links, of=num_complete, description=description)
-    return _recurring(messages, recurs=all(modality.recurs for modality in modality_contents))
+    recurs = np.logical_and.reduce([modality.recurs for modality in modality_contents])
+    links, num_complete = _link_equal(pair, np.where(is_complete, joint_keys, np.array(None)), label)
+    description = f"{pair.between[1]} samples equal in every modality to a {pair.between[0]} sample"
+    copies = partial(_copies, pair, "content", "sample", of=num_complete, description=description, label=label)
+    return copies(_where(links, ~recurs)) + _as_notes(copies(_where(links, recurs)), _BY_CHANCE)
+
+
+def _where(links: Links, mask: NDArray[np.bool_]) -> Links:
+    return {row: match for row, match in links.items() if mask[row]}
 
 
 def _same_contents(
-    pair: SplitPair, modality_content: ModalityContent, joint_keys: NDArray[np.object_], *, max_partners: int
+    pair: SplitPair,
+    modality_content: ModalityContent,
+    joint_keys: NDArray[np.object_],
+    label: NDArray[np.int32] | None,
+    *,
+    max_partners: int,
 ) -> Messages:
     """Find contents of one modality in both splits; one with many different partners is a placeholder, and a note."""
     content, modality = modality_content.content, modality_content.modality
-    shared, num_present = _link_equal(pair, content)
+    shared, num_present = _link_equal(pair, content, label)
     partners: dict[str, set[str]] = {}
     for row in pair.reference_rows.tolist():
         partners.setdefault(content[row], set()).add(joint_keys[row])
     links = {row: match for row, match in shared.items() if len(partners[content[row]]) <= max_partners}
     description = f"{pair.between[1]} samples with the same {modality} as a {pair.between[0]} sample"
-    messages = _finding(pair, "content", modality, links, of=num_present, description=description)
-    messages = _recurring(messages, recurs=modality_content.recurs)
+    copies = partial(_copies, pair, "content", modality, of=num_present, description=description, label=label)
+    messages = _apart(copies(_where(links, ~modality_content.recurs)), modality_content)
+    messages += _as_notes(copies(_where(links, modality_content.recurs)), _BY_CHANCE)
     if len(shared) > len(links):
         messages.append(
             f"{modality}: {len(shared) - len(links)} {pair.between[1]} samples have content that occurs with more "
             f"than {max_partners} different partners in {pair.between[0]}: placeholders, not counted"
         )
     return messages
+
+
+def _apart(messages: Messages, modality_content: ModalityContent) -> Messages:
+    """Return vectors equal to those of another label as notes; a file or text in both splits is a leak in any case."""
+    if modality_content.kind != "features":
+        return messages
+    is_other = [isinstance(message, Finding) and message.what.endswith("another label") for message in messages]
+    return [
+        entry
+        for message, other in zip(messages, is_other, strict=True)
+        for entry in (_as_notes([message], _OTHER_LABELS) if other else [message])
+    ]
 
 
 def _shared_groups(pair: SplitPair, name: str, column: NDArray[np.object_]) -> Finding | None:
@@ -344,7 +404,12 @@ def _group_columns(
 
 
 def _near_duplicates(
-    pair: SplitPair, modality_content: ModalityContent, *, config: LeakageConfig, seed: int
+    pair: SplitPair,
+    modality_content: ModalityContent,
+    label: NDArray[np.int32] | None,
+    *,
+    config: LeakageConfig,
+    seed: int,
 ) -> Messages:
     """Find held-out samples nearer to a reference sample than by chance; those of equal content are left out."""
     content, modality = modality_content.content, modality_content.modality
@@ -358,8 +423,11 @@ def _near_duplicates(
     if isinstance(search, str):
         return [f"{prefix}: not tested: {search}"]
     description = f"{heldout} samples with nearly the same {modality} as a {reference} sample"
-    messages = _finding(pair, "near duplicates", modality, search.links, of=search.num_tested, description=description)
-    messages = _recurring(messages, recurs=modality_content.recurs)
+    messages = _copies(
+        pair, "near duplicates", modality, search.links, of=search.num_tested, description=description, label=label
+    )
+    is_text = modality_content.kind == "text"
+    messages = _as_notes(messages, _BY_CHANCE) if is_text else _apart(messages, modality_content)
     if search.num_searched < search.num_reference or search.num_tested < search.num_heldout:
         messages.append(
             f"{prefix}: {search.num_tested} of {search.num_heldout} {heldout} samples were compared with "

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features.matrix import Inputs, RowIndex, chunks
+from .features.recurring import MIN_FEATURES
 from .hashing import hash_rank
 from .workers import parallel_map
 
 if TYPE_CHECKING:
     from .leakage import LeakageConfig
 
-MIN_FEATURES = 8  # shorter vectors are near, or equal, by chance
 MIN_ROWS = 20  # fewer rows do not suffice to estimate the dimension of the features
 PROJECTED_DIM = 64  # dimensions of the projection: it keeps distances to 9% (Johnson and Lindenstrauss, 1984)
 REFERENCE_ROWS = 2048  # rows from which scale and dimension are estimated

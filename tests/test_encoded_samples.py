@@ -46,6 +46,7 @@ def status_of(name: str, cells: Sequence[str | None]) -> Status:
         modality=Modality(name=name, column=name, kind="audio"),
         usable=np.array([cell not in (None, BROKEN) for cell in cells]),
         content=np.array([(cell or "null").ljust(32, ".") for cell in cells], dtype="S32"),  # digests have equal length
+        recurs=np.zeros(len(cells), dtype=bool),
         problem=tuple(problems),
     )
 
@@ -139,6 +140,7 @@ def test_missing_file_counts_as_damaged_not_as_null() -> None:
         modality=encoded.statuses[0].modality,
         usable=np.array([True, False]),
         content=encoded.statuses[0].content,
+        recurs=encoded.statuses[0].recurs,
         problem=(missing_file,),
     )
     assert not missing_in_source(status).any()
