@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .features.matrix import Inputs, RowIndex, chunks
 from .features.recurring import MIN_FEATURES
+from .findings import Links, SplitPair, is_present
 from .hashing import hash_rank
 from .workers import parallel_map
 
@@ -27,17 +28,6 @@ DIMENSION_QUANTILE = 0.2  # share of rows that may be copies of copies before th
 QUERY_BLOCK, ROW_BLOCK = 1024, 16_384  # 64 MiB of distances at once
 
 Matrix = NDArray[np.float32]
-Links = dict[int, int]  # tested row -> reference row that it repeats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitPair:
-    """Rows of a reference split and of the split held out from it, both sorted by id."""
-
-    between: tuple[str, str]
-    reference_rows: RowIndex
-    heldout_rows: RowIndex
-    sample_id: NDArray[np.object_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +77,6 @@ def _draw(pair: SplitPair, rows: RowIndex, *, max_rows: int, seed: int) -> RowIn
     return rows[np.argsort(hashes, kind="stable")][:max_rows]
 
 
-def is_present(values: NDArray[np.object_]) -> NDArray[np.bool_]:
-    """Return which values (n,) are not None."""
-    return np.array([value is not None for value in values.tolist()], dtype=bool)
-
-
 def near_links(
     inputs: Inputs, reference: RowIndex, tested: RowIndex, *, config: LeakageConfig, seed: int
 ) -> Links | str:
@@ -103,7 +88,7 @@ def near_links(
     Distances are computed in the features' own units and in units of each feature's spread; either may be small. Of
     pictures saved again as JPEG the first finds .94 and the second .01, of sounds shifted by 5 ms .21 and .93.
     """
-    projections = _projections(inputs, reference[:REFERENCE_ROWS], seed=seed)
+    projections = _projections(inputs, reference[:REFERENCE_ROWS], seed=seed, min_features=MIN_FEATURES)
     if not projections:
         return f"too few of its {inputs.num_features} features vary; {MIN_FEATURES} are needed"
     links: Links = {}
@@ -135,15 +120,23 @@ class _Projection:
         return np.concatenate([np.zeros((0, self.weights.shape[1]), np.float32), *parts])
 
 
-def _projections(inputs: Inputs, rows: RowIndex, *, seed: int) -> list[_Projection]:
+def project(inputs: Inputs, rows: RowIndex, *, seed: int) -> Matrix | None:
+    """Return features (b, p) of these rows in units of their spread, in at most 64 dimensions; None if none varies."""
+    projections = _projections(inputs, rows[:REFERENCE_ROWS], seed=seed, min_features=1)
+    return projections[1].read(inputs, rows) if projections else None
+
+
+def _projections(inputs: Inputs, rows: RowIndex, *, seed: int, min_features: int) -> list[_Projection]:
     """Build a projection of the features in their own units and one in units of their spread over these rows.
 
-    An empty list where fewer than MIN_FEATURES vary.
+    An empty list where fewer than `min_features` vary.
     """
+    if not len(rows):
+        return []
     features = inputs.read(rows).astype(np.float64)
     mean, spread = features.mean(axis=0), features.std(axis=0)
     varies = spread > 1e-6 * np.abs(features).max(axis=0)
-    if varies.sum() < MIN_FEATURES:
+    if varies.sum() < min_features:
         return []
     if varies.sum() <= PROJECTED_DIM:
         basis = np.eye(len(spread))[:, varies]
