@@ -311,9 +311,10 @@ def _likeness_z(
     order = np.argsort(stratum, kind="stable")
     generator = np.random.default_rng(seed)
 
+    starts = np.searchsorted(np.sort(code), np.arange(len(names)))  # a permutation keeps the number of rows by value
+
     def statistic(codes: NDArray[np.intp]) -> float:
-        sums = np.zeros((len(names), deviation.shape[1]))
-        np.add.at(sums, codes, deviation)
+        sums = np.add.reduceat(deviation[np.argsort(codes, kind="stable")], starts, axis=0)
         return float((sums**2).sum())
 
     null = []

