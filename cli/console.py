@@ -161,6 +161,8 @@ def print_score(record: dict[str, Any]) -> None:
                 f"  warning: probe of {entry['name']} on shuffled labels reaches {entry['value']:.3f}, above chance "
                 f"({entry['chance']:.3f}): the labels leak into its features or folds"
             )
+    for leak in record["label_leaks"]:
+        print_line(f"  warning: {leak['message']}")
     print_line(f"  gap mixture: {record['gap_verdict']}")
     print_line(f"report: {record['report']}")
 

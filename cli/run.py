@@ -393,6 +393,7 @@ _RECORD: Shape = RequiredKeys(
     probe_report=_PROBE_REPORT,
     gap_verdict=str,
     class_check=RequiredKeys(verdict=str),
+    label_leaks=[RequiredKeys(what=str, modality=str, message=str)],
     seconds={},
 )
 _INTERVAL = RequiredKeys(mean=float, low=float, high=float)

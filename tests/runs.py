@@ -66,6 +66,7 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         },
         "gap_verdict": "",
         "class_check": {"verdict": ""},
+        "label_leaks": [],
         "seconds": {},
     }
     return record | changes

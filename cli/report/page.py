@@ -59,6 +59,7 @@ def report_numbers(run: Run) -> Numbers:
         "schema": "mmaudit.report/1",
         "facts": findings.facts(record, scores),
         "probe_report": findings.probe_report_numbers(record),
+        "label_leaks": record["label_leaks"],
         "agreement": findings.agreement(scores),
         "discrepancy": findings.discrepancies(scores),
         "share_without_leader": findings.standing_out(scores),
@@ -281,8 +282,9 @@ def _weak_probes(numbers: Section) -> list[str]:
 
 
 def _leaks(numbers: Section) -> list[str]:
-    """Return a warning for each probe that is above chance on shuffled labels: the labels leak."""
-    return [
+    """Return a warning for each modality that seems to know the labels, or that predicts shuffled ones."""
+    known = [f"LEAK: {leak['message']}." for leak in numbers["label_leaks"]]
+    return known + [
         f"LEAK: a probe on {control['name']} fitted on shuffled labels has an accuracy of {percent(control['value'])} "
         f"on held-out samples, above chance ({percent(control['chance'])}). The labels leak from elsewhere than the "
         f"samples: do not trust the scores."
