@@ -86,9 +86,9 @@ def _fitted_on_labels(
     if z <= FITTED_Z:
         return []
     message = (
-        f"{name}: the out-of-fold {measure} is {on_train:.3f} on train rows and {on_test:.3f} on test rows (z = {z:.1f}): "
-        "its features look fitted on the training labels, or the test rows come from elsewhere; compute the features "
-        "without labels, and name speakers, scenes or sources with --group"
+        f"{name}: the out-of-fold {measure} is {on_train:.3f} on train rows and {on_test:.3f} on test rows "
+        f"(z = {z:.1f}): its features look fitted on the training labels, or the test rows come from elsewhere; "
+        "compute the features without labels, and name speakers, scenes or sources with --group"
     )
     return [LabelLeak(what="fitted on labels", modality=name, value=on_train, test=on_test, z=z, message=message)]
 

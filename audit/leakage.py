@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .dataset.samples import Samples
 from .features.encode import EncodeTask
 from .features.encoded_samples import Status
+from .features.fingerprints import Fingerprints
 from .features.matrix import FeatureMatrix, Inputs
 from .findings import (
     BY_CHANCE,
@@ -75,6 +76,8 @@ class LeakageConfig:
 class ModalityContent:
     """One modality of n samples: `content` (n,) holds digests, None where missing, and `inputs` the features.
 
+    `fingerprints` are those of the media, if it has them.
+
     `recurs` (n,): equal contents occur by chance, as short texts do, and are then notes, not findings. `kind` is that
     of the modality: nearly equal texts are notes, and so are equal vectors of samples with different labels.
     """
@@ -84,6 +87,7 @@ class ModalityContent:
     recurs: NDArray[np.bool_]
     kind: str = "features"
     inputs: Inputs | None = None
+    fingerprints: Fingerprints | None = None
 
     @property
     def other_label(self) -> str:
@@ -100,6 +104,7 @@ class ModalityContent:
             recurs=status.recurs,
             kind=modality.kind,
             inputs=FeatureMatrix.of(tasks, status, np.arange(len(status.usable))),
+            fingerprints=Fingerprints.of(tasks, modality),
         )
 
 
@@ -267,7 +272,14 @@ def _near_duplicates(
     content, modality = modality_content.content, modality_content.modality
     if modality_content.inputs is None:
         return []
-    search = search_near_duplicates(pair, content, modality_content.inputs, config=config, seed=seed)
+    search = search_near_duplicates(
+        pair,
+        content,
+        modality_content.inputs,
+        fingerprints=modality_content.fingerprints,
+        config=config,
+        seed=seed,
+    )
     if search is None:
         return []
     reference, heldout = pair.between
@@ -289,4 +301,6 @@ def _near_duplicates(
             f"{prefix}: {search.num_tested} of {search.num_heldout} {heldout} samples were compared with "
             f"{search.num_searched} of {search.num_reference} {reference} samples"
         )
+    if 0 < search.num_fingerprints < search.num_tested:
+        messages.append(f"{prefix}: {search.num_fingerprints} of them were compared by fingerprint, too")
     return messages

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .features.fingerprints import Fingerprints
 from .features.matrix import Inputs, RowIndex, chunks
 from .features.recurring import MIN_FEATURES
 from .findings import Links, SplitPair, is_present
 from .hashing import hash_rank
+from .near_media import max_tested, near_media
 from .workers import parallel_map
 
 if TYPE_CHECKING:
@@ -33,19 +35,31 @@ Matrix = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearSearch:
-    """Near duplicates between two splits, in the order of the held-out rows, and the numbers of rows compared."""
+    """Near duplicates between two splits, in the order of the held-out rows, and the numbers of rows compared.
+
+    `num_fingerprints` held-out rows were compared by fingerprint, 0 where there are none.
+    """
 
     links: Links
     num_tested: int
+    num_fingerprints: int
     num_heldout: int
     num_searched: int
     num_reference: int
 
 
 def search_near_duplicates(
-    pair: SplitPair, content: NDArray[np.object_], inputs: Inputs, *, config: LeakageConfig, seed: int
+    pair: SplitPair,
+    content: NDArray[np.object_],
+    inputs: Inputs,
+    *,
+    fingerprints: Fingerprints | None = None,
+    config: LeakageConfig,
+    seed: int,
 ) -> NearSearch | str | None:
     """Search the near duplicates of held-out rows, without those of equal content (n,), None where missing.
+
+    Rows are compared by their features and, if media have them, by their fingerprints.
 
     Returns the reason if the search is not possible, and None if there is nothing to search.
     """
@@ -57,19 +71,23 @@ def search_near_duplicates(
     tested = _draw(pair, heldout_rows, max_rows=config.max_test, seed=seed)
     if not len(tested):
         return None
-    if (ratios := LogRatioInputs.of(inputs, searched[:REFERENCE_ROWS])) is not None:
-        inputs, searched, tested = ratios, searched[ratios.is_testable(searched)], tested[ratios.is_testable(tested)]
-        if not len(tested):
-            return f"its vectors are probabilities, of which fewer than {MIN_FEATURES} are not 0"
     min_rows = max(MIN_ROWS, config.neighbours + 1)
     if len(searched) < min_rows:
         return f"{len(searched)} samples, at least {min_rows} needed"
+    if (ratios := LogRatioInputs.of(inputs, searched[:REFERENCE_ROWS])) is not None:
+        inputs, tested, searched = ratios, ratios.testable(tested), ratios.testable(searched)
+        if len(tested) == 0 or len(searched) < min_rows:
+            return f"its vectors are probabilities, of which fewer than {MIN_FEATURES} are not 0"
     links = near_links(inputs, searched, tested, config=config, seed=seed)
+    if fingerprints is not None:
+        copies = near_media(fingerprints, searched, tested, neighbours=config.neighbours)
+        links = copies if isinstance(links, str) else links | copies
     if isinstance(links, str):
         return links
     return NearSearch(
         links={row: links[row] for row in pair.heldout_rows.tolist() if row in links},
         num_tested=len(tested),
+        num_fingerprints=0 if fingerprints is None else min(len(tested), max_tested(len(searched))),
         num_heldout=len(heldout_rows),
         num_searched=len(searched),
         num_reference=len(reference_rows),
@@ -144,10 +162,10 @@ class LogRatioInputs:
         """Number of features, d."""
         return self.inputs.num_features
 
-    def is_testable(self, rows: RowIndex) -> NDArray[np.bool_]:
-        """Return which of these rows (b,) have enough probabilities that are not 0."""
+    def testable(self, rows: RowIndex) -> RowIndex:
+        """Return those of these rows that have enough probabilities that are not 0."""
         parts = [(self.inputs.read(batch) > 0).sum(axis=1) >= MIN_FEATURES for batch in chunks(self.inputs, rows)]
-        return np.concatenate([np.zeros(0, bool), *parts])
+        return rows[np.concatenate([np.zeros(0, bool), *parts])]
 
     def read(self, rows: RowIndex) -> Matrix:
         """Read the log ratios of these rows, in this order: (len(rows), d)."""
