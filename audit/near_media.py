@@ -10,6 +10,7 @@ q tested rows, r reference rows, f frames, h x w levels, b pairs. A distance is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,22 +30,49 @@ QUERY_BLOCK, PAIR_BLOCK = 512, 4096
 
 Window = tuple[float, float, float, float]  # top, bottom, left, right, in shares of the side
 _WHOLE: Window = (0.0, 1.0, 0.0, 1.0)
-_COARSE_WINDOWS: tuple[Window, ...] = (
-    (0.05, 0.95, 0.05, 0.95),
-    *((top, top + 0.9, left, left + 0.9) for top in (0.0, 0.1) for left in (0.0, 0.1)),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Search:
+    """What is compared: coarse windows; shifts down and right; windows, and the directions in which they are varied.
+
+    A window (4,) is height, top, width and left.
+    """
+
+    coarse: tuple[Window, ...]
+    shifts: tuple[tuple[float, float], ...]
+    grid: NDArray[np.float64]
+    moves: NDArray[np.float64]
+
+
+def _shifts(down: tuple[float, ...], right: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
+    return tuple((a, b) for a in down for b in right if a or b)
+
+
+_PICTURE = _Search(
+    coarse=(
+        (0.05, 0.95, 0.05, 0.95),
+        *((top, top + 0.9, left, left + 0.9) for top in (0.0, 0.1) for left in (0.0, 0.1)),
+    ),
+    shifts=tuple(  # a pixel of 28 is 0.036
+        pair for size in (0.009, 0.018, 0.036) for pair in _shifts((-size, 0, size), (-size, 0, size))
+    ),
+    grid=np.array(
+        [
+            (scale, (1 - scale) * row / 4, scale, (1 - scale) * column / 4)
+            for scale in (0.9, 0.95)
+            for row in range(5)
+            for column in range(5)
+        ]
+    ),
+    moves=np.array([(1.0, 0, 1, 0), (0, 1, 0, 0), (0, 0, 0, 1)]),
 )
-_SHIFTS = tuple(
-    (size * vertical, size * horizontal)
-    for size in (0.009, 0.018, 0.036)  # a pixel of 28 is 0.036; the bands of a sound 5% faster shift by 0.012
-    for vertical in (-1, 0, 1)
-    for horizontal in (-1, 0, 1)
-    if vertical or horizontal
-)
-_GRID = tuple(
-    (scale, (1 - scale) * row / 4, (1 - scale) * column / 4)
-    for scale in (0.9, 0.95)
-    for row in range(5)
-    for column in range(5)
+# Rows are time, columns frequency: the bands of a sound played 5% faster shift by 0.012, a semitone by 0.014.
+_SOUND = _Search(
+    coarse=((0.05, 0.95, 0.0, 1.0), (0.0, 0.95, 0.0, 1.0), (0.05, 1.0, 0.0, 1.0), (0, 1, 0.012, 1), (0, 1, 0, 0.988)),
+    shifts=_shifts((-0.018, -0.009, 0, 0.009, 0.018), (-0.012, -0.006, 0, 0.006, 0.012)),
+    grid=np.array([(scale, (1 - scale) * row / 4, 1.0, 0.0) for scale in (0.9, 0.95) for row in range(5)]),
+    moves=np.array([(1.0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 0.5)]),
 )
 _STEP = 0.0125  # of the local search, which halves it once
 
@@ -60,15 +88,16 @@ def near_media(fingerprints: Fingerprints, reference: RowIndex, tested: RowIndex
     if len(reference) <= neighbours:
         return links
     references = fingerprints.read(reference)
-    searched = _CoarseReferences.of(references)
+    search = _SOUND if fingerprints.kind == "audio" else _PICTURE
+    searched = _CoarseReferences.of(references, search)
     for start in range(0, len(tested), QUERY_BLOCK):
         rows = tested[start : start + QUERY_BLOCK]
         queries = fingerprints.read(rows)
         candidate, coarse = searched.nearest(queries, k=max(CANDIDATES, neighbours))
         limit = np.minimum(MAX_RATIO * coarse[:, neighbours - 1], MAX_DISTANCE)
-        first = _distances(queries, references, candidate[:, :FIRST_CANDIDATES], limit=limit)
+        first = _distances(queries, references, candidate[:, :FIRST_CANDIDATES], search, limit=limit)
         close = np.flatnonzero(first.min(axis=1) < limit)
-        distance = _distances(queries[close], references, candidate[close], limit=None)
+        distance = _distances(queries[close], references, candidate[close], search, limit=None)
         order = np.argsort(distance, axis=1, kind="stable")
         sorted_distance = np.take_along_axis(distance, order, axis=1)
         is_copy = sorted_distance[:, 0] < np.minimum(MAX_RATIO * sorted_distance[:, neighbours - 1], MAX_DISTANCE)
@@ -86,21 +115,23 @@ def max_tested(num_references: int) -> int:
 class _CoarseReferences:
     """Small normalised thumbnails (r, d) of the reference rows, whole and by the coarse windows."""
 
+    search: _Search
     whole: Thumbnails
     windows: tuple[Thumbnails, ...]
 
     @classmethod
-    def of(cls, references: Thumbnails) -> _CoarseReferences:
+    def of(cls, references: Thumbnails, search: _Search) -> _CoarseReferences:
         return cls(
+            search=search,
             whole=_normalised(_cut(references, COARSE_SIDE, _WHOLE)),
-            windows=tuple(_normalised(_cut(references, COARSE_SIDE, window)) for window in _COARSE_WINDOWS),
+            windows=tuple(_normalised(_cut(references, COARSE_SIDE, window)) for window in search.coarse),
         )
 
     def nearest(self, queries: Thumbnails, *, k: int) -> tuple[RowIndex, NDArray[np.float32]]:
         """Return the k nearest reference rows of each query, nearest first, and their distances: (q, k) each."""
         whole = _normalised(_cut(queries, COARSE_SIDE, _WHOLE))
         correlation = whole @ self.whole.T
-        for window, references in zip(_COARSE_WINDOWS, self.windows, strict=True):
+        for window, references in zip(self.search.coarse, self.windows, strict=True):
             np.maximum(correlation, whole @ references.T, out=correlation)
             cut = _normalised(_cut(queries, COARSE_SIDE, window))
             np.maximum(correlation, cut @ self.whole.T, out=correlation)
@@ -112,7 +143,12 @@ class _CoarseReferences:
 
 
 def _distances(
-    queries: Thumbnails, references: Thumbnails, candidate: RowIndex, *, limit: NDArray[np.floating] | None
+    queries: Thumbnails,
+    references: Thumbnails,
+    candidate: RowIndex,
+    search: _Search,
+    *,
+    limit: NDArray[np.floating[Any]] | None,
 ) -> NDArray[np.float32]:
     """Return the distances (q, c) of each query to its candidates, over all shifts and windows of either.
 
@@ -125,50 +161,52 @@ def _distances(
     for start in range(0, len(pair_query), PAIR_BLOCK):
         pairs = slice(start, start + PAIR_BLOCK)
         first, second = queries[pair_query[pairs]], references[pair_reference[pairs]]
-        block, windows = _grid_search(first, second)
+        block, windows = _grid_search(first, second, search)
         searched = (
             np.arange(len(block)) if limit is None else np.flatnonzero(block * ROUGH_RATIO < limit[pair_query[pairs]])
         )
         block[searched] = np.minimum(
-            block[searched], _local_search(first[searched], second[searched], windows[:, searched])
+            block[searched], _local_search(first[searched], second[searched], windows[:, searched], search)
         )
         distance[pairs] = block
     return distance.reshape(num_queries, num_candidates)
 
 
-def _grid_search(first: Thumbnails, second: Thumbnails) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return the least distance (b,) of pairs over shifts and the grid, and the best windows (2, b, 3) of either.
-
-    A window is scale, top and left.
-    """
+def _grid_search(
+    first: Thumbnails, second: Thumbnails, search: _Search
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return the least distance (b,) of pairs over shifts and the grid, and the best windows (2, b, 4) of either."""
     size = first.shape[-1]
     small = [_cut(thumbnails, min(size, 2 * COARSE_SIDE), _WHOLE) for thumbnails in (first, second)]
     whole = [_normalised(_cut(thumbnails, GRID_SIDE, _WHOLE)) for thumbnails in small]
     best = _correlation(*whole)
-    for down, right in _SHIFTS:
+    for down, right in search.shifts:
         shifted = [
             _normalised(_cut(thumbnails, GRID_SIDE, _overlap(sign * down, sign * right)))
             for thumbnails, sign in zip(small, (1, -1), strict=True)
         ]
         np.maximum(best, _correlation(*shifted), out=best)
-    windows = np.tile(np.array([1.0, 0.0, 0.0]), (2, len(first), 1))
+    windows = np.tile(np.array([1.0, 0.0, 1.0, 0.0]), (2, len(first), 1))
     for side in (0, 1):
         best_of_side = _correlation(*whole)
-        for scale, top, left in _GRID:
-            cut = _normalised(_cut(small[side], GRID_SIDE, (top, top + scale, left, left + scale)))
+        for window in search.grid:
+            height, top, width, left = window.tolist()
+            cut = _normalised(_cut(small[side], GRID_SIDE, (top, top + height, left, left + width)))
             correlation = _correlation(cut, whole[1 - side])
             better = correlation > best_of_side
-            best_of_side[better], windows[side, better] = correlation[better], (scale, top, left)
+            best_of_side[better], windows[side, better] = correlation[better], window
         np.maximum(best, best_of_side, out=best)
     return 1 - best, windows
 
 
-def _local_search(first: Thumbnails, second: Thumbnails, windows: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return the least distance (b,) of pairs over shifts and over the windows near the given ones (2, b, 3)."""
+def _local_search(
+    first: Thumbnails, second: Thumbnails, windows: NDArray[np.float64], search: _Search
+) -> NDArray[np.float32]:
+    """Return the least distance (b,) of pairs over shifts and over the windows near the given ones (2, b, 4)."""
     side = 3 * first.shape[-1] // 4 if first.shape[-1] < 32 else first.shape[-1] // 2
     whole = [_normalised(_cut(thumbnails, side, _WHOLE)) for thumbnails in (first, second)]
     best = _correlation(*whole)
-    for down, right in _SHIFTS:
+    for down, right in search.shifts:
         shifted = [
             _normalised(_cut(thumbnails, side, _overlap(sign * down, sign * right)))
             for thumbnails, sign in zip((first, second), (1, -1), strict=True)
@@ -179,7 +217,7 @@ def _local_search(first: Thumbnails, second: Thumbnails, windows: NDArray[np.flo
         for step in (_STEP, _STEP / 2):
             around = centre.copy()
             for offset in np.ndindex(3, 3, 3):
-                trial = around + step * (np.array(offset) - 1)
+                trial = around + step * (np.array(offset) - 1) @ search.moves
                 correlation = _correlation(_normalised(_cut_each(source, side, trial)), target)
                 better = correlation > best_of_side
                 best_of_side[better], centre[better] = correlation[better], trial[better]
@@ -188,7 +226,7 @@ def _local_search(first: Thumbnails, second: Thumbnails, windows: NDArray[np.flo
 
 
 def _overlap(down: float, right: float) -> Window:
-    """Return the part of a thumbnail that overlaps with another shifted by twice this much."""
+    """Return the part of a thumbnail that overlaps with another shifted by this much."""
     return max(down, 0.0), 1 + min(down, 0.0), max(right, 0.0), 1 + min(right, 0.0)
 
 
@@ -200,11 +238,10 @@ def _cut(thumbnails: Thumbnails, side: int, window: Window) -> Thumbnails:
 
 
 def _cut_each(thumbnails: Thumbnails, side: int, windows: NDArray[np.float64]) -> Thumbnails:
-    """Return of each thumbnail (b, f, h, w) its own window (b, 3), scale, top and left, as (b, f, side, side)."""
-    scale, top, left = windows.T
-    rows, columns = (
-        _weights(size, side, start, scale) for size, start in zip(thumbnails.shape[-2:], (top, left), strict=True)
-    )
+    """Return of each thumbnail (b, f, h, w) its own window (b, 4) as (b, f, side, side)."""
+    height, top, width, left = windows.T
+    rows = _weights(thumbnails.shape[-2], side, top, height)
+    columns = _weights(thumbnails.shape[-1], side, left, width)
     return rows[:, None] @ thumbnails @ columns[:, None].transpose(0, 1, 3, 2)
 
 

@@ -98,6 +98,11 @@ class Fingerprints:
     tasks: tuple[EncodeTask, ...]
     modality: Modality
 
+    @property
+    def kind(self) -> str:
+        """Kind of the media: image, audio, video or frames."""
+        return self.modality.kind
+
     @classmethod
     def of(cls, tasks: Sequence[EncodeTask], modality: Modality) -> Fingerprints | None:
         """Open the fingerprints; None if the modality has none: vectors, texts and inputs of pretrained networks."""
