@@ -55,10 +55,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leakage:
-    """All findings, and notes on what could not be tested or is no leak by itself."""
+    """All findings, notes on what could not be tested or is no leak by itself, and which copies the tests can find."""
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    sensitivity: tuple[str, ...] = ()
 
     @property
     def leaks(self) -> bool:
@@ -66,9 +67,14 @@ class Leakage:
         return bool(self.findings)
 
     def to_json(self) -> dict[str, object]:
-        """Return the findings and notes as plain lists and dicts."""
+        """Return the findings, notes and sensitivity as plain lists and dicts."""
         findings = [asdict(finding) for finding in self.findings]
-        return {"leaks": self.leaks, "findings": findings, "notes": list(self.notes)}
+        return {
+            "leaks": self.leaks,
+            "findings": findings,
+            "notes": list(self.notes),
+            "sensitivity": list(self.sensitivity),
+        }
 
 
 Messages = list[Finding | str]  # findings, and notes

@@ -190,7 +190,7 @@ def count_overlap(pair: SplitPair, column: NDArray[np.object_]) -> Overlap:
     )
     _, sizes = np.unique(np.array(reference + heldout, dtype=str), return_counts=True)
     total, num_heldout = len(reference) + len(heldout), len(heldout)
-    both = 1 - _none_drawn(total, num_heldout, sizes) - _none_drawn(total, total - num_heldout, sizes)
+    both = np.clip(1 - _none_drawn(total, num_heldout, sizes) - _none_drawn(total, total - num_heldout, sizes), 0, 1)
     return Overlap(
         shared=tuple(sorted(set(reference) & set(heldout))),
         num_reference=len(set(reference)),

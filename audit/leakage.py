@@ -150,7 +150,28 @@ def find_leakage(
     return Leakage(
         findings=tuple(message for message in messages if isinstance(message, Finding)),
         notes=tuple(message for message in messages if isinstance(message, str)),
+        sensitivity=_sensitivity(modality_contents) if pairs else (),
     )
+
+
+_SENSITIVITY = {  # ours: of planted copies benchmarks/leaks.py finds this share or more, see docs/log.md
+    "image": "9 of 10 copies saved again, brightened, shifted by a pixel or cropped by 10%; none mirrored or turned",
+    "video": "9 of 10 copies saved again, brightened or cropped by 10%; none mirrored, none of another section",
+    "audio": "9 of 10 copies saved again, made quieter, trimmed by 5% or played 5% faster; none with added noise",
+    "text": "equal texts; similar ones are notes",
+    "features": "9 of 10 copies with noise of 1% of each number's spread",
+}
+
+
+def _sensitivity(modality_contents: Sequence[ModalityContent]) -> tuple[str, ...]:
+    """Return what the search for near duplicates finds, one line for each modality."""
+    lines = []
+    for content in modality_contents:
+        kind = "video" if content.kind == "frames" else content.kind
+        if kind not in ("text", "features") and content.fingerprints is None:
+            kind = "features"
+        lines.append(f"{content.modality}: {_SENSITIVITY[kind]}")
+    return (*lines, "features that know the labels are tested by mmaudit score")
 
 
 def _shared_ids(pair: SplitPair) -> Messages:

@@ -182,6 +182,8 @@ def print_check(summary: dict[str, Any]) -> None:
         print_line(f"  LEAK: {finding['message']}")
     if not summary["leakage"]["leaks"]:
         print_line("no leaks found")
+        for line in summary["leakage"]["sensitivity"]:
+            print_line(f"  can be found: {line}")
 
 
 def print_ingest(summary: dict[str, Any]) -> None:
