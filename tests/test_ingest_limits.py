@@ -184,6 +184,7 @@ def header_of(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
         (b"no array", b"", "cannot be read as .npz"),
         (header_of((4,))[:-20], b"", "cannot be read as .npz"),
     ],
+    ids=["size", "expansion", "objects", "strings", "no array", "cut"],
 )
 def test_npz_with_false_header_raises_error(tmp_path: Path, header: bytes, content: bytes, message: str) -> None:
     write_npz(tmp_path / "train.npz", header, content)
