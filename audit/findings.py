@@ -84,9 +84,15 @@ def pair_splits(samples: Samples) -> tuple[list[SplitPair], Messages]:
     """Return the pairs of splits that have rows, rows sorted by id, and notes on those that have none."""
     order = np.array(sorted(range(len(samples)), key=samples.sample_id.__getitem__), dtype=np.intp)
     rows = {name: order[samples.split[order] == name] for name in SPLITS}
-    arrays = {"sample_id": samples.sample_id, "label": samples.label if samples.task == "classification" else None}
+    label = samples.label if samples.task == "classification" else None
     pairs = [
-        SplitPair(between=pair, reference_rows=rows[pair[0]], heldout_rows=rows[pair[1]], **arrays)
+        SplitPair(
+            between=pair,
+            reference_rows=rows[pair[0]],
+            heldout_rows=rows[pair[1]],
+            sample_id=samples.sample_id,
+            label=label,
+        )
         for pair in _PAIRS
         if len(rows[pair[0]]) and len(rows[pair[1]])
     ]

@@ -33,8 +33,9 @@ from .findings import (
     link_findings,
     pair_splits,
 )
-from .group_overlap import GroupColumn, group_columns, likeness, shared_groups
+from .group_overlap import GroupColumn, group_columns, shared_groups
 from .hashing import canonical_order
+from .likeness import likeness
 from .media.files import kind_of_path
 from .near_duplicates import MIN_ROWS, search_near_duplicates
 from .parsing import check_ranges

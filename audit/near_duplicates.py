@@ -165,12 +165,12 @@ class LogRatioInputs:
     def testable(self, rows: RowIndex) -> RowIndex:
         """Return those of these rows that have enough probabilities that are not 0."""
         parts = [(self.inputs.read(batch) > 0).sum(axis=1) >= MIN_FEATURES for batch in chunks(self.inputs, rows)]
-        return rows[np.concatenate([np.zeros(0, bool), *parts])]
+        return np.asarray(rows[np.concatenate([np.zeros(0, bool), *parts])])
 
     def read(self, rows: RowIndex) -> Matrix:
         """Read the log ratios of these rows, in this order: (len(rows), d)."""
         logs = np.log(np.maximum(self.inputs.read(rows).astype(np.float64), self.smallest))
-        return (logs - logs.mean(axis=1, keepdims=True)).astype(np.float32)
+        return np.asarray(logs - logs.mean(axis=1, keepdims=True), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

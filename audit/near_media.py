@@ -249,7 +249,7 @@ def _cut(thumbnails: Thumbnails, side: int, window: Window) -> Thumbnails:
     """Return a window of thumbnails (b, f, h, w) as (b, f, side, side)."""
     top, bottom, left, right = window
     rows = resampling(thumbnails.shape[-2], side, top, bottom)
-    return rows @ thumbnails @ resampling(thumbnails.shape[-1], side, left, right).T
+    return np.asarray(rows @ thumbnails @ resampling(thumbnails.shape[-1], side, left, right).T, dtype=np.float32)
 
 
 def _cut_each(thumbnails: Thumbnails, side: int, windows: NDArray[np.float64]) -> Thumbnails:
@@ -257,7 +257,7 @@ def _cut_each(thumbnails: Thumbnails, side: int, windows: NDArray[np.float64]) -
     height, top, width, left = windows.T
     rows = _weights(thumbnails.shape[-2], side, top, height)
     columns = _weights(thumbnails.shape[-1], side, left, width)
-    return rows[:, None] @ thumbnails @ columns[:, None].transpose(0, 1, 3, 2)
+    return np.asarray(rows[:, None] @ thumbnails @ columns[:, None].transpose(0, 1, 3, 2), dtype=np.float32)
 
 
 def _weights(length: int, cells: int, start: NDArray[np.float64], scale: NDArray[np.float64]) -> Thumbnails:
@@ -276,4 +276,4 @@ def _normalised(thumbnails: Thumbnails) -> Thumbnails:
 
 
 def _correlation(first: Thumbnails, second: Thumbnails) -> NDArray[np.float32]:
-    return np.einsum("bd,bd->b", first, second)
+    return np.asarray(np.einsum("bd,bd->b", first, second))

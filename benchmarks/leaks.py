@@ -27,8 +27,9 @@ from mmaudit.audit.dataset.samples import Samples
 from mmaudit.audit.errors import UnusableError
 from mmaudit.audit.features.fingerprints import SHAPES, Thumbnails, fingerprint
 from mmaudit.audit.features.matrix import MatrixInputs, RowIndex
-from mmaudit.audit.group_overlap import ALIKE_Z, likeness
+from mmaudit.audit.group_overlap import ALIKE_Z
 from mmaudit.audit.leakage import LeakageConfig, ModalityContent, find_leakage
+from mmaudit.audit.likeness import likeness
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.pictures import decode_frames
@@ -199,7 +200,8 @@ def feature_lines(name: str, matrix: NDArray[np.float32]) -> list[Line]:
     planted = np.concatenate([matrix, matrix[sources] + noise]).astype(np.float32)
     tested = np.arange(count, len(planted))
     links = near_links(MatrixInputs(matrix=planted), order[count // 5 :], tested, config=LeakageConfig(), seed=0)
-    found = 0 if isinstance(links, str) else sum(links.get(r) == s for r, s in zip(tested, sources, strict=True))
+    pairs = zip(tested.tolist(), sources.tolist(), strict=True)
+    found = 0 if isinstance(links, str) else sum(links.get(row) == source for row, source in pairs)
     return [
         Line(test="false alarms, near duplicates", data=name, found=alarms, of=NUM_SPLITS * (count // 5)),
         Line(test="recall, vectors, noise of 1%", data=name, found=found, of=len(sources)),
@@ -276,7 +278,7 @@ def leak_lines(data: Path) -> list[Line]:
     film_copies = {name: copy for name, copy in PICTURE_COPIES.items() if name != "shifted by a pixel"}
     faces = pd.read_parquet(data / "ravdess" / "ravdess.parquet")
     moments = pd.read_parquet(data / "mfeat" / "mfeat.parquet")
-    vectors = {name: np.stack(faces[name]).astype(np.float32) for name in ("audio", "video")}
+    vectors = {name: np.stack(faces[name].to_list()).astype(np.float32) for name in ("audio", "video")}
     return [
         *media_lines("av-digits", "image", digit_pictures, PICTURE_COPIES),
         *media_lines("mvsa-dev", "image", post_pictures, PICTURE_COPIES),
@@ -284,7 +286,7 @@ def leak_lines(data: Path) -> list[Line]:
         *media_lines("grid-digits", "audio", _decode_all(clips, decode_audio), SOUND_COPIES),
         *media_lines("grid-digits", "video", films, film_copies),
         *feature_lines("ravdess audio", np.unique(vectors["audio"], axis=0)),
-        *feature_lines("mfeat fou", np.unique(np.stack(moments.fou).astype(np.float32), axis=0)),
+        *feature_lines("mfeat fou", np.unique(np.stack(moments.fou.to_list()).astype(np.float32), axis=0)),
         *probability_lines(),
         *group_lines("ravdess", list(vectors.values()), faces.label.to_numpy(), {"actor": faces.actor.to_numpy()}),
     ]

@@ -434,7 +434,7 @@ def softmax(seed: int, *, scale: float, count: int = 600) -> NDArray[np.float32]
     logits = rng.standard_normal((count, 10))
     logits[np.arange(count), rng.integers(0, 10, count)] += 1.5
     exponentials = np.exp(scale * (logits - logits.max(axis=1, keepdims=True)))
-    return (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
 @pytest.mark.parametrize("decimals", [None, 4])

@@ -16,7 +16,8 @@ from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import Reason
 from mmaudit.audit.features.encode import encode_dataset
 from mmaudit.audit.features.encoded_samples import EncodedSamples, collect_encoded, select_usable
-from mmaudit.audit.leakage import Leakage, ModalityContent, find_leakage
+from mmaudit.audit.findings import Leakage
+from mmaudit.audit.leakage import ModalityContent, find_leakage
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
 

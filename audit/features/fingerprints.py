@@ -48,7 +48,7 @@ def fingerprint(decoded: Any, kind: str, config: MediaConfig) -> bytes:
     middles = [(2 * part + 1) * len(pictures) // (2 * frames) for part in range(frames)]
     grey = pictures[middles].astype(np.float32) @ LUMA
     small = resampling(grey.shape[1], height) @ grey @ resampling(grey.shape[2], width).T
-    return np.rint(small).astype(np.uint8).tobytes()
+    return bytes(np.rint(small).astype(np.uint8).tobytes())
 
 
 def _sound_levels(wave: NDArray[np.float32], sample_rate: int) -> NDArray[np.uint8]:
@@ -65,7 +65,7 @@ def _sound_levels(wave: NDArray[np.float32], sample_rate: int) -> NDArray[np.uin
     active = np.flatnonzero(energy >= ACTIVE * energy.max())
     power = power[active[0] : active[-1] + 1]
     levels = 1 - np.log(np.maximum(power / max(float(power.max()), 1e-20), POWER_RANGE)) / np.log(POWER_RANGE)
-    return np.rint(255 * (resampling(len(levels), num_segments) @ levels)).astype(np.uint8)
+    return np.asarray(np.rint(255 * (resampling(len(levels), num_segments) @ levels)), dtype=np.uint8)
 
 
 @lru_cache(maxsize=8)

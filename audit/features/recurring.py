@@ -74,4 +74,4 @@ def _is_common(inputs: Inputs, rows: RowIndex, sample: NDArray[np.float32], *, n
             bits -= np.log2(np.maximum(count, 1) / len(values))
         if (bits >= needed).all():
             break
-    return bits < needed
+    return np.asarray(bits < needed)
