@@ -183,7 +183,7 @@ def print_check(summary: dict[str, Any]) -> None:
     if not summary["leakage"]["leaks"]:
         print_line("no leaks found")
         for line in summary["leakage"]["sensitivity"]:
-            print_line(f"  can be found: {line}")
+            print_line(f"  sensitivity: {line}")
 
 
 def print_ingest(summary: dict[str, Any]) -> None:
