@@ -48,6 +48,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/balanced.py
+	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/honesty.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/resnet.py
 

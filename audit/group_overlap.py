@@ -213,6 +213,7 @@ def read_group_columns(dataset: Dataset) -> dict[str, NDArray[np.object_]]:
     """
     roles = dataset.columns
     used = {modality.column for modality in dataset.modalities} | {*roles.names} - {roles.group}
+    used -= set(roles.id) if len(roles.id) > 1 else set()  # the parts of an id may be groups
     columns = {}
     for field in dataset.schema:
         if field.name in used or not (field.name == roles.group or _may_group(field.type)):

@@ -159,7 +159,11 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _overlapping(folder: Path, scope: str) -> list[tuple[Path, Holder]]:
     overlapping = []
-    for path in sorted((folder / LOCK_FOLDER).glob("*.lock")):
+    try:
+        names = sorted(os.listdir(folder / LOCK_FOLDER))
+    except FileNotFoundError:  # no locks; not `glob`, which fails if another process removes the folder meanwhile
+        return []
+    for path in [folder / LOCK_FOLDER / name for name in names if name.endswith(".lock")]:
         entry = _read(path)
         if entry is None:
             continue

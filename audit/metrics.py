@@ -2,7 +2,8 @@
 
 n samples, m modalities, k classes. `confidence` c (n, m) is each modality's probability of the true class.
 
-Without groups every sample counts as independent, and a share has Wilson's interval.
+Without groups every sample counts as independent, and a share has Wilson's interval; with groups, intervals are those
+of the jackknife that leaves out one group at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import expit, logit, stdtrit
 
 from .errors import ConfigError, choices
 
@@ -213,31 +214,67 @@ def group_codes(group: NDArray[np.object_] | None) -> Groups:
     return np.asarray(codes, dtype=np.int64)
 
 
-def mean_interval(values: Array, groups: Groups, *, low: float = -1, high: float = 1) -> dict[str, float]:
-    """Compute the mean of values (n,) in [low, high] and its interval, from the sums over groups and Student's t.
+def mean_interval(
+    values: Array, groups: Groups, *, low: float = -1, high: float = 1, tail: float = 0.025
+) -> dict[str, float]:
+    """Compute the mean of values (n,) in [low, high] and its interval by Student's t.
 
-    A single group carries no information on other groups: its interval is all of [low, high].
+    The standard error is that of `jackknife`; `tail` is the probability on each side, .025 of a 95% interval. A
+    single group carries no information on other groups: its interval is all of [low, high].
     """
     centre = float(values.mean())
-    sums = values - centre if groups is None else np.bincount(groups, weights=values - centre)
-    if len(sums) < 2:
+    if (len(values) if groups is None else int(np.count_nonzero(np.bincount(groups)))) < 2:
         return {"mean": centre, "low": low, "high": high}
-    standard_error = np.sqrt((sums @ sums) * len(sums) / (len(sums) - 1)) / len(values)
-    half_width = float(stdtrit(len(sums) - 1, 0.975) * standard_error)
+    standard_error, df = jackknife(values, groups)
+    half_width = float(stdtrit(df, 1 - tail) * standard_error)
     return {"mean": centre, "low": max(low, centre - half_width), "high": min(high, centre + half_width)}
 
 
+def jackknife(values: Array, groups: Groups) -> tuple[float, float]:
+    """Compute the standard error of the mean of values (n,), leaving out one of G >= 2 groups at a time, and its df.
+
+    se^2 = (G - 1) / G sum (mean without g - mean)^2, df = max(1, n^2 / sum n_g^2 - 1): of equal groups G - 1, of
+    unequal ones fewer. Of ten groups of sizes .6^g the 95% interval covers .95 to .97 (benchmarks/coverage.py);
+    with the sums over groups and G - 1 it covered .79 to .86.
+    """
+    n, centre = len(values), values.mean()
+    if groups is None:
+        return float(np.sqrt(((values - centre) ** 2).sum() / (n * (n - 1)))), n - 1
+    sizes = np.bincount(groups)
+    deviation = np.bincount(groups, weights=values - centre)[sizes > 0] / (n - sizes[sizes > 0])
+    num_groups = len(deviation)
+    standard_error = np.sqrt((num_groups - 1) / num_groups * (deviation @ deviation))
+    return float(standard_error), max(1.0, float(n**2 / (sizes.astype(np.float64) ** 2).sum() - 1))
+
+
 def share_interval(rows: NDArray[np.bool_], groups: Groups) -> dict[str, float]:
-    """Compute the count and the share of true rows (n,) with Wilson's interval, or that of the groups if wider."""
-    count = int(rows.sum())
-    low, high = wilson_interval(count, len(rows))
+    """Compute the count and the share of true rows (n,) with Wilson's interval, or that by groups if wider.
+
+    By groups it is on the logit scale, with the standard error of `jackknife` over p (1 - p): at p = .95 an interval of
+    p itself covered .81 to .92, this one .90 to .99. A share that does not vary between groups has Wilson's interval
+    with as many trials as there are groups of equal size to the same effect.
+    """
+    n, count = len(rows), int(rows.sum())
+    share = count / n
+    low, high = wilson_interval(count, n)
     if groups is not None:
-        group_interval = mean_interval(rows.astype(np.float64), groups, low=0, high=1)
-        low, high = min(low, group_interval["low"]), max(high, group_interval["high"])
-    return {"n": count, "share": count / len(rows), "low": low, "high": high}
+        low_by_group, high_by_group = _logit_interval(rows.astype(np.float64), groups)
+        low, high = min(low, low_by_group), max(high, high_by_group)
+    return {"n": count, "share": share, "low": low, "high": high}
 
 
-def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
+def _logit_interval(rows: Array, groups: NDArray[np.int64]) -> tuple[float, float]:
+    n, share = len(rows), float(rows.mean())
+    if int(np.count_nonzero(np.bincount(groups))) < 2:
+        return 0.0, 1.0
+    standard_error, df = jackknife(rows, groups)
+    if standard_error < 1e-12:  # equal in every group, but for rounding
+        return wilson_interval(share * min(n, df + 1), min(n, df + 1))
+    half_width = float(stdtrit(df, 0.975)) * standard_error / (share * (1 - share))
+    return float(expit(logit(share) - half_width)), float(expit(logit(share) + half_width))
+
+
+def wilson_interval(successes: float, trials: float, *, z: float = 1.959964) -> tuple[float, float]:
     """Compute Wilson's score interval of a share, 95% by default (Wilson 1927)."""
     observed_share = successes / trials
     centre = observed_share + z * z / (2 * trials)

@@ -1,7 +1,8 @@
-"""Parsing within limits: JSON and its structure, configs from plain values, and .npy arrays."""
+"""Parsing within limits: text of any Unicode encoding, JSON and its structure, configs, and .npy arrays."""
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ import struct
 import tokenize
 import types
 import typing
+import unicodedata
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import IO, Any, NoReturn, TypeAlias, TypeVar
@@ -34,6 +36,36 @@ Shape: TypeAlias = "type | tuple[type | Mapping[str, Shape], ...] | Mapping[str,
 
 class RequiredKeys(dict[str, Any]):
     """The shape of an object whose keys are all required, except those that end in "?" and "*", any other key."""
+
+
+# UTF-32 first: its little-endian mark begins with that of UTF-16. Excel ("Unicode text") and PowerShell write UTF-16.
+_ENCODING_OF_MARK = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def encoding_of(data: bytes) -> str:
+    """Return the encoding that the byte order mark at the start of a text states; "utf-8-sig" if it has none."""
+    return next((encoding for mark, encoding in _ENCODING_OF_MARK.items() if data.startswith(mark)), "utf-8-sig")
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, UTF-16 or UTF-32 text without its byte order mark; ValueError with line and byte otherwise."""
+    encoding = encoding_of(data)
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line, start = data.count(b"\n", 0, error.start) + 1, data.rfind(b"\n", 0, error.start) + 1
+        name = encoding.removesuffix("-sig").upper()
+        raise ValueError(f"line {line}, byte {error.start - start + 1} is not {name}: save it as UTF-8") from error
+
+
+def fold_text(text: str) -> str:
+    """Return a text without differences of case, of blanks and of Unicode form (NFC or NFD), to compare it."""
+    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split())
 
 
 def parse_json(text: str | bytes) -> Any:

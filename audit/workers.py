@@ -122,12 +122,22 @@ _TASKS_PER_THREAD = 4  # prefetched at most: decoded videos take megabytes
 class Progress(Protocol):
     """Callback for the progress of a stage."""
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Report that `done` of `total` steps of a stage are done."""
+    def __call__(self, stage: str, done: int, total: int, *, detail: str = "") -> None:
+        """Report that `done` of `total` steps of a stage are done, and in `detail` what runs now."""
 
 
-def no_progress(stage: str, done: int, total: int) -> None:
+def no_progress(stage: str, done: int, total: int, *, detail: str = "") -> None:
     """Ignore progress."""
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in its largest unit, such as 40 s, 12 min, 2.5 h or 3 days."""
+    for limit, unit_seconds, unit in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            number = seconds / unit_seconds
+            is_short = unit == "h" and number < 9.95
+            return f"{number:.1f} {unit}".replace(".0 ", " ") if is_short else f"{number:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
 
 
 def default_workers() -> int:

@@ -79,7 +79,7 @@ def run_polars(scores: Path, out: Path) -> dict[str, Any]:
     """
     import run_polars as pl  # type: ignore[import-not-found, unused-ignore]
 
-    from mmaudit.rebalance.balanced import largest_level, share_among_classes
+    from mmaudit.rebalance.balanced import fill_bins, share_among_classes
 
     rows = (
         pl.scan_parquet(scores / "*.parquet")
@@ -107,7 +107,7 @@ def run_polars(scores: Path, out: Path) -> dict[str, Any]:
     quotas = []
     for counts_of_split in table:
         by_bin = counts_of_split.sum(axis=1)
-        quotas.append(share_among_classes(counts_of_split, np.minimum(by_bin, largest_level(by_bin, tolerance=0.05))))
+        quotas.append(share_among_classes(counts_of_split, fill_bins(by_bin, tolerance=0.05)))
     quota = np.stack(quotas)[split_index, counts["bin"].to_numpy(), counts["label"].to_numpy()]
     quotas_of = counts.select(cell).with_columns(threshold=pl.Series(quota.astype(np.float64)))
     ranked = rows.join(quotas_of.lazy(), on=cell).with_columns(

@@ -1,4 +1,4 @@
-"""Simulation of the table in audit/scores/mixture.py, printed as Python. Takes a few minutes on two cores.
+"""Simulation of the table in audit/scores/dip.py, printed as Python. Takes a few minutes on two cores.
 
 Run with: python benchmarks/dip_table.py
 """
@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
-from mmaudit.audit.scores.mixture import LEVELS, SIZES, dip
+from mmaudit.audit.scores.dip import LEVELS, SIZES, dip
 
 NUM_DRAWS = 20_000  # of which 20 are above the last level, 0.999
 SEED = 0

@@ -55,7 +55,7 @@ def seconds_per_epoch(examples: Examples, config: TrainConfig, device: str) -> f
     """Return the median seconds of the epochs after the first; 0 if there is only one."""
     ends: list[float] = []
 
-    def progress(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: int, total: int, *, detail: str = "") -> None:
         if device == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())

@@ -175,7 +175,7 @@ def run_mmaudit(
     )
     ends, encoded = list[float](), [0]
 
-    def progress(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: int, total: int, *, detail: str = "") -> None:
         _wait(device)
         ends.append(clock())
         encoded.append(0)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..audit.dataset.samples import read_samples
+import numpy as np
+
+from ..audit.dataset.columns import SPLITS
+from ..audit.dataset.samples import Samples, read_samples
 from ..audit.downloads.ingest import Ingested
 from ..audit.downloads.ingest import ingest as ingest_download
 from ..audit.errors import Quarantined
@@ -17,7 +21,7 @@ from ..audit.group_overlap import read_group_columns
 from ..audit.leakage import ModalityContent, find_leakage
 from ..audit.locks import write_lock
 from .config import RunConfig, load_config
-from .console import progress_bars
+from .progress import progress_bars
 from .provenance import open_encodable
 from .run import Run
 from .scoring import data_settings, encode_missing, pick_device
@@ -33,6 +37,11 @@ class CheckResult:
         num_usable: Samples that can be scored.
         modalities: The modalities, each as NAME=COLUMN:KIND and its encoder.
         unusable: Counts of unusable samples by reason and modality, each with an example.
+        task: classification, multilabel or regression.
+        classes: Samples of each class; for multilabel of each label, for regression of each stratum. The most frequent
+            come first.
+        splits: Samples of each split.
+        split_source: "data" if the data state the splits, "cut" if they state none and a test split was cut here.
         leakage: What train and test share.
     """
 
@@ -41,6 +50,10 @@ class CheckResult:
     num_usable: int
     modalities: tuple[str, ...]
     unusable: tuple[dict[str, Any], ...]
+    task: str
+    classes: dict[str, int]
+    splits: dict[str, int]
+    split_source: str
     leakage: Leakage
 
     @property
@@ -57,6 +70,10 @@ class CheckResult:
             "usable": self.num_usable,
             "modalities": list(self.modalities),
             "unusable": list(self.unusable),
+            "task": self.task,
+            "classes": self.classes,
+            "splits": self.splits,
+            "split_source": self.split_source,
             "leakage": self.leakage.to_json(),
         }
 
@@ -117,7 +134,7 @@ def check(
         encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
         task: classification, multilabel or regression; by default classification.
         label: Label column.
-        id: Id column.
+        id: Id column, or several that are unique together: video_id,clip_id.
         group: Group column: samples of one group always share a fold.
         split: Split column; none: ignore it and cut a test split.
         allow_outside: Allow paths outside the metadata's folder.
@@ -177,8 +194,25 @@ def check(
         num_usable=len(rows),
         modalities=tuple(str(modality) for modality in dataset.modalities),
         unusable=tuple(_by_reason(left_out)),
+        task=samples.task,
+        classes=_class_counts(samples),
+        splits={name: count for name in SPLITS if (count := int((samples.split == name).sum()))},
+        split_source="data" if dataset.columns.split else "cut",
         leakage=leakage,
     )
+
+
+def _class_counts(samples: Samples) -> dict[str, int]:
+    """Return the number of samples of each class, label or stratum, the most frequent first."""
+    if samples.task == "multilabel" and samples.values is not None:
+        names, counts = samples.outputs, np.nansum(samples.values, axis=0).astype(int).tolist()
+    else:
+        names = samples.class_names
+        counts = np.bincount(samples.label[samples.label >= 0], minlength=len(names)).tolist()
+    count_of: Counter[str] = Counter()  # two classes may have one name
+    for name, count in zip(names, counts, strict=True):
+        count_of[name] += count
+    return dict(sorted(count_of.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:

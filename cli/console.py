@@ -1,27 +1,24 @@
-"""Output on the terminal: progress bars and results as text."""
+"""Output on the terminal: log and results as text."""
 
 from __future__ import annotations
 
 import csv
 import logging
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..audit.errors import printable
 
 if TYPE_CHECKING:
-    from ..audit.workers import Progress
     from ..rebalance.diff import ManifestDiff
     from ..rebalance.verify import Verification
     from .manifests import Epoch
 
 _BALANCED_SHARE = (0.4, 0.6)  # share of samples with D > 0; outside this range a balanced split gets a warning
+_NAME_CELLS = 32  # of a name in a table; three such columns and the numbers fill a wide terminal
 _SPLIT_ORDER = ("train", "validation", "test", "all")
-_LINE_SECONDS = 10.0  # between two lines of progress if stderr is not a terminal
 
 
 def print_status(line: str) -> None:
@@ -67,74 +64,6 @@ def configure_logging(level: int = logging.INFO, *, with_seconds: bool = False) 
     logging.raiseExceptions = False  # a closed terminal or a full disk for the log does not fail the command
 
 
-@contextmanager
-def progress_bars(shown: bool = True) -> Iterator[Progress]:
-    """Yield a progress callback that draws bars in a terminal or notebook, and else prints a line every ten seconds.
-
-    If it is not `shown` it prints nothing. An interrupt is raised at the next call.
-    """
-    from .failures import begin_stage, raise_if_interrupted
-
-    with _drawing(shown) as draw:
-
-        def progress(stage: str, done: int, total: int) -> None:
-            raise_if_interrupted()
-            begin_stage(stage)
-            draw(stage, done, total)
-
-        yield progress
-
-
-@contextmanager
-def _drawing(shown: bool) -> Iterator[Progress]:
-    """Yield a function that shows the progress of a stage."""
-    if not shown:
-        yield lambda stage, done, total: None
-    elif "ipykernel" in sys.modules:
-        yield _draw_in_notebook
-    elif not sys.stderr.isatty():
-        yield _Lines()
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description:>8}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            tasks: dict[str, Any] = {}
-
-            def draw(stage: str, done: int, total: int) -> None:
-                if stage not in tasks or bars.tasks[tasks[stage]].finished:
-                    tasks[stage] = bars.add_task(printable(stage), total=total)
-                bars.update(tasks[stage], completed=done, total=total)
-
-            yield draw
-
-
-def _draw_in_notebook(stage: str, done: int, total: int) -> None:
-    """Draw a bar of 40 characters on one line of the cell's output; rich's bars need ipywidgets there."""
-    filled = 40 * done // max(total, 1)
-    end = "\n" if done >= total else ""
-    print(f"\r{printable(stage):>8} {'#' * filled}{'.' * (40 - filled)} {done}/{total}", end=end, file=sys.stderr)
-
-
-class _Lines:
-    """Progress as a line every ten seconds; shorter stages print none."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        seconds = time.monotonic()
-        if seconds - self._last >= _LINE_SECONDS:
-            self._last = seconds
-            print_status(f"{stage}: {done} of {total}")
-
-
 def print_score(record: dict[str, Any]) -> None:
     """Print the counts of scored and quarantined samples, and the metrics of the probes."""
     counts = record["counts"]
@@ -149,22 +78,36 @@ def print_score(record: dict[str, Any]) -> None:
     if record["quarantine"]:
         print_line(f"  by sample: {Path(record['report']).parent / 'quarantine.parquet'}")
     probe_report = record["probe_report"]
+    width = _column_width((entry["name"] for entry in probe_report["probe_metrics"]), minimum=10)
     for entry in probe_report["probe_metrics"]:
-        name, metric = entry["name"], probe_report["metric"]
+        name, metric = _cell(entry["name"], width), probe_report["metric"]
         print_line(
-            f"  {name:>10}  {entry['value']:.3f}  {metric} out of fold, 95% [{entry['low']:.3f}, {entry['high']:.3f}]"
+            f"  {name}  {entry['value']:.3f}  {metric} out of fold, 95% [{entry['low']:.3f}, {entry['high']:.3f}]"
         )
-    print_line(f"  {'chance':>10}  {probe_report['chance']:.3f}")
-    for entry in probe_report["controls"]:
-        if entry["leaks"]:
-            print_line(
-                f"  warning: probe of {entry['name']} on shuffled labels reaches {entry['value']:.3f}, above chance "
-                f"({entry['chance']:.3f}): the labels leak into its features or folds"
-            )
-    for leak in record["label_leaks"]:
-        print_line(f"  warning: {leak['message']}")
+    print_line(f"  {'chance':>{width}}  {probe_report['chance']:.3f}")
     print_line(f"  gap mixture: {record['gap_verdict']}")
+    _print_stability(record)
+    for warning in record["warnings"]:
+        print_line(f"  warning: {warning}")
+    print_line(record["headline"])
     print_line(f"report: {record['report']}")
+
+
+def _print_stability(record: dict[str, Any]) -> None:
+    """Print the shares of balanced samples that all modalities get right or wrong, and the reliability."""
+    if side := record["balanced_side"]:
+        shares = f"{side['all_correct']:.0%} right by all modalities, {side['all_wrong']:.0%} wrong by all"
+        print_line(f"  balanced: {side['n']} samples, {shares}")
+    if record["margin_check"]["survives"]:
+        print_line(
+            "  the modes remain with the modalities paired at random within classes: they are not in the pairing"
+        )
+    halves = record["halves"] or {"reliability": [], "reason": "probe.halves is off"}
+    values = ", ".join(f"{row['modality']} r = {row['r']:.2f}, z = {row['z']:.1f}" for row in halves["reliability"])
+    print_line(f"  discrepancy by halves of the features: {values or 'not measured: ' + halves['reason']}")
+
+
+_MAX_CLASSES = 12  # that are printed
 
 
 def print_check(summary: dict[str, Any]) -> None:
@@ -176,14 +119,28 @@ def print_check(summary: dict[str, Any]) -> None:
         print_line(
             f"  unusable: {group['count']} x {group['reason']}, {group['modality'] or 'sample'}: {group['example']}"
         )
+    noun = {"multilabel": "labels", "regression": "ranges of the target"}.get(summary["task"], "classes")
+    print_line(f"  {len(summary['classes'])} {noun}: {_counts_text(summary['classes'])}")
+    is_cut = summary["split_source"] == "cut"
+    splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
+    print_line(f"  splits: {splits}" + ("; the data state none, so that a test split was cut" if is_cut else ""))
     for note in summary["leakage"]["notes"]:
         print_line(f"  note: {note}")
     for finding in summary["leakage"]["findings"]:
         print_line(f"  LEAK: {finding['message']}")
     if not summary["leakage"]["leaks"]:
-        print_line("no leaks found")
+        print_line("the data state no splits: only the split cut here was tested" if is_cut else "no leaks found")
         for line in summary["leakage"]["sensitivity"]:
             print_line(f"  sensitivity: {line}")
+
+
+def _counts_text(counts: dict[str, int]) -> str:
+    """Return names with their counts, the most frequent first: of more than a dozen the first and last six."""
+    texts = [f"{name}: {count}" for name, count in counts.items()]
+    if len(texts) > _MAX_CLASSES:
+        half = _MAX_CLASSES // 2
+        texts = [*texts[:half], f"and {len(texts) - 2 * half} more", *texts[-half:]]
+    return ", ".join(texts)
 
 
 def print_ingest(summary: dict[str, Any]) -> None:
@@ -230,9 +187,16 @@ def _print_distances_by_split(summary: dict[str, Any]) -> None:
 
 def _print_balance(summary: dict[str, Any]) -> None:
     after = summary["after"]
+    if halves := summary["halves"]:
+        print_line(
+            f"  by halves of the features: distance {halves['selected']:.3f} by the half it is selected by, "
+            f"{halves['measured']:.3f} by the other ({halves['chance']:.3f} by chance)"
+        )
     if round(summary["effective_size"]) < summary["kept"]:
         print_line(f"  effective sample size with weights: {summary['effective_size']:.0f} of {summary['kept']}")
-    worst = ", ".join(f"{row['name']} {row['distance_after']:.2f}" for row in summary["least_uniform_classes"])
+    names = [_cell(row["name"], _column_width([row["name"]])) for row in summary["least_uniform_classes"]]
+    distances = [row["distance_after"] for row in summary["least_uniform_classes"]]
+    worst = ", ".join(f"{name} {distance:.2f}" for name, distance in zip(names, distances, strict=True))
     print_line(f"  least uniform classes: {worst}")
     if summary["empty_bins"]:
         print_line(f"  empty bins: {', '.join(map(str, summary['empty_bins']))}; uniform over the other bins")
@@ -295,18 +259,42 @@ def print_export(summary: dict[str, Any]) -> None:
     print_line(f"files: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}")
 
 
+def _cell(text: str, width: int) -> str:
+    """Align a text to the right of a column, which wide characters of Chinese or emoji fill by two cells each.
+
+    A longer text is cut in the middle; the end distinguishes NAME-dominated-0.2 from NAME-dominated-0.4.
+    """
+    from rich.cells import cell_len
+
+    text, kept = printable(text), len(text)
+    while cell_len(cut := text if kept >= len(text) else f"{text[: kept // 3]}…{text[kept // 3 - kept :]}") > width:
+        kept -= 1
+    return " " * (width - cell_len(cut)) + cut
+
+
+def _column_width(names: Iterable[str], *, minimum: int = 0) -> int:
+    """Return the width of a column that holds these names, at most _NAME_CELLS."""
+    from rich.cells import cell_len
+
+    return min(max([minimum, *(cell_len(printable(name)) for name in names)]), max(_NAME_CELLS, minimum))
+
+
 def print_finetune(metrics: dict[str, Any]) -> None:
     """Print the accuracy on the test split, overall and by subset."""
     counts, chance = metrics["counts"], metrics["chance"]
     print_line(
         f"trained on {counts['train']}, validated on {counts['validation']}, tested on {counts['test']} samples; "
-        f"epoch kept: {metrics['best_epoch']}; chance {chance['majority']:.3f}"
+        f"epoch kept: {metrics['best_epoch']}; guessing: uniform {chance['uniform']:.3f}, majority "
+        f"{chance['majority']:.3f}"
     )
     branches = sorted(metrics["test"]["all"]["branches"], key=lambda name: (name == "fused", name))
-    print_line(f"  {'accuracy':>24} {'n':>6} " + " ".join(f"{name:>10.10}" for name in branches))
+    width, widths = _column_width(metrics["test"], minimum=24), [_column_width([name], minimum=10) for name in branches]
+    heads = [_cell(name, size) for name, size in zip(branches, widths, strict=True)]
+    print_line(f"  {'accuracy':>{width}} {'n':>6} {' '.join(heads)}")
     for name, subset in sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
-        cells = [f"{subset['branches'][key]['accuracy']:>10.3f}" if subset["n"] else f"{'-':>10}" for key in branches]
-        print_line(f"  {name:>24} {subset['n']:>6} " + " ".join(cells))
+        values = [f"{subset['branches'][key]['accuracy']:.3f}" if subset["n"] else "-" for key in branches]
+        cells = [_cell(value, size) for value, size in zip(values, widths, strict=True)]
+        print_line(f"  {_cell(name, width)} {subset['n']:>6} {' '.join(cells)}")
     fused = metrics["test"]["all"]["branches"]["fused"]
     interval = f"[{fused['accuracy_low']:.3f}, {fused['accuracy_high']:.3f}]"
     print_line(f"  fused: 95% {interval}, MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
@@ -327,13 +315,15 @@ def print_evaluate(evaluation: dict[str, Any]) -> None:
         print_line(
             f"  {evaluation['num_trained_on']} of them were used in training or validation: metrics are too high"
         )
-    measures = ("accuracy", "map", "macro_f1", "ece")
-    print_line(f"  {'':>24} {'n':>6} {'branch':>10} " + " ".join(f"{name:>9}" for name in measures))
-    for name, subset in sorted(evaluation["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
+    measures, tested = ("accuracy", "map", "macro_f1", "ece"), evaluation["test"]
+    branch_names = {name for subset in tested.values() for name in subset.get("branches", {})}
+    width, branch_width = _column_width(tested, minimum=24), _column_width(branch_names, minimum=10)
+    print_line(f"  {'':>{width}} {'n':>6} {'branch':>{branch_width}} " + " ".join(f"{name:>9}" for name in measures))
+    for name, subset in sorted(tested.items(), key=lambda pair: (pair[0] != "all", pair[0])):
         branches = sorted(subset.get("branches", {}).items(), key=lambda pair: (pair[0] != "fused", pair[0]))
         for branch, values in branches:
             cells = " ".join(f"{values[key]:>9.3f}" for key in measures)
-            print_line(f"  {name:>24} {subset['n']:>6} {branch:>10.10} {cells}")
+            print_line(f"  {_cell(name, width)} {subset['n']:>6} {_cell(branch, branch_width)} {cells}")
     classes = evaluation["test_by_class"].items()
     weakest = sorted((row["branches"]["fused"]["recall"], name) for name, row in classes if row["n"])[:3]
     print_line(f"  lowest recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")

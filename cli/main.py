@@ -66,7 +66,7 @@ _UNTRUSTED = "For a manifest that was not made by you on this machine"
 _TRAINING, _SETTINGS, _EXECUTION = "Training", "Settings", "Execution"
 # Panels of the options that are not in the first one, which holds at most a dozen.
 _PANELS: dict[str | tuple[str, str], str] = {
-    **dict.fromkeys(("config", "settings", "seed", "learn_from", "repeats"), _SETTINGS),
+    **dict.fromkeys(("config", "settings", "seed", "learn_from", "repeats", "thorough"), _SETTINGS),
     **dict.fromkeys(("device", "num_workers", "json", "dump"), _EXECUTION),
     **dict.fromkeys(("balanced", "subset", "dominated", "gmm", "like", "intersect", "exclude"), _SELECTION),
     **dict.fromkeys(("tolerance", "size", "bins", "by", "grid", "between", "resplit"), _RULE),

@@ -17,7 +17,7 @@ from ..rebalance.curriculum import batch_rows, epoch_order, id_keys, num_steps, 
 from ..rebalance.diff import ManifestDiff, diff_manifests
 from ..rebalance.manifest import Manifest, compute_digests, read_manifest, read_provenance
 from .config import RunConfig, load_config
-from .console import progress_bars
+from .progress import progress_bars
 from .provenance import Origin, SourceOptions, open_source, origin_of
 from .run import Run
 

@@ -231,6 +231,10 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
         "gap_verdict": _verdict(audit.mixture),
         "class_check": audit.class_check.to_json(),
         "label_leaks": [asdict(leak) for leak in _label_leaks(dataset, audit)],
+        "margin_check": audit.margin_check.to_json(),
+        "balanced_side": audit.balanced_side,
+        "halves": None if audit.halves is None else audit.halves.to_json(),
+        "bisections": None if audit.bisections is None else audit.bisections.to_json(),
         "seconds": seconds,
     }
 
@@ -398,7 +402,7 @@ def _names(modalities: list[dict[str, Any]]) -> str:
 
 def _verdict(mixture: Mixture) -> str:
     if mixture.bimodal:
-        return "bimodal; p_balanced is its posterior"
+        return "two or more modes; p_balanced is the posterior of the mixture"
     return f"not bimodal ({'; '.join(mixture.reasons)}); p_balanced is the rule gap <= {mixture.threshold:g}"
 
 

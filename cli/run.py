@@ -22,7 +22,7 @@ from ..audit.storage import flush, read_json, write_json
 
 _STAGED, _COMMITTED, _CLEARED = ".overwrite-new", ".overwrite-committed", ".overwrite-cleared"
 _JOURNAL = "swap.json"
-RUN_SCHEMA = "mmaudit.run/2"  # of run.json; another number means other keys
+RUN_SCHEMA = "mmaudit.run/3"  # of run.json; another number means other keys
 _WAIT_SECONDS = 60.0
 
 
@@ -363,7 +363,7 @@ _VALUE = RequiredKeys(name=str, value=float, low=float, high=float)
 _PROBE_REPORT = RequiredKeys(
     metric=str,
     chance=float,
-    probe_metrics=[RequiredKeys(**_VALUE, loss=float, calibration=(_CALIBRATION, _NULL))],
+    probe_metrics=[RequiredKeys(**_VALUE, loss=float, beats_prior=bool, calibration=(_CALIBRATION, _NULL))],
     gain_over_best=_GAIN,
     gains=[_GAIN],
     controls=[RequiredKeys(**_VALUE, num_rows=int, chance=float, leaks=bool)],
@@ -394,6 +394,15 @@ _RECORD: Shape = RequiredKeys(
     gap_verdict=str,
     class_check=RequiredKeys(verdict=str),
     label_leaks=[RequiredKeys(what=str, modality=str, message=str)],
+    margin_check=RequiredKeys(num_permutations=int, num_bimodal=(int, _NULL), survives=bool),
+    balanced_side=(RequiredKeys(n=int, all_correct=float, all_wrong=float), _NULL),
+    halves=(RequiredKeys(num_rows=int, reason=str, reliability=[RequiredKeys(modality=str, r=float, z=float)]), _NULL),
+    bisections=(
+        RequiredKeys(
+            num_rows=int, reason=str, errors=[RequiredKeys(modality=str, ahead=float, behind=float, lean=float)]
+        ),
+        _NULL,
+    ),
     seconds={},
 )
 _INTERVAL = RequiredKeys(mean=float, low=float, high=float)
@@ -408,7 +417,7 @@ _METRICS = RequiredKeys(
         "counts": RequiredKeys(train=int, validation=int, test=int),
         "test": RequiredKeys({"all": _SUBSET, "*": _SUBSET}),
         "best_epoch": int,
-        "chance": RequiredKeys(majority=float),
+        "chance": RequiredKeys(uniform=float, majority=float),
         "test_labels_in_scores": bool,
         "contribution?": RequiredKeys(
             n=int,

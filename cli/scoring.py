@@ -17,16 +17,19 @@ from ..audit.errors import ConfigError, RunError, quarantine_table
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import collect_encoded
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
+from ..audit.parsing import RequiredKeys
 from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from ..audit.scores.table import ScoreTable, write_scores
-from ..audit.storage import write_json, write_parquet
+from ..audit.storage import read_json, write_json, write_parquet
 from ..audit.workers import Progress, default_workers
 from .config import RunConfig, load_config
-from .console import progress_bars
+from .progress import progress_bars
 from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
 from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
 
 log = logging.getLogger("mmaudit")
+
+_REPORT = RequiredKeys(verdict=RequiredKeys(headline=str, warnings=[str]))  # of report.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,9 @@ class ScoreResult:
         num_samples: Samples in the data: those scored and those quarantined.
         num_scored: Samples with a score.
         num_quarantined: Samples without a score; quarantine.parquet states the reasons.
-        gap_verdict: Whether the modality gap is bimodal, and why.
+        gap_verdict: Whether the modality gap has two or more modes, and why not.
+        headline: Headline of the report.
+        warnings: Warnings of the report.
         record: Content of run.json.
     """
 
@@ -49,6 +54,8 @@ class ScoreResult:
     num_scored: int
     num_quarantined: int
     gap_verdict: str
+    headline: str
+    warnings: tuple[str, ...]
     record: dict[str, Any]
 
     @property
@@ -57,8 +64,9 @@ class ScoreResult:
         return Run(self.run).scores()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of run.json, and the path of the report."""
-        return {**self.record, "report": str(self.report)}
+        """Return the content of run.json, and the path, headline and warnings of the report."""
+        verdict = {"headline": self.headline, "warnings": list(self.warnings)}
+        return {**self.record, **verdict, "report": str(self.report)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +102,7 @@ def score(
     allow_outside: bool = False,
     learn_from: str | None = None,
     repeats: int | None = None,
+    thorough: bool = False,
     overwrite: bool = False,
     seed: int | None = None,
     device: str = "auto",
@@ -113,12 +122,13 @@ def score(
         encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
         task: classification, multilabel or regression; by default classification.
         label: Label column.
-        id: Id column.
+        id: Id column, or several that are unique together: video_id,clip_id.
         group: Group column: samples of one group always share a fold.
         split: Split column; none: ignore it and cut a test split.
         allow_outside: Allow paths outside the metadata's folder.
         learn_from: all, or train to keep test labels out of the probes; by default all.
         repeats: Repeats of cross-fitting; by default 3.
+        thorough: Also measure what holds for other samples of the same kind; takes twice as long.
         overwrite: Replace a finished run, and remove the manifests and fine-tunings of its scores.
         seed: Random seed; by default 0.
         device: auto, cpu or cuda.
@@ -151,6 +161,7 @@ def score(
         allow_outside=allow_outside,
     )
     keywords |= {"seed": seed, "probe.learn_from": learn_from, "probe.repeats": repeats}
+    keywords |= {"probe.thorough": thorough or None}
     config = load_config(config, settings, keywords)
     device = pick_device(device)
     dataset = open_encodable(data, config.data)
@@ -168,7 +179,7 @@ def score(
                     _write_report(run_dir)
                     return _score_result(run_dir)
         _check_unchanged(run_dir, dataset, config, encode)
-    if not run_dir.report_file.exists():
+    if not (run_dir.report_file.exists() and run_dir.report_file.with_suffix(".json").exists()):
         report(run=run_dir.folder)
     return _score_result(run_dir)
 
@@ -207,6 +218,7 @@ def _write_report(run_dir: Run) -> Path:
 def _score_result(run_dir: Run) -> ScoreResult:
     record = run_dir.record()
     counts = record["counts"]
+    verdict = read_json(run_dir.report_file.with_suffix(".json"), error=RunError, shape=_REPORT)["verdict"]
     return ScoreResult(
         run=run_dir.folder,
         report=run_dir.report_file,
@@ -214,6 +226,8 @@ def _score_result(run_dir: Run) -> ScoreResult:
         num_scored=counts["scored"],
         num_quarantined=counts["quarantined"],
         gap_verdict=record["gap_verdict"],
+        headline=verdict["headline"],
+        warnings=tuple(verdict["warnings"]),
         record=record,
     )
 

@@ -33,7 +33,7 @@ from ..train.optimizer import DistributedContext, local_device, open_distributed
 from ..train.sampling import SAMPLERS
 from ..train.tracking import load_trackers
 from .config import RunConfig, load_config, to_toml, without_none
-from .console import progress_bars
+from .progress import progress_bars
 from .provenance import SourceOptions, open_source, origin_of, own_record, saw_test_labels
 from .run import Run, new_finetune, read_metrics, swap_finetune
 from .scoring import pairs, pick_device

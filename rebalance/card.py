@@ -155,11 +155,18 @@ def _histogram(balance: dict[str, Any], between: str) -> list[str]:
 
 
 def _splits(balance: dict[str, Any]) -> list[str]:
-    distances = balance["distances"]
-    if len(distances) < 2:
-        return []
-    distances_text = ", ".join(f"{escape_markdown(name)} {_number(value)}" for name, value in distances.items())
-    return [f"Distance to uniform by split: {distances_text}."]
+    """Return the distance of each split, and that by features that the split is not selected by."""
+    distances, halves = balance["distances"], balance.get("halves")
+    lines = []
+    if len(distances) > 1:
+        distances_text = ", ".join(f"{escape_markdown(name)} {_number(value)}" for name, value in distances.items())
+        lines.append(f"Distance to uniform by split: {distances_text}.")
+    if halves:
+        lines.append(
+            f"Selected by half of the features and measured by the other half: {_number(halves['measured'])} "
+            f"({_number(halves['chance'])} by chance in a uniform sample of as many)."
+        )
+    return lines
 
 
 def _worst_class(balance: dict[str, Any]) -> list[str]:

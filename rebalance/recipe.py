@@ -15,6 +15,7 @@ from ..audit.errors import ConfigError, GateError, ManifestError
 from ..audit.parsing import build_config
 from ..audit.storage import write_json
 from .balanced import BalancedConfig, BalancedRule, plan_balanced
+from .half_distances import measure_by_halves
 from .manifest import balance_path, read_batches_of_manifest, read_provenance, read_stated_digests
 from .resplit import parse_shares, resplit
 from .score_tables import ManifestMembers, ScoreFiles, check_same_dataset, hash_keys
@@ -116,6 +117,7 @@ def make_split(
             _check_gate(rule, selection)
         if rule.config.grid:
             extra["grid_distances"] = rule.distances(selection.counts, selection.quota)
+        extra["halves"] = measure_by_halves(score_files, rule, num_eligible=int(selection.counts.sum()))
         extra |= {"curve": [asdict(point) for point in rule.curve(selection.counts)], "grid": rule.config.grid}
     num_bins = rule.num_bins if isinstance(rule, BalancedRule) else _REPORT_BINS
     path = path_of(name)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..audit.errors import ManifestError, ScoreError
 from ..audit.hashing import hash_ids
 from ..audit.metrics import Floats, discrepancy_between, gap
-from ..audit.scores.table import COLUMNS, PROVENANCE, Column, ScoreTable, check_score_schema, score_modalities
+from ..audit.scores.table import COLUMNS, HALVES, PROVENANCE, Column, ScoreTable, check_score_schema, score_modalities
 from ..audit.storage import parse_provenance
 from .score_files import (
     MEASURES,
@@ -120,20 +120,23 @@ class ScoreFiles:
     # New splits instead of the table's, as indices into `splits`.
     assign: Callable[[ScoreBatch], NDArray[np.int16]] | None = None
 
-    def batches(self, *, all_columns: bool = False, ordered: bool = True) -> Iterator[ScoreBatch]:
+    def batches(self, *, all_columns: bool = False, ordered: bool = True, halves: bool = False) -> Iterator[ScoreBatch]:
         """Yield all rows once, with read-ahead; unless `ordered`, two files at a time, batches as they come.
 
         Only columns needed for selection are read and checked; `all_columns` reads those of a manifest, unchecked,
-        after a first pass. Raises ScoreError for values that are null or out of range, naming the first.
+        after a first pass, and `halves` also the scores by halves of the features. Raises ScoreError for values that
+        are null or out of range, naming the first.
         """
         if ordered or len(self.files) == 1:
-            return prefetch(self._read_batches(self.files, all_columns=all_columns))
-        halves = (self.files[::2], self.files[1::2])
-        return prefetch(*(self._read_batches(files, all_columns=all_columns) for files in halves))
+            return prefetch(self._read_batches(self.files, all_columns=all_columns, halves=halves))
+        parts = (self.files[::2], self.files[1::2])
+        return prefetch(*(self._read_batches(files, all_columns=all_columns, halves=halves) for files in parts))
 
-    def _read_batches(self, files: Sequence[ScoreFile], *, all_columns: bool) -> Iterator[ScoreBatch]:
+    def _read_batches(
+        self, files: Sequence[ScoreFile], *, all_columns: bool, halves: bool = False
+    ) -> Iterator[ScoreBatch]:
         unused = {"label_name"} & set(self.coded) if all_columns else {*self.paths, *_ONLY_WRITTEN}
-        columns = [name for name in self.columns if name not in unused]
+        columns = [name for name in self.columns if name not in unused and (halves or not _is_half(name))]
         if "label" not in columns:
             columns.append("label_name")
         for file in files:
@@ -210,7 +213,8 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
         columns=tuple(
             name
             for name in columns
-            if name not in survey.empty_columns and (name in _USED or name in paths or name.startswith("confidence_"))
+            if name not in survey.empty_columns
+            and (name in _USED or name in paths or name.startswith("confidence_") or _is_half(name))
         ),
         coded=("label_name",) * survey.one_name_per_class + ("split",) * survey.every_row_has_split,
         num_rows=survey.num_rows,
@@ -221,6 +225,10 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
         provenance=provenance,
         seed=seed,
     )
+
+
+def _is_half(name: str) -> bool:
+    return name.startswith(tuple(f"{half}_" for half in HALVES))
 
 
 def hash_keys(ids: pa.ChunkedArray, *, seed: int) -> NDArray[np.uint64]:

@@ -57,6 +57,7 @@ _SHAPE = RequiredKeys(  # of NAME.balance.json, which also has the recipe
         ],
         "curve?": [RequiredKeys(tolerance=float, size=int, distance=float)],
         "grid?": bool,
+        "halves?": (RequiredKeys(num_rows=int, kept=float, selected=float, measured=float, chance=float), type(None)),
         "recipe": {"balanced": (dict, type(None))},
         "digest": str,
     }

@@ -40,13 +40,11 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_logging() -> Iterator[None]:
-    """Undo what a command changes of the logger, which would hide the log from later tests of this process."""
+def _same_logging() -> None:
+    """Undo what a command of an earlier test or of a module's fixture changed of the logger, which hides the log."""
     logger = logging.getLogger("mmaudit")
-    before, level, propagate = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.propagate = before, propagate
-    logger.setLevel(level)
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,7 +35,15 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
     gains = [{"name": name, "gain": 0.0, "low": 0.0, "high": 0.0} for name in ("audio", "visual")]
     calibration = {"temperature": 1.0, "ece_before": 0.1, "ece_after": 0.0, "num_rows": 10}
     probe_metrics = [
-        {"name": name, "value": 0.5, "low": 0.4, "high": 0.6, "loss": 0.7, "calibration": calibration}
+        {
+            "name": name,
+            "value": 0.5,
+            "low": 0.4,
+            "high": 0.6,
+            "loss": 0.7,
+            "beats_prior": True,
+            "calibration": calibration,
+        }
         for name in ("audio", "visual", "fused")
     ]
     record = {
@@ -67,6 +75,10 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         "gap_verdict": "",
         "class_check": {"verdict": ""},
         "label_leaks": [],
+        "margin_check": {"num_permutations": 20, "num_bimodal": None, "survives": False},
+        "balanced_side": None,
+        "halves": {"num_rows": 0, "reason": "", "reliability": [{"modality": "audio", "r": 0.5, "z": 9.0}]},
+        "bisections": None,
         "seconds": {},
     }
     return record | changes

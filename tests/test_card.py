@@ -233,6 +233,14 @@ def test_effective_size_is_shown_for_weights(tmp_path: Path) -> None:
     assert measure["effective size of the weighted samples"] == "12"
 
 
+def test_distance_by_other_features_is_shown_if_measured(tmp_path: Path) -> None:
+    path, numbers = make(tmp_path)
+    halves = {"num_rows": 80, "kept": 40.0, "selected": 0.05, "measured": 0.213, "chance": 0.08}
+    text = card_of(path, {**numbers, "halves": halves})
+    assert "Selected by half of the features and measured by the other half: 0.213 (0.080 by chance" in text
+    assert "by half of the features" not in card_of(path, {**numbers, "halves": None})
+
+
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(texts, min_size=2, max_size=4, unique=True), texts.filter(lambda text: "/" not in text))
 def test_any_names_keep_tables_and_fences_intact(tmp_path: Path, classes: list[str], file_name: str) -> None:

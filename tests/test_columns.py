@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.columns import (
-    SPLIT_NAMES,
     Columns,
+    compose_ids,
     find_columns,
     holds_pictures,
     load_cell,
-    split_of_file,
-    split_of_folder,
     with_split,
 )
 from mmaudit.audit.dataset.modalities import Modality
@@ -38,7 +38,27 @@ def test_usual_names_are_assigned_their_role(names: list[str], expected: list[st
 def test_requested_columns_override_usual_names() -> None:
     names = ["id", "label", "label_name", "split", "group", "other"]
     columns = find_columns(names, {"label": "other", "split": "none", "group": "id"})
-    assert columns == Columns(id="id", label="other", label_name=None, group="id", split=None)
+    assert columns == Columns(id=("id",), label="other", label_name=None, group="id", split=None)
+
+
+def test_id_may_be_composed_or_left_out() -> None:
+    names = ["video", "clip", "a,b", "id", "label"]
+    assert find_columns(names, {}).id == ("id",)
+    assert find_columns(names, {"id": "none"}).id == ()
+    assert find_columns(names, {"id": "a,b"}).id == ("a,b",)
+    assert find_columns(names, {"id": "video,clip"}).names == ["video", "clip", "label"]
+    with pytest.raises(ConfigError, match=r"--id clib: no such column; did you mean clip\?"):
+        find_columns(names, {"id": "video,clib"})
+
+
+CELLS = st.text("a,\\", max_size=3)
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1))
+def test_different_cells_give_different_composed_ids(cells: list[tuple[str, str]]) -> None:
+    rows = pa.table({"video": [first for first, _ in cells], "clip": [second for _, second in cells]})
+    assert len(set(compose_ids(rows, ["video", "clip"]))) == len(set(cells))
+    assert compose_ids(rows, ["clip"]) == rows["clip"].to_pylist()
 
 
 def test_missing_and_repeated_columns_are_rejected() -> None:
@@ -48,19 +68,6 @@ def test_missing_and_repeated_columns_are_rejected() -> None:
         find_columns(["a", "b"], {})
     with pytest.raises(DatasetError, match="more than one column is called 'a'"):
         find_columns(["a", "label", "a"], {})
-
-
-@pytest.mark.parametrize("name", SPLIT_NAMES)
-def test_split_names_are_recognised_in_folders_and_files(name: str) -> None:
-    assert split_of_folder(name.upper()) == SPLIT_NAMES[name]
-    for file in (f"{name}-00001-of-00002.parquet", f"{name}_1.tar", f"{name}.tar", f"{name}000.tar"):
-        assert split_of_file(file) == SPLIT_NAMES[name]
-
-
-@pytest.mark.parametrize("name", ["trainer", "my-train", "", "-train", "tests", "0-train"])
-def test_other_words_are_not_splits(name: str) -> None:
-    assert split_of_folder(name) is None
-    assert split_of_file(f"{name}.tar") is None
 
 
 def test_split_column_is_constant_and_keeps_metadata() -> None:

@@ -116,10 +116,11 @@ def test_check(command: Command, demo_folder: Path, tmp_path: Path) -> None:
     summary = check_text_and_json(
         command,
         ["check", demo_folder / "data", "--run", tmp_path / "run", "--num-workers", "0"],
-        text=["120 of 120 samples are usable", "modality audio=", "no leaks found"],
-        keys=["source", "input", "usable", "modalities", "unusable", "leakage"],
+        text=["120 of 120 samples are usable", "modality audio=", "10 classes: ", "the data state no splits: "],
+        keys=["source", "input", "usable", "modalities", "unusable", "task", "classes", "splits", "leakage"],
     )
-    assert summary["usable"] == 120
+    assert summary["usable"] == sum(summary["classes"].values()) == sum(summary["splits"].values()) == 120
+    assert (summary["splits"]["test"], summary["split_source"]) == (24, "cut")
 
 
 def test_score(command: Command, demo_folder: Path) -> None:

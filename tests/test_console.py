@@ -9,9 +9,20 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
+from runs import run_record
 
 from mmaudit.audit.errors import printable
-from mmaudit.cli.console import configure_logging, print_line, print_split, print_status, print_text
+from mmaudit.cli.console import (
+    configure_logging,
+    print_check,
+    print_finetune,
+    print_line,
+    print_score,
+    print_split,
+    print_status,
+    print_text,
+)
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\rname\nerror: forged\x9b31m\u202egnp.exe\u2028next\x00\ud800"
 
@@ -68,6 +79,7 @@ def test_split_prints_the_distance_that_the_tolerance_constrains_first(capsys: p
         **{"before": uniformity, "after": uniformity, "effective_size": 130.0, "least_uniform_classes": []},
         **{"empty_bins": [], "shortages": [], "curve": [], "splits": {"test": 35, "train": 95}},
         "distances": {"test": 0.027, "train": 0.047},
+        "halves": {"num_rows": 600, "kept": 120.0, "selected": 0.048, "measured": 0.213, "chance": 0.078},
     }
     print_split(summary)
     lines = capsys.readouterr().out.splitlines()
@@ -76,5 +88,73 @@ def test_split_prints_the_distance_that_the_tolerance_constrains_first(capsys: p
         "  distance to uniform: train 0.047 (the worst split), test 0.027",
         "  distance to uniform of all splits together 0.065 before, 0.065 after",
     ]
-    print_split({**summary, "splits": {"all": 130}, "distances": {"all": 0.065}})
-    assert capsys.readouterr().out.splitlines()[1] == "  distance to uniform 0.065 before, 0.065 after"
+    distances = "distance 0.048 by the half it is selected by, 0.213 by the other (0.078 by chance)"
+    assert f"  by halves of the features: {distances}" in lines
+    print_split({**summary, "splits": {"all": 130}, "distances": {"all": 0.065}, "halves": None})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "  distance to uniform 0.065 before, 0.065 after"
+    assert not any("by halves" in line for line in lines)
+
+
+def test_score_prints_the_headline_and_the_warnings_of_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    record = run_record(
+        balanced_side={"n": 50, "all_correct": 0.2, "all_wrong": 0.46},
+        margin_check={"num_permutations": 20, "num_bimodal": 20, "survives": True},
+    )
+    record |= {"headline": "Nothing can be read", "warnings": ["The probe on audio is weak."], "report": "r.html"}
+    print_score(record)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == ["  warning: The probe on audio is weak.", "Nothing can be read", "report: r.html"]
+    assert "  balanced: 50 samples, 20% right by all modalities, 46% wrong by all" in lines
+    assert "  discrepancy by halves of the features: audio r = 0.50, z = 9.0" in lines
+    assert any("paired at random within classes" in line for line in lines)
+    print_score({**record, "halves": None, "balanced_side": None})
+    assert "not measured: probe.halves is off" in capsys.readouterr().out
+
+
+def check_summary(**changes: Any) -> dict[str, Any]:
+    summary: dict[str, Any] = {"source": "d", "input": 9, "usable": 8, "modalities": [], "unusable": []}
+    summary |= {"task": "classification", "classes": {"dog": 5, "cat": 4}, "splits": {"train": 7, "test": 2}}
+    return summary | {"split_source": "data", "leakage": {"notes": [], "findings": [], "leaks": False}} | changes
+
+
+def test_check_states_classes_and_splits(capsys: pytest.CaptureFixture[str]) -> None:
+    print_check(check_summary())
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:] == ["  2 classes: dog: 5, cat: 4", "  splits: train 7, test 2", "no leaks found"]
+    print_check(check_summary(classes={f"c{number}": 99 - number for number in range(13)}))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("  13 classes: c0: 99, ")
+    assert printed[1].endswith("c5: 94, and 1 more, c7: 92, c8: 91, c9: 90, c10: 89, c11: 88, c12: 87")
+
+
+def test_check_does_not_vouch_for_a_split_that_it_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    print_check(check_summary(split_source="cut", task="multilabel"))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:] == [
+        "  2 labels: dog: 5, cat: 4",
+        "  splits: train 7, test 2; the data state none, so that a test split was cut",
+        "the data state no splits: only the split cut here was tested",
+    ]
+
+
+def test_tables_align_names_of_any_length_and_script(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("a_very_long_modality_name_that_somebody_took_from_a_file_01", "音频特征", "fused")
+    values = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "map", "macro_f1"), 0.5)
+    branches = dict.fromkeys(names, values)
+    subsets = ("all", *(f"{name}-dominated-{share}" for name in names[:2] for share in (0.2, 0.4)), "empty")
+    metrics: dict[str, Any] = {
+        **{
+            "counts": dict.fromkeys(("train", "validation", "test"), 9),
+            "best_epoch": 1,
+            "test_labels_in_scores": False,
+        },
+        "chance": {"uniform": 0.25, "majority": 0.3},
+        "test": {name: {"n": int(name != "empty"), "branches": branches} for name in subsets},
+    }
+    print_finetune(metrics)
+    first, *table, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith("guessing: uniform 0.250, majority 0.300")
+    assert len({cell_len(line) for line in table}) == 1
+    assert len({line[:40] for line in table}) == len(table)  # cut names remain distinct
+    assert max(map(cell_len, table)) < 120

@@ -41,7 +41,7 @@ def test_folder_of_clips_is_read(clip_source: Path) -> None:
     dataset = open_dataset(clip_source)
     assert dataset.num_rows == 24
     assert modalities(dataset) == ["audio=audio_file_name:audio", "image=image_file_name:image"]
-    assert dataset.columns == Columns(id="id", label="label", label_name=None, group=None, split=None)
+    assert dataset.columns == Columns(id=("id",), label="label", label_name=None, group=None, split=None)
     assert dataset.path_columns == ["audio_file_name", "image_file_name"]
     rows = dataset.read(dataset.shards[0])
     assert rows.column_names == ["id", "audio_file_name", "image_file_name", "label"]
@@ -58,9 +58,9 @@ def test_shards_cover_the_rows(clip_source: Path) -> None:
 def test_roles_are_inferred_or_requested(tmp_path: Path) -> None:
     columns = {"uid": ["a", "b"], "y": [0, 1], "split": ["train"] * 2, "group": ["g", "h"], "speaker": ["s", "t"]}
     data = table(tmp_path / "d.parquet", **columns, **VECTORS)
-    assert open_dataset(data).columns == Columns(id="uid", label="y", label_name=None, group="group", split="split")
+    assert open_dataset(data).columns == Columns(id=("uid",), label="y", label_name=None, group="group", split="split")
     dataset = open_dataset(data, DataConfig(id="speaker", label="uid", group="speaker", split="none"))
-    assert dataset.columns == Columns(id="speaker", label="uid", label_name=None, group="speaker", split=None)
+    assert dataset.columns == Columns(id=("speaker",), label="uid", label_name=None, group="speaker", split=None)
     assert open_dataset(data, DataConfig(group="none")).columns.group is None
 
 
@@ -306,3 +306,10 @@ def test_invalid_task_or_classes_are_rejected() -> None:
 def test_invalid_config_is_rejected(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"data.{next(iter(settings))} is"):
         DataConfig(**settings)
+
+
+def test_id_of_media_files_stays_a_modality(clips: Path) -> None:
+    dataset = open_dataset(clips, DataConfig(id="audio_file_name"))
+    assert [modality.column for modality in dataset.modalities] == ["audio_file_name", "image_file_name"]
+    rows = dataset.read(dataset.shards[0])
+    assert dataset.sample_ids(rows, dataset.shards[0])[0] == "0.wav"

@@ -136,7 +136,9 @@ def test_other_preprocessing_uses_another_cache(clip_source: Path, tmp_path: Pat
 def test_workers_write_identical_files(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source, DataConfig(shard_rows=12))
     steps: list[tuple[str, int, int]] = []
-    encode_dataset(dataset, tmp_path / "two", media=MEDIA, num_workers=2, progress=lambda *step: steps.append(step))
+    encode_dataset(
+        dataset, tmp_path / "two", media=MEDIA, num_workers=2, progress=lambda *step, detail="": steps.append(step)
+    )
     assert steps == [("encode", 1, 2), ("encode", 2, 2)]
     encode_all(dataset, tmp_path / "none")
     assert files(tmp_path / "two") == files(tmp_path / "none")

@@ -23,9 +23,9 @@ from mmaudit.audit.features.encode import write_arrow
 from mmaudit.audit.storage import write_parquet, write_text
 from mmaudit.audit.workers import prefetch_map
 from mmaudit.cli import scoring
-from mmaudit.cli.console import progress_bars
 from mmaudit.cli.failures import Failure, begin_stage, describe
 from mmaudit.cli.main import app
+from mmaudit.cli.progress import progress_bars
 from mmaudit.train.checkpoint import save_model, save_state
 
 BUG = "this is a bug, please report it with"

@@ -78,7 +78,7 @@ def test_same_seed_gives_same_bytes(tmp_path: Path) -> None:
 def test_random_numbers_drawn_elsewhere_do_not_matter(tmp_path: Path) -> None:
     fine_tune(make_examples(), tmp_path / "a")
 
-    def disturb(stage: str, done: int, total: int) -> None:
+    def disturb(stage: str, done: int, total: int, *, detail: str = "") -> None:
         torch.rand(done)
         np.random.default_rng().random()
 
@@ -96,9 +96,12 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, epochs: int, fu
     assert not (tmp_path / "part" / "model.safetensors").exists()
     calls: list[tuple[int, int]] = []
     resumed = fine_tune(
-        make_examples(), tmp_path / "part", config, progress=lambda stage, done, total: calls.append((done, total))
+        make_examples(),
+        tmp_path / "part",
+        config,
+        progress=lambda stage, done, total, *, detail="": calls.append((done, total)),
     )
-    assert calls == [(epoch, 5) for epoch in range(epochs + 1, 6)]
+    assert calls == [(epoch, 5) for epoch in range(epochs, 6)]
     assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "whole")
     assert resumed.history == uninterrupted.history
     assert metrics_without_seconds(resumed) == metrics_without_seconds(uninterrupted)
@@ -168,9 +171,9 @@ def test_state_of_another_training_is_not_resumed(tmp_path: Path, change: str) -
         fine_tune(**arguments, folder=tmp_path / "old", progress=stop_after(3))
     changed, epochs_done = CHANGES[change](arguments), list[int]()
     resumed = fine_tune(
-        **changed, folder=tmp_path / "old", progress=lambda stage, done, total: epochs_done.append(done)
+        **changed, folder=tmp_path / "old", progress=lambda *step, detail="": epochs_done.append(step[1])
     )
-    assert epochs_done == list(range(1, changed["config"].finetune.epochs + 1))
+    assert epochs_done == list(range(changed["config"].finetune.epochs + 1))
     expected = fine_tune(**changed, folder=tmp_path / "new")
     assert resumed.history == expected.history
     assert model_bytes(tmp_path / "old") == model_bytes(tmp_path / "new")

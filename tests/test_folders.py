@@ -47,7 +47,7 @@ def test_modality_and_split_folders_in_either_order(tmp_path: Path, order: str) 
     ]
     table = read_layout(tmp_path, *paths)
     assert [(row["id"], row["label"], row["split"]) for row in table] == [
-        ("train/dog/train1", "dog", "train"), ("val/dog/val1", "dog", "val")
+        ("train/dog/train1", "dog", "train"), ("val/dog/val1", "dog", "validation")
     ]  # fmt: skip
     assert sorted(str(row[name]) for row in table for name in ("audio_file_name", "video_file_name")) == sorted(paths)
 
@@ -89,7 +89,7 @@ def test_skipped_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         )
         == 1
     )
-    assert "skipped 2 files that are not media, such as README.md" in caplog.text
+    assert "skipped 1 files that are not media, such as README.md" in caplog.text
 
 
 def test_folder_without_layout_is_rejected(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_every_listed_clip_is_a_row(tree: Callable[[str], Path], name: str) -> N
 def test_columns_are_inferred_as_intended_modalities(tree: Callable[[str], Path], name: str) -> None:
     dataset = open_dataset(ingest(name, tree(name)).path)
     assert [str(modality) for modality in dataset.modalities] == MODALITIES[name]
-    assert (dataset.columns.id, dataset.columns.label) == ("id", "label")
+    assert (dataset.columns.id, dataset.columns.label) == (("id",), "label")
     assert (dataset.columns.group, dataset.columns.split) == tuple(
         role if role in dataset.schema.names else None for role in ("group", "split")
     )

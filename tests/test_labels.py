@@ -304,3 +304,30 @@ def test_features_of_older_versions_are_read(entry: object) -> None:
 def test_malformed_metadata_declares_nothing(schema: pa.Schema) -> None:
     assert declared_kind(schema, "x") is None
     assert declared_classes(schema, "x") == ()
+
+
+def test_labels_that_differ_only_in_form_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    labels = read_as_classes(["Dog", "dog ", "cat", "caf\u00e9", "cafe\u0301", "dog ", None])
+    assert len(labels.names) == 5
+    assert "different classes: 'Dog' (1), 'dog ' (2)" in caplog.text
+    assert "different classes: 'cafe\u0301' (1), 'caf\u00e9' (1)" in caplog.text
+    caplog.clear()
+    read_label_sets([["Dog", "cat"], ["dog"]], declared=(), classes=())
+    assert "different classes: 'Dog' (1), 'dog' (1)" in caplog.text
+    caplog.clear()
+    for number in range(7):
+        read_as_classes([f"{letter}{number}" for number in range(number) for letter in "aA"])
+    assert len(caplog.records) == sum(min(number, 6) for number in range(7))
+    assert caplog.records[-1].getMessage() == "1 more labels have several spellings"
+    caplog.clear()
+    read_as_classes(["Dog", "dog", "a b"], classes=["Dog", "dog", "a b"])
+    read_as_classes(["dog", "cat", None])
+    assert not caplog.records
+
+
+def test_numbers_are_no_classes() -> None:
+    with pytest.raises(DatasetError, match=r"the labels are 3 numbers, such as -2\.75: pass --task regression"):
+        read_as_classes(["-2.75", "3", "+1e0", None])
+    assert read_as_classes(["1.0", "2.0"]).names == ("1.0", "2.0")
+    assert read_as_classes(["1.5", "2.5"], classes=["1.5", "2.5"]).names == ("1.5", "2.5")
+    assert read_as_classes(["1.5", "v2"]).names == ("1.5", "v2")

@@ -189,7 +189,7 @@ def test_every_pair_of_splits_is_compared() -> None:
     calls: list[tuple[str, int, int]] = []
     content = ["a", "b", "b", "c", "c", "d", "e", "f", "e", *"ghi"]
     leakage = find_leakage(
-        make_samples(split), [make_content("audio", content)], progress=lambda *call: calls.append(call)
+        make_samples(split), [make_content("audio", content)], progress=lambda *call, detail="": calls.append(call)
     )
     assert summaries(leakage) == [
         ("content", "audio", ("train", "test"), 1),

@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 import mmaudit
 from mmaudit.audit.downloads import DOWNLOADS
 from mmaudit.audit.registry import Registry
-from mmaudit.cli.console import progress_bars
 from mmaudit.cli.main import COMMANDS, app
+from mmaudit.cli.progress import progress_bars
 from mmaudit.rebalance import EXPORTERS
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.sampling import SAMPLERS

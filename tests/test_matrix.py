@@ -55,6 +55,17 @@ def test_read_rows_equal_rows_of_the_matrix(opened: Callable[..., FeatureMatrix]
     assert matrix.read(np.zeros(0, np.intp)).shape == (0, 3)
 
 
+def test_selected_columns_and_rows_equal_those_of_the_matrix(opened: Callable[..., FeatureMatrix]) -> None:
+    expected = RNG.standard_normal((9, 4)).astype(np.float32)
+    columns, rows = np.array([3, 1, 2]), np.array([8, 0, 5])
+    selected = opened(expected.tolist()).select_columns(columns)
+    assert selected.num_features == 3
+    np.testing.assert_array_equal(selected.read(rows), expected[np.ix_(rows, columns)])
+    again = selected.take(rows).select_columns(np.array([2]))
+    assert (again.num_rows, again.num_features) == (3, 1)
+    np.testing.assert_array_equal(again.read(np.array([1])), [[expected[0, 2]]])
+
+
 def test_missing_rows_are_nan(opened: Callable[..., FeatureMatrix]) -> None:
     vectors: list[list[float] | None] = [[float(row), 1.0] for row in range(11)]
     vectors[0] = vectors[6] = None

@@ -27,7 +27,17 @@ from mmaudit.audit.hashing import digest
 from mmaudit.audit.media import files as media_file
 from mmaudit.audit.media.audio import decode_audio, has_sound
 from mmaudit.audit.media.container import missing_bytes
-from mmaudit.audit.media.files import NUM_BYTES, MediaConfig, MediaFile, kind_of_bytes, open_stream
+from mmaudit.audit.media.files import (
+    NUM_BYTES,
+    MediaConfig,
+    MediaFile,
+    is_hidden,
+    is_lfs_pointer,
+    is_lfs_pointer_file,
+    kind_of_bytes,
+    open_stream,
+    similar_path,
+)
 from mmaudit.audit.media.pictures import decode_frames, decode_image
 
 SOUND = Modality(name="audio", column="audio", kind="audio")
@@ -283,3 +293,59 @@ def test_text_is_not_recognised_as_media(data: bytes) -> None:
     )
     if not data.startswith(signatures) and data[4:8] != b"ftyp" and not data.startswith(b"\0"):
         assert kind_of_bytes(data) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("._1.wav", True),
+        ("a/.DS_Store", True),
+        ("__MACOSX/a.wav", True),
+        ("a/Thumbs.db", True),
+        (".cache/a.wav", True),
+        ("./a.wav", False),
+        ("../a.b/c.wav", False),
+        ("a/_1.wav", False),
+    ],
+)
+def test_hidden_files_are_told_by_their_names(path: str, *, expected: bool) -> None:
+    assert is_hidden(path) == expected
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 72862\n"
+
+
+def test_git_lfs_pointer_in_place_of_a_medium_is_named(tmp_path: Path) -> None:
+    file = write_media_file(tmp_path / "1.wav", POINTER)
+    assert is_lfs_pointer(POINTER)
+    assert is_lfs_pointer(file)
+    assert is_lfs_pointer_file(file.path)
+    assert not is_lfs_pointer_file(tmp_path / "none")
+    assert not is_lfs_pointer(POINTER + b"x" * 2_000)
+    write_media_file(tmp_path / "1.png", POINTER)
+    frames = Modality(name="frames", column="frames", kind="frames")
+    for cell, modality in (
+        ("1.wav", SOUND),
+        (POINTER, SOUND),
+        ({"bytes": POINTER, "path": None}, SOUND),
+        (".", frames),
+    ):
+        with pytest.raises(UnusableError, match=r"missing: .*Git LFS pointer.*git lfs pull"):
+            load_cell(cell, modality, root=tmp_path, allow_outside=False)
+
+
+def test_missing_file_names_a_similar_one(tmp_path: Path) -> None:
+    (tmp_path / "Audio").mkdir()
+    for name in ("1.WAV", "caf\u00e9.wav", "two words.wav"):
+        write_media_file(tmp_path / "Audio" / name, b"x")
+    for name, similar in {
+        "Audio\\1.WAV": "Audio/1.WAV",
+        "audio/1.wav": "Audio/1.WAV",
+        "Audio/cafe\u0301.wav": "Audio/caf\u00e9.wav",
+        "Audio/two  words.wav ": "Audio/two words.wav",
+    }.items():
+        assert similar_path(tmp_path, name) == similar
+        with pytest.raises(UnusableError, match=rf"no file .*; there is {similar}: write it so"):
+            load_cell(name, SOUND, root=tmp_path, allow_outside=False)
+    for name in ("Audio/2.wav", "Audio", "../Audio/1.wav", "none/1.wav", "Audio/1.WAV"):
+        assert similar_path(tmp_path, name) is None

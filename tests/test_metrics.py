@@ -354,6 +354,36 @@ def test_mean_interval_by_groups_has_nominal_coverage() -> None:
     assert num_covered["ungrouped"] / 400 < 0.75
 
 
+@pytest.mark.parametrize("probability", [0.5, 0.9])
+def test_intervals_by_unequal_groups_have_nominal_coverage(probability: float) -> None:
+    """Ten groups of sizes .6^g: the sums over groups with G - 1 degrees of freedom cover .80 to .86 instead."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(10), np.maximum(1, np.round(0.4 * 300 * 0.6 ** np.arange(10)).astype(int)))
+    num_covered = {"mean": 0, "share": 0}
+    for _ in range(400):
+        rows = rng.random(len(groups)) < rng.beta(probability * 9, (1 - probability) * 9, 10)[groups]
+        intervals = {"mean": mean_interval(rows.astype(float), groups), "share": share_interval(rows, groups)}
+        for name, interval in intervals.items():
+            num_covered[name] += interval["low"] <= probability <= interval["high"]
+    assert 0.9 < num_covered["mean"] / 400 < 0.98
+    assert 0.92 < num_covered["share"] / 400 < 0.99
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 5)), min_size=2, max_size=30))
+def test_jackknife_equals_a_plain_loop_over_groups(rows: list[tuple[float, int]]) -> None:
+    values = np.array([row[0] for row in rows])
+    groups = np.array([row[1] for row in rows])
+    names = np.unique(groups)
+    if len(names) < 2:
+        return
+    without = np.array([values[groups != name].mean() for name in names])
+    variance = (len(names) - 1) / len(names) * ((without - values.mean()) ** 2).sum()
+    sizes = np.array([(groups == name).sum() for name in names])
+    standard_error, df = metrics.jackknife(values, groups)
+    assert standard_error == pytest.approx(np.sqrt(variance), abs=1e-9)
+    assert df == pytest.approx(max(1, len(values) ** 2 / (sizes**2).sum() - 1))
+
+
 def test_single_group_gives_full_range() -> None:
     assert mean_interval(np.array([0.2, 0.4]), np.zeros(2, np.int64)) == {
         "mean": pytest.approx(0.3),

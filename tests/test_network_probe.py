@@ -221,7 +221,7 @@ def test_holdout_rows_only_choose_the_epoch() -> None:
 def test_logits_depend_on_the_seed_only(fitted: Fitted) -> None:
     rows, target, first = fitted
 
-    def disturb(stage: str, done: int, total: int) -> None:
+    def disturb(stage: str, done: int, total: int, *, detail: str = "") -> None:
         torch.rand(done)
         np.random.default_rng().random()
 
@@ -304,7 +304,7 @@ class StopError(Exception):
 
 
 def stop_after(steps: int) -> Progress:
-    def stop(stage: str, done: int, total: int) -> None:
+    def stop(stage: str, done: int, total: int, *, detail: str = "") -> None:
         if done > steps:
             raise StopError
 
@@ -319,9 +319,15 @@ def test_resumed_training_gives_the_same_bytes(fitted: Fitted, tmp_path: Path) -
     remaining = sorted(tmp_path.iterdir())
     assert len(remaining) == 4
     assert all(path.suffix == ".npy" and not path.name.startswith(".") for path in remaining)
-    steps: list[tuple[str, int, int]] = []
-    resumed = fit(rows, target, *cross_fits, folder=tmp_path, progress=lambda *step: steps.append(step))
-    assert steps == [("probe", done, 12) for done in (2, 4, 6, 8, 9, 10, 11, 12)]
+    steps: list[tuple[int, int, str]] = []
+
+    def record(stage: str, done: int, total: int, *, detail: str = "") -> None:
+        steps.append((done, total, detail))
+
+    resumed = fit(rows, target, *cross_fits, folder=tmp_path, progress=record)
+    # The stored folds come first and are not counted as steps, whose times give the remaining time.
+    assert [(done, total) for done, total, _ in steps] == [(done, 12) for done in (8, 9, 10, 11, 12)]
+    assert steps[0][2] == "repeat 2 of 2, fold 2 of 3, epoch 1 of 2"
     np.testing.assert_array_equal(resumed.logits(ROWS), uninterrupted.logits(ROWS))
     np.testing.assert_array_equal(resumed.logits_by_epoch(ROWS), uninterrupted.logits_by_epoch(ROWS))
     assert len(list(tmp_path.iterdir())) == 6

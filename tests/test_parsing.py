@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ConfigError, RunError
-from mmaudit.audit.parsing import MAX_DEPTH, RequiredKeys, Shape, build_config, check_shape, parse_data_json, parse_json
+from mmaudit.audit.parsing import (
+    MAX_DEPTH,
+    RequiredKeys,
+    Shape,
+    build_config,
+    check_shape,
+    decode_text,
+    fold_text,
+    parse_data_json,
+    parse_json,
+)
 from mmaudit.audit.storage import read_json
 from mmaudit.cli.config import load_config
 
@@ -214,3 +224,22 @@ def test_invalid_setting_raises_error(setting: str, reason: str) -> None:
 def test_folder_as_config_raises_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it is a folder, not a regular file"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_is_decoded_by_its_mark(encoding: str) -> None:
+    assert decode_text("a\nb\u00e9".encode(encoding)) == "a\nb\u00e9"
+    for endian in ("le", "be"):
+        assert decode_text("\ufeffa\u00e9".encode(f"utf-16-{endian}")) == "a\u00e9"
+
+
+def test_text_of_other_encodings_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^line 2, byte 2 is not UTF-8: save it as UTF-8$"):
+        decode_text("a\nb\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-16"):
+        decode_text("ab".encode("utf-16")[:-1])
+
+
+def test_folded_text_has_no_case_blanks_or_form() -> None:
+    assert fold_text("  Caf\u00e9\tDog ") == fold_text("cafe\u0301 dog")
+    assert fold_text("dog") != fold_text("d og")

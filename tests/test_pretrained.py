@@ -266,7 +266,7 @@ def test_vectors_are_cached_by_shard_and_computed_once(
             tmp_path / str(threads),
             media=MEDIA,
             num_workers=threads,
-            progress=no_progress if threads else lambda *step: steps.append(step),
+            progress=no_progress if threads else lambda *step, detail="": steps.append(step),
         )
         for threads in (0, 3)
     }

@@ -22,11 +22,13 @@ from scipy.stats import kstest
 from mmaudit.audit.errors import Quarantined, Reason, RunError, quarantine_table
 from mmaudit.audit.metrics import cross_entropy, discrepancy
 from mmaudit.audit.probes.probe_set import Calibration
+from mmaudit.audit.scores.gap_checks import fit_by_class
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
-from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, ProbeReport, fit_by_class
+from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, ProbeReport
 from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.audit.storage import read_json, write_json, write_parquet, write_text
-from mmaudit.cli.report.page import report_numbers, write_report
+from mmaudit.cli.report.formatting import breakable
+from mmaudit.cli.report.page import chance_levels, report_numbers, write_report
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.balanced import CURVE_TOLERANCES, BalancedConfig
 from mmaudit.rebalance.manifest import balance_path, dropped_path, read_dropped, read_manifest
@@ -71,7 +73,7 @@ def probe_report(names: tuple[str, ...], *, leaking: str | None = None) -> Probe
     """Return a probe report in which every probe has 0.5, and the control of `leaking` is above chance."""
     calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034)
     probe_metrics = [
-        ModalityMetric(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, calibration=calibration)
+        ModalityMetric(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, beats_prior=True, calibration=calibration)
         for name in (*names, "fused", "joint")
     ]
     gains = [Gain(name=name, gain=0.1, low=0.05, high=0.15) for name in names]
@@ -557,7 +559,7 @@ def test_bimodal_gap_is_described(tmp_path: Path) -> None:
     scores.confidence[:, 1] = np.where(near, 0.95, 0.25) + 0.01 * rng.standard_normal(600)
     run = run_of(tmp_path, scores)
     text = words(write_report(run))
-    assert "The gap is bimodal" in text
+    assert "The gap has two or more modes" in text
     assert "not bimodal" not in text
     assert 0.05 < report_numbers(run)["gap"]["border"] < 0.7
 
@@ -567,7 +569,7 @@ def test_constant_gap_draws_without_components(tmp_path: Path) -> None:
     scores.confidence[:] = 0.5
     text = words(write_report(run_of(tmp_path, scores)))
     assert "No mixture could be fitted: the gap is constant" in text
-    assert "No clear lean between audio and visual" in text
+    assert "For these probes, on this sample: no clear lean between audio and visual" in text
 
 
 def test_report_of_few_scored_samples(tmp_path: Path) -> None:
@@ -667,3 +669,66 @@ def test_samples_without_the_discrepancy_are_counted(tmp_path: Path) -> None:
     assert sum(manifest["balance"]["before"]) == 45
     assert next(row["n"] for row in manifest["reasons"] if row["name"] == "missing-modality") == 15
     assert "15 samples have no audio or no visual" in words(write_report(run))
+
+
+def test_words_break_only_where_names_are_long() -> None:
+    assert str(breakable("balanced")) == "balanced"
+    assert str(breakable("<b>&")) == "&lt;b&gt;&amp;"
+    long = {
+        "a class of several words": "a class of several words",
+        "audio/speaker_01/clip.wav": "audio/<wbr>speaker_<wbr>01/<wbr>clip.<wbr>wav",
+        "x" * 60: "<wbr>".join(["x" * 24, "x" * 24, "x" * 12]),
+    }
+    for name, text in long.items():
+        assert str(breakable(name)) == f'<span class="long">{text}</span>'
+    assert breakable("-_/." * 9).striptags() == "-_/." * 9
+
+
+def test_tables_and_figures_scroll_in_their_own_box_and_never_break_words(reported: Run) -> None:
+    page = reported.report_file.read_text(encoding="utf-8")
+    style = page[page.index("<style>") : page.index("</style>")]
+    for rule in re.findall(r"[^{}]+\{[^{}]*\}", style):
+        selector = rule.partition("{")[0]
+        if re.search(r"\b(td|th|table)\b", selector):
+            assert "overflow-wrap" not in rule
+            assert "word-break" not in rule
+    assert ".scroll { max-width: 100%; overflow-x: auto; }" in style
+    for selector in ("p", "figcaption", "h1", "h3"):  # text that does not scroll: long names wrap
+        assert re.search(rf"^{selector} \{{[^}}]*overflow-wrap: anywhere", style, flags=re.MULTILINE), selector
+    assert page.count("<table") == page.count('<div class="scroll"><table') > 5
+    assert page.count("<img") == page.count('<div class="scroll"><img') > 4
+
+
+def test_both_levels_of_guessing_are_named(reported: Run) -> None:
+    numbers = read_json(reported.report_file.with_suffix(".json"), error=RunError)
+    assert numbers["chance"] == {"uniform": pytest.approx(1 / 3), "majority": 0.3}
+    page = reported.report_file.read_text(encoding="utf-8")
+    assert '<tr><td>uniform</td><td class="n">33.3</td>' in page
+    assert '<tr><td>majority</td><td class="n">30.0</td>' in page
+    assert "chance" not in re.sub(r"by chance", "", page[page.index("</style>") :])
+
+
+@pytest.mark.parametrize(
+    ("task", "levels"),
+    [("classification", {"uniform": 0.25, "majority": 0.6}), ("multilabel", {"uniform": 0.5, "majority": 0.6})],
+)
+def test_guessing_of_each_task(task: str, levels: dict[str, float]) -> None:
+    record = run_record(config={"data": {"task": task}}, num_classes=4)
+    record["probe_report"]["chance"] = 0.6
+    assert chance_levels(record) == levels
+    assert chance_levels(run_record(config={"data": {"task": "regression"}}) | {"probe_report": {"chance": 0.0}}) == {
+        "mean": 0.0
+    }
+
+
+def test_a_weak_joint_probe_has_the_name_of_the_table(tmp_path: Path) -> None:
+    run = run_of(tmp_path, planted(modalities=("audio", "visual", "text")))
+    record = read_json(run.record_file, error=RunError)
+    for probe in record["probe_report"]["probe_metrics"]:
+        probe["beats_prior"] = probe["name"] not in ("joint", "text")
+    run.write_record(record)
+    weak = [text for text in report_numbers(run)["verdict"]["warnings"] if "not shown to be better" in text]
+    assert [text.partition(" is not")[0] for text in weak] == [
+        "The probe on text",
+        "The joint probe, on the features of all modalities,",
+    ]

@@ -103,7 +103,7 @@ def test_record_of_an_older_schema_names_both_versions(tmp_path: Path) -> None:
     run = Run(tmp_path)
     record = run_record(schema="mmaudit.run/1", version="0.0.9")
     run.write_record({key: value for key, value in record.items() if key != "num_classes"})
-    with pytest.raises(RunError, match=r"was written by mmaudit 0\.0\.9, as mmaudit\.run/1 in place of mmaudit\.run/2"):
+    with pytest.raises(RunError, match=r"was written by mmaudit 0\.0\.9, as mmaudit\.run/1 in place of mmaudit\.run/3"):
         run.record()
 
 

@@ -74,13 +74,30 @@ def test_labels_that_are_not_classes_are_rejected(read: Read, labels: list[objec
 
 
 def test_repeated_ids_are_rejected(read: Read) -> None:
-    with pytest.raises(DatasetError, match=r"2 ids are repeated \(a, b\): ids must be unique; .* --id"):
-        read(id=["a", "b", "a", "b", "c"], label=[0, 1, 0, 1, 0])
+    ids, labels = ["a", "b", "a", "b", "c"], [0, 1, 0, 1, 0]
+    with pytest.raises(DatasetError, match=r"2 ids are repeated in id \(a, b\): ids must be unique; choose another"):
+        read(id=ids, label=labels)
+    with pytest.raises(DatasetError, match=r"2 ids are repeated in id .* unique; they are with --id name$"):
+        read(id=ids, label=labels, name=list("vwxyz"))
+
+
+def test_id_within_videos_is_composed_with_the_video(read: Read) -> None:
+    columns = {"clip_id": [1, 2, 1, 2], "video_id": ["v", "v", "w", "w"], "label": [0, 1, 0, 1], "text": list("abcd")}
+    with pytest.raises(DatasetError, match=r"2 ids are repeated in clip_id \(1, 2\): .* --id video_id,clip_id$"):
+        read(**columns)
+    samples = read(DataConfig(id="video_id,clip_id", group="video_id"), **columns)
+    assert samples.sample_id.tolist() == ["v,1", "v,2", "w,1", "w,2"]
+    assert read(DataConfig(id="none"), **columns).sample_id.tolist() == [f"row-{row:09d}" for row in range(4)]
 
 
 def test_null_id_is_rejected(read: Read) -> None:
     with pytest.raises(DatasetError, match="column 'id' has 1 rows without an id"):
         read(id=["a", None], label=[0, 1])
+
+
+def test_splits_are_read_without_blanks_and_case(read: Read) -> None:
+    samples = read(label=[0, 1, 0], split=["Train ", " test", "DEV"])
+    assert samples.split.tolist() == ["train", "test", "validation"]
 
 
 def test_ids_are_strings_in_dataset_order(tmp_path: Path, read: Read) -> None:

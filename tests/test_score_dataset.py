@@ -28,9 +28,9 @@ from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable
 from mmaudit.audit.workers import no_progress
 
 # One l2 and one repeat unless a test needs more: most tests are about which rows are scored, not how well.
-QUICK = ProbeConfig(folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False)
+QUICK = ProbeConfig(folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False, halves=False)
 WHOLE = replace(QUICK, repeats=2, joint=True, control=True)
-EXACT = replace(WHOLE, tolerance=1e-9)  # where the last digits count, and not where a fit stops
+EXACT = replace(WHOLE, halves=True, tolerance=1e-9)  # where the last digits count, and not where a fit stops
 
 
 MEDIA = MediaConfig(image_size=16, network_size=16)
@@ -74,7 +74,7 @@ def test_clips_with_an_informative_feature_are_predicted(clip_source: Path, tmp_
         tmp_path,
         config=DataConfig(group="speaker"),
         probe=WHOLE,
-        progress=lambda *step: steps.append(step),
+        progress=lambda *step, detail="": steps.append(step),
     )
     scores = result.scores
     assert len(scores) == 24
@@ -88,9 +88,10 @@ def test_clips_with_an_informative_feature_are_predicted(clip_source: Path, tmp_
     assert scores.label_name.tolist()[:3] == ["class-0", "class-1", "class-2"]
     assert scores.paths is not None
     assert scores.paths["image_file_name"].to_pylist()[:2] == ["0.png", "1.png"]
-    assert steps[:3] == [("probe", step, 5) for step in (1, 2, 3)]  # both, then both together
-    assert steps[3] == ("score", 24, 24)
-    assert steps[4:] == [("probe", step, 5) for step in (4, 5)]  # the controls
+    steps = list(dict.fromkeys(steps))  # a fit reports its beginning and its end
+    assert steps[:4] == [("probe", step, 5) for step in (0, 1, 2, 3)]  # both, then the joint probe
+    assert steps[4] == ("score", 24, 24)
+    assert steps[5:] == [("probe", step, 5) for step in (4, 5)]  # the controls
     assert not any(control.leaks for control in result.probe_report.controls)
 
 
@@ -108,7 +109,7 @@ def test_network_has_a_control_if_configured(clip_source: Path, tmp_path: Path) 
             config=config,
             probe=probe,
             networks=networks,
-            progress=lambda *step: steps.append(step),
+            progress=lambda *step, detail="": steps.append(step),
         )
 
     without = go(replace(WHOLE, control=False))
@@ -119,7 +120,8 @@ def test_network_has_a_control_if_configured(clip_source: Path, tmp_path: Path) 
     assert [control.name for control in result.probe_report.controls] == ["audio", "image"]
     assert not any(control.leaks for control in result.probe_report.controls)
     assert result.scores.to_arrow().equals(without.scores.to_arrow())
-    assert [step for step in steps if step[0] == "probe"] == [("probe", done, 4) for done in (1, 2, 3, 4)]
+    assert [step[1:] for step in steps if step[0] == "probe"] == [(done, 4) for done in (0, 1, 1, 2, 2, 3, 3, 4)]
+    assert {step[0] for step in steps} >= {"probe", "control image"}  # the others are stored
     assert len(list(networks.folder.iterdir())) == 8
     assert go(WHOLE).probe_report.controls == result.probe_report.controls
     assert len(list(networks.folder.iterdir())) == 8
@@ -390,7 +392,7 @@ def holed(columns: dict[str, list[Any]], names: Sequence[str] = THREE, *, every:
 
 def test_missing_modalities_are_null_and_discrepancy_is_over_the_others(planted: Planted, tmp_path: Path) -> None:
     columns = holed(rows_of(planted(modalities=THREE)))
-    result = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache", probe=WHOLE)
+    result = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache", probe=replace(WHOLE, halves=True))
     assert result.quarantined == ()
     rows = by_id(result)
     kinds = ("confidence", *BY_MODALITY, "discrepancy", "discrepancy_sd")

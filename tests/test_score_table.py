@@ -49,6 +49,8 @@ def scores(num_modalities: int = 2, *, num_rows: int = 6, seed: int = 0) -> Scor
         training_confidence=shares(num_rows, m),
         training_variability=shares(num_rows, m) / 2,
         shapley=2 * shares(num_rows, m) - 1,
+        half_a=shares(num_rows, m),
+        half_b=shares(num_rows, m),
         confidence_fused=shares(num_rows),
         prediction_fused=rng.integers(0, 3, num_rows, dtype=np.int32),
         loss_fused=shares(num_rows),

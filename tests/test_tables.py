@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,15 +18,14 @@ from mmaudit.audit.dataset.formats.tables import (
     METADATA_NAMES,
     OTHER_FORMS,
     concat_rows,
-    find_parquets,
-    find_split_tables,
     find_tables,
     memory_shards,
     plan_files,
-    plan_split_tables,
+    plan_parquet_folder,
+    plan_tables,
     read_rows,
     read_tables,
-    splits_of,
+    source_error,
 )
 from mmaudit.audit.errors import DatasetError
 
@@ -86,7 +86,6 @@ def test_line_break_in_a_cell_of_a_long_csv_is_kept(tmp_path: Path) -> None:
         ("m.csv", b"id,label\n1\n"),
         ("m.csv", "id,label\n1,é\n".encode("latin1")),
         ("m.csv", "idé,label\n1,2\n".encode("latin1")),
-        ("m.csv", "id,label\n1,2\n".encode("utf-16")),
         ("m.jsonl", b""),
         ("m.jsonl", b'[{"id": 1}]\n'),
         ("m.jsonl", b'{"id": 1}\n{"id": "a"}\n'),
@@ -106,32 +105,32 @@ def test_damaged_file_is_reported(tmp_path: Path, name: str, content: bytes) -> 
 @pytest.mark.parametrize("name", METADATA_NAMES)
 def test_metadata_file_of_a_folder_is_found(tmp_path: Path, name: str) -> None:
     path = write_file(tmp_path / name, "x")
-    assert find_tables(str(tmp_path)) == (tmp_path, [path])
-    assert find_tables(str(path)) == (tmp_path, [path])
+    write_file(tmp_path / f"._{name}", "x")
+    assert find_tables(str(tmp_path)) == [path]
+    assert find_tables(str(path)) == [path]
 
 
 def test_files_of_a_glob_are_sorted(tmp_path: Path) -> None:
     paths = [write_file(tmp_path / f"part-{number}.parquet", "x") for number in (2, 0, 1)]
-    assert find_tables(f"{tmp_path}/part-*.parquet") == (tmp_path, sorted(paths))
+    assert find_tables(f"{tmp_path}/part-*.parquet") == sorted(paths)
 
 
 def test_sources_without_table_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no such folder or file"):
-        find_tables(str(tmp_path / "none"))
-    with pytest.raises(DatasetError, match="no such folder or file"):
-        find_tables(str(tmp_path / "*.parquet"))
-    with pytest.raises(DatasetError, match=r"has none of metadata\.csv, .*: write one with a column file_name"):
-        find_tables(str(tmp_path))
-    with pytest.raises(DatasetError, match=OTHER_FORMS):
-        find_tables(str(tmp_path))
-    with pytest.raises(DatasetError, match=r"neither a folder nor a \.parquet, \.csv, \.jsonl or \.tar file"):
-        find_tables(str(write_file(tmp_path / "m.xlsx", "x")))
+    write_file(tmp_path / "m.xlsx", "x")
+    for data, reason in {
+        "none": "^no such folder or file: ",
+        "*.parquet": "^no such folder or file: ",
+        "": r"has none of metadata\.csv, .*: write one with a column file_name",
+        ".": OTHER_FORMS,
+        "m.xlsx": r"neither a folder nor a \.parquet, \.csv, \.tsv, \.jsonl or \.tar file",
+        "*.xlsx": r"matches m\.xlsx; a glob must match files of one format: .*; " + OTHER_FORMS,
+    }.items():
+        assert find_tables(f"{tmp_path}/{data}") == []
+        assert re.search(reason, str(source_error(f"{tmp_path}/{data}")))
     write_file(tmp_path / "metadata.csv", "x")
     write_file(tmp_path / "metadata.jsonl", "x")
-    with pytest.raises(DatasetError, match=r"matches metadata\.jsonl; a glob must match files of one format only"):
+    with pytest.raises(DatasetError, match=r"matches metadata\.csv and metadata\.jsonl: pass a glob of files of one"):
         find_tables(f"{tmp_path}/meta*")
-    with pytest.raises(DatasetError, match=r"matches m\.xlsx; a glob must match files of one format only"):
-        find_tables(f"{tmp_path}/*.xlsx")
     with pytest.raises(DatasetError, match=r"both metadata\.csv and metadata\.jsonl: pass the path of one of them"):
         find_tables(str(tmp_path))
 
@@ -151,12 +150,15 @@ def test_memory_shards_partition_the_rows(num_rows: int, shard_rows: int) -> Non
 def test_files_of_one_format_are_concatenated(tmp_path: Path) -> None:
     first, second = '{"id": "a", "n": 1, "x": null}\n', '{"id": "b", "n": 2, "x": "word"}\n'
     paths = [write_file(tmp_path / "1.jsonl", first), write_file(tmp_path / "2.jsonl", second)]
-    assert find_tables(f"{tmp_path}/*.jsonl") == (tmp_path, paths)
-    assert read_tables(paths).to_pylist() == [{"id": "a", "n": 1, "x": None}, {"id": "b", "n": 2, "x": "word"}]
+    assert find_tables(f"{tmp_path}/*.jsonl") == paths
+    assert read_tables(paths, root=tmp_path).to_pylist() == [
+        {"id": "a", "n": 1, "x": None},
+        {"id": "b", "n": 2, "x": "word"},
+    ]
     halves = [write_file(tmp_path / "1.csv", "id,n\na,1\n"), write_file(tmp_path / "2.csv", "id,n\nb,2\n")]
     plan = plan_files(tmp_path, halves, shard_rows=1)
     assert [shard.read(["id"])["id"].to_pylist() for shard in plan.shards] == [["a"], ["b"]]
-    assert plan.folders == (tmp_path,)
+    assert plan.root == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -184,23 +186,26 @@ def test_splits_are_inferred_from_parquet_file_names(tmp_path: Path, caplog: pyt
     for rows in (light, heavy):
         for name in ("train-0", "test-0"):
             pq.write_table(rows, tmp_path / f"{name}.parquet")
-        paths = find_parquets(tmp_path)
-        assert splits_of(paths) == ["test", "train"]
-        plan = plan_files(tmp_path, paths, shard_rows=1, splits=splits_of(paths))
+        plan = plan_parquet_folder(str(tmp_path), shard_rows=1, allow_outside=False)
+        assert plan is not None
         assert plan.head.column_names == [*rows.column_names, "split"]
         assert [shard.read(["split", "id"]).to_pylist() for shard in plan.shards] == [
             [{"split": "test", "id": "a"}], [{"split": "train", "id": "a"}]
         ]  # fmt: skip
-    assert "split by the names of the files: 1 test, 1 train" in caplog.text
-    pq.write_table(light, tmp_path / "other.parquet")
-    assert splits_of(find_parquets(tmp_path)) == [None, None, None]
+    assert f"split, {tmp_path}, by the names of the files: 1 test, 1 train" in caplog.text
 
 
 def test_split_column_overrides_file_name(tmp_path: Path) -> None:
     for rows in (pa.table({"split": ["dev"]}), pa.table({"split": ["dev"], "x": [[0.5]]})):
         pq.write_table(rows, tmp_path / "train.parquet")
-        plan = plan_files(tmp_path, find_parquets(tmp_path), shard_rows=1, splits=["train"])
+        plan = plan_files(tmp_path, [tmp_path / "train.parquet"], shard_rows=1, splits=["train"])
         assert plan.shards[0].read(["split"])["split"].to_pylist() == ["dev"]
+
+
+def table_rows(root: Path) -> list[dict[str, object]]:
+    plan = plan_tables(str(root), shard_rows=9, allow_outside=False)
+    assert plan is not None
+    return rows_of(plan)
 
 
 def metadata(root: Path, **texts: str) -> Path:
@@ -217,8 +222,7 @@ def test_tables_of_split_folders_are_concatenated(tmp_path: Path) -> None:
         test="file_name,sound_path,label,note\na.png,/abs/a.wav,x,a.b\n",
         train='{"file_name": "a.png", "sound_path": "w/a.wav", "label": "y", "age": 3, "f_frames": ["u/a", "v/a"]}\n',
     )
-    concatenated = rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=1))
-    assert concatenated == [
+    assert table_rows(root) == [
         {"file_name": "test/a.png", "sound_path": "/abs/a.wav", "label": "x", "note": "a.b", "split": "test",
          "age": None, "f_frames": None},
         {"file_name": "train/a.png", "sound_path": "train/w/a.wav", "label": "y", "note": None, "split": "train",
@@ -228,11 +232,11 @@ def test_tables_of_split_folders_are_concatenated(tmp_path: Path) -> None:
 
 def test_other_folders_add_no_split_and_existing_split_is_kept(tmp_path: Path) -> None:
     root = metadata(tmp_path / "a", train="file_name,label\na.png,x\n", speaker="file_name,label\nb.png,y\n")
-    assert rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=9)) == [
+    assert table_rows(root) == [
         {"file_name": "speaker/b.png", "label": "y"}, {"file_name": "train/a.png", "label": "x"}
     ]  # fmt: skip
-    root = metadata(tmp_path / "b", train="file_name,label,split\na.png,x,dev\n")
-    assert [row["split"] for row in rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=9))] == ["dev"]
+    root = metadata(tmp_path / "b", train="file_name,label,split\na.png,x,dev\n", test="file_name,label\nb.png,y\n")
+    assert [row["split"] for row in table_rows(root)] == ["test", "dev"]
 
 
 def test_tables_with_different_types_are_rejected(tmp_path: Path) -> None:

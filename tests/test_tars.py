@@ -127,7 +127,7 @@ def test_tars_of_folder_file_and_glob_are_found(tmp_path: Path) -> None:
     assert find_tars(str(tmp_path)) == [paths[1], paths[0], paths[2]]
     assert find_tars(str(paths[0])) == [paths[0]]
     assert find_tars(f"{tmp_path}/*.tar") == [paths[1], paths[0]]
-    assert find_tars(f"{tmp_path}/*") == []
+    assert find_tars(f"{tmp_path}/*") == [paths[1], paths[0]]
     assert find_tars(f"{tmp_path}/none.tar") == []
     (tmp_path / "e.tar.gz").write_bytes(b"x")
     with pytest.raises(DatasetError, match=r"e\.tar\.gz is compressed .*: unpack it"):
@@ -151,7 +151,7 @@ def test_splits_are_inferred_from_names_and_logged(
     split_of_row = [row.get("split") for row in read_rows(plan_tar_files(paths, shard_rows=9))]
     expected = {"train": "train", "val": "validation", "test": "test"}
     assert split_of_row == ([None] * len(names) if splits is None else [expected[split] for split in splits])
-    assert ("split by the names of the tars" in caplog.text) == (splits is not None)
+    assert ("by the names of the files: " in caplog.text) == (splits is not None)
 
 
 def test_existing_split_field_is_kept(tmp_path: Path) -> None:
@@ -286,3 +286,19 @@ def test_only_canonical_integers_are_numbers(tmp_path: Path) -> None:
     members = [("a.cls", b"1"), ("a.json", b'{"id": "007"}'), ("b.cls", b"01"), ("b.json", b'{"id": "8"}')]
     read_back = read_rows(plan_tar_files([pack(tmp_path / "x.tar", members)], shard_rows=9))
     assert [(row["cls"], row["id"]) for row in read_back] == [("1", "007"), ("01", "8")]
+
+
+def test_keys_with_dots_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = pack(tmp_path / "a.tar", [("22.05.png", b"x"), ("22.05.cls", b"1")])
+    plan_tar_files([path], shard_rows=9)
+    assert f"{path}: the member 22.05.png is the column 05.png of the sample 22, since a key ends at" in caplog.text
+    caplog.clear()
+    plan_tar_files([pack(tmp_path / "b.tar", [("22.seg.png", b"x"), ("22.cls", b"1")])], shard_rows=9)
+    assert not caplog.records
+
+
+def test_texts_of_other_encodings_and_system_members(tmp_path: Path) -> None:
+    members = [("a.txt", "caf\u00e9".encode("utf-16")), ("__MACOSX/a.txt", b"x"), ("._b/b.txt", b"x"), (".c.txt", b"x")]
+    assert read_rows(plan_tar_files([pack(tmp_path / "a.tar", members)], shard_rows=9)) == [
+        {"__key__": "a", "txt": "caf\u00e9"}
+    ]

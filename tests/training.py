@@ -72,7 +72,7 @@ def fine_tune(examples: Examples, folder: Path, config: TrainConfig = QUICK, **o
 def stop_after(epochs: int) -> Progress:
     """Return a progress callback that raises KeyboardInterrupt after `epochs` epochs."""
 
-    def progress(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: int, total: int, *, detail: str = "") -> None:
         if done == epochs:
             raise KeyboardInterrupt
 

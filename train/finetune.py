@@ -145,6 +145,7 @@ def finetune_on(
     with ExitStack() as stack:
         tracked = settings.report_to and distributed.is_first
         trackers = open_trackers(settings.report_to, folder, stack=stack) if tracked else []
+        progress("finetune", epoch - 1, settings.epochs)
         while epoch <= settings.epochs and not _is_over(history, best, settings):
             if step == 0:
                 sampler.begin_epoch(epoch, reader)

@@ -15,7 +15,15 @@ import pyarrow as pa
 
 from ..errors import ConfigError, DatasetError, Reason, UnusableError, choices
 from ..hashing import digest
-from ..media.files import MAX_IN_MEMORY, MediaFile, Medium, kind_of_path
+from ..media.files import (
+    MAX_IN_MEMORY,
+    MediaFile,
+    Medium,
+    is_hidden,
+    kind_of_path,
+    missing_file,
+    require_fetched,
+)
 from ..storage import file_stamp, open_regular
 from .modalities import Modality
 
@@ -30,9 +38,9 @@ _ROLE_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Column name of each role; `label` is required, the others may be None."""
+    """Column name of each role; `label` is required, the others may be None. `id`: columns that form the id, or ()."""
 
-    id: str | None
+    id: tuple[str, ...]
     label: str
     label_name: str | None
     group: str | None
@@ -41,30 +49,55 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """Names of the columns that have a role; they are not modalities."""
-        return [name for name in (self.id, self.label, self.label_name, self.group, self.split) if name]
+        return [name for name in (*self.id, self.label, self.label_name, self.group, self.split) if name]
 
 
 def find_columns(names: Sequence[str], requested: Mapping[str, str | None]) -> Columns:
-    """Return the column of each role: the requested one, else the first usual name; "none" disables group or split.
+    """Return the column of each role: the requested one, else the first usual name; "none" disables all but the label.
+
+    The id may be composed of several columns, as `video_id,clip_id`.
 
     Raises DatasetError for repeated columns or a missing label, ConfigError for a requested column that does not exist.
     """
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise DatasetError(f"more than one column is called {repeated[0]!r}: rename all but one")
-    by_role = {role: _find_column(names, role, requested.get(role)) for role in _ROLE_NAMES}
+    by_role = {role: _find_column(names, role, requested.get(role)) for role in _ROLE_NAMES if role != "id"}
     label = by_role["label"]
     if label is None:
         raise DatasetError(f"no label column among {', '.join(names)}: name it with --label COLUMN, or call it label")
     if label == "label_name" or requested.get("label") not in (None, "label"):
         by_role["label_name"] = None  # it names the classes of another label column
     return Columns(
-        id=by_role["id"], label=label, label_name=by_role["label_name"], group=by_role["group"], split=by_role["split"]
+        id=_find_id_columns(names, requested.get("id")),
+        label=label,
+        label_name=by_role["label_name"],
+        group=by_role["group"],
+        split=by_role["split"],
     )
 
 
+def _find_id_columns(names: Sequence[str], requested: str | None) -> tuple[str, ...]:
+    """Return the columns that form the id, () if there are none."""
+    parts = [requested] if requested is None or requested in names else requested.split(",")
+    columns = [_find_column(names, "id", part) for part in parts]
+    return tuple(column for column in columns if column)
+
+
+def compose_ids(rows: pa.Table, columns: Sequence[str]) -> list[str]:
+    """Return the id of each row: the value of the column, or the values of several, joined by commas.
+
+    In composed ids, commas and backslashes of the values are escaped, so that different values give different ids.
+    """
+    cells = [[str(value) for value in rows[column].to_pylist()] for column in columns]
+    if len(cells) == 1:
+        return cells[0]
+    escaped = [[text.replace("\\", "\\\\").replace(",", "\\,") for text in texts] for texts in cells]
+    return [",".join(values) for values in zip(*escaped, strict=True)]
+
+
 def _find_column(names: Sequence[str], role: str, requested: str | None) -> str | None:
-    if requested == "none" and role in ("group", "split"):
+    if requested == "none" and role in ("id", "group", "split"):
         return None
     if requested is not None and requested not in names:
         raise ConfigError(f"--{role} {requested}: no such column; {choices(requested, names)}")
@@ -78,18 +111,6 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
     **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
 }
-_WORD = re.compile(r"[a-z]+")
-
-
-def split_of_folder(name: str) -> str | None:
-    """Return the split that a folder's full name stands for, or None."""
-    return SPLIT_NAMES.get(name.lower())
-
-
-def split_of_file(name: str) -> str | None:
-    """Return the split that a file's name begins with, as in `train-000.tar`, or None."""
-    word = _WORD.match(name.lower())
-    return SPLIT_NAMES.get(word.group()) if word else None
 
 
 def with_split(rows: pa.Table, split: str | None) -> pa.Table:
@@ -127,8 +148,11 @@ def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool)
         if cell is None:
             raise UnusableError(Reason.MISSING, f"{modality.column} has neither bytes nor a path")
     if isinstance(cell, bytes):
-        return cell
-    return _read_medium(_resolve(str(cell), root=root, allow_outside=allow_outside), str(cell))
+        return require_fetched(cell, modality.column)
+    path = _resolve(str(cell), root=root, allow_outside=allow_outside)
+    if not path.exists():
+        raise missing_file(root, str(cell))
+    return require_fetched(_read_medium(path, str(cell)), str(cell))
 
 
 def stamp_cell(
@@ -192,7 +216,8 @@ def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[Medium,
     media: list[Medium] = []
     max_bytes = MAX_IN_MEMORY  # for all images of a folder together: of a long folder only a few frames are decoded
     for path in _picture_paths(name, root=root, allow_outside=allow_outside):
-        media.append(_read_medium(_resolve(path, root=root, allow_outside=allow_outside), path, max_bytes=max_bytes))
+        medium = _read_medium(_resolve(path, root=root, allow_outside=allow_outside), path, max_bytes=max_bytes)
+        media.append(require_fetched(medium, path))
         max_bytes -= len(media[-1]) if isinstance(media[-1], bytes) else 0
     return tuple(media)
 
@@ -203,7 +228,7 @@ def _pictures(folder: Path) -> list[str]:
         names = [entry.name for entry in islice(entries, MAX_FOLDER_ENTRIES + 1)]
     if len(names) > MAX_FOLDER_ENTRIES:
         raise UnusableError(Reason.TOO_LARGE, f"more than {MAX_FOLDER_ENTRIES:,} files in the folder {folder.name}")
-    pictures = [name for name in names if kind_of_path(name) == "image" and not name.startswith(".")]
+    pictures = [name for name in names if kind_of_path(name) == "image" and not is_hidden(name)]
     return sorted(pictures, key=_natural_order)
 
 

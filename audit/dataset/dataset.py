@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from ..errors import ConfigError, DatasetError, UnusableError
 from ..parsing import check_choices, check_ranges
-from .columns import Columns, find_columns, holds_pictures, load_cell, stamp_cell
+from .columns import Columns, compose_ids, find_columns, holds_pictures, load_cell, stamp_cell
 from .formats import Shard, plan_source
 from .labels import TASKS
 from .modalities import (
@@ -24,6 +24,7 @@ from .modalities import (
     check_modalities,
     choose_encoders,
     holds_bytes,
+    holds_files,
     infer_modalities,
     is_text,
     is_vector,
@@ -46,8 +47,9 @@ class DataConfig:
         encoder: Encoders as MODALITY=ENCODER, such as image=resnet18; a modality without one uses `statistics`. Others
             are `hf:MODEL`, `package.module:function` and the encoders of installed packages.
         task: What the label is: classification (one class), multilabel (a set of labels) or regression (a number).
-        id: Column of unique sample ids. Not set: sample_id, id, uid, key, clip_id, video_id or __key__, else the first
-            column of paths, else row numbers.
+        id: Column of unique sample ids, or several that are unique together, as video_id,clip_id. Not set: sample_id,
+            id, uid, key, clip_id, video_id or __key__; without such a column or with "none": the first column of paths,
+            else row numbers.
         label: Column of labels. Not set: label, class, category, target, y, label_name, labels or cls.
         group: Column of groups, such as speakers or source videos, which folds and splits keep together. Not set: the
             column `group` if there is one; "none": no groups.
@@ -165,7 +167,7 @@ class Dataset:
     def sample_ids(self, rows: pa.Table, shard: Shard) -> list[str]:
         """Return the ids of a shard's rows: the id column, else the first path column, else `row-NUMBER`."""
         if self.columns.id:
-            return [str(value) for value in rows[self.columns.id].to_pylist()]
+            return compose_ids(rows, self.columns.id)
         names = rows[self.path_columns[0]].to_pylist() if self.path_columns else [None] * rows.num_rows
         numbers = range(shard.first, shard.first + rows.num_rows)
         # A row whose path is null is quarantined; the row number keeps its id unique.
@@ -206,8 +208,8 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     """Open a dataset: find its rows, the roles of its columns and its modalities; no medium is decoded.
 
     Args:
-        data: A folder with a metadata file, or with one in each folder of a split; a csv, jsonl or Parquet file or a
-            glob of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
+        data: A folder with a metadata file, or with one in each folder of a split; a csv, tsv, jsonl or Parquet file
+            or a glob or brace pattern of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
             ROOT[/split]/class/file; WebDataset tars; or a source that the reader of an installed package recognises,
             if `config.reader` names it.
         config: Roles of the columns and options of reading; by default they are inferred. Inferred modalities are
@@ -240,7 +242,10 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     if config.modality:
         modalities = [parse_modality(text, plan.head, holds_pictures=contains_pictures) for text in config.modality]
     else:
-        modalities = infer_modalities(plan.head, excluded=columns.names, holds_pictures=contains_pictures)
+        # A column of media files may be the id, too.
+        media_ids = [name for name in columns.id if holds_files(plan.head, plan.head.schema.field(name))]
+        excluded = [name for name in columns.names if name not in media_ids]
+        modalities = infer_modalities(plan.head, excluded=excluded, holds_pictures=contains_pictures)
     dataset = Dataset(
         source=str(data),
         root=plan.root,

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
-from ..parsing import parse_data_json
+from ..parsing import fold_text, parse_data_json
 
 _KIND_OF_FEATURE = {"Audio": "audio", "Image": "image", "Video": "video"}
 
@@ -58,6 +58,7 @@ NO_NAMES = "(none)"  # the stratum of samples with an empty label set
 _MIN_STRATUM = 10  # samples: fewer cannot be divided evenly into five folds with training rows in each
 _NUM_DECILES = 10
 MAX_NUMBER = 1e15  # largest regression target: sums of squares still fit into float32, which ends at 3e38
+_MAX_WARNINGS = 5
 _SEPARATORS = re.compile(r"[|;,]")
 _CLASS_HINT = "a class label is an integer or a string; choose the column with --label"
 
@@ -115,6 +116,9 @@ def read_classes(
     if any(isinstance(cell, float) and not cell.is_integer() for cell in cells):
         raise DatasetError(f"the labels are fractions: {_CLASS_HINT}, or pass --task regression")
     texts = [None if cell is None else _label_text(cell) for cell in cells]
+    if not declared and not classes:
+        _check_not_numbers(texts)
+        warn_of_similar(texts)
     class_names, class_of_text = _number_classes(texts, cells, declared=declared, classes=classes)
     class_of_row = [None if text is None else class_of_text.get(text) for text in texts]
     label = np.array([NO_LABEL if index is None else index for index in class_of_row], dtype=np.int32)
@@ -136,6 +140,8 @@ def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes
             raise _label_set_error(cell)
     sets = _parse_indicator_vectors(cells, declared or classes) or [_parse_label_set(cell) for cell in cells]
     present = [text for labels in sets if labels is not None for text in labels]
+    if not declared and not classes:
+        warn_of_similar(present)
     label_names, column_of_text = _number_classes(present, present, declared=declared, classes=classes)
     unknown: list[tuple[int, str]] = []
     values = np.full((len(sets), len(label_names)), np.nan, dtype=np.float32)
@@ -174,6 +180,35 @@ def read_regression_targets(cells: Sequence[object], *, name: str) -> Labels:
     strata = [f"[{low:g}, {high:g})" for low, high in bounds[:-1]] + [f"[{bounds[-1][0]:g}, {bounds[-1][1]:g}]"]
     values = np.where(valid, numbers, np.nan).astype(np.float32)[:, None]
     return Labels(label=label, names=tuple(strata), outputs=(name,), values=values, unknown=unknown)
+
+
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def _check_not_numbers(texts: Sequence[str | None]) -> None:
+    """Raise DatasetError if all labels are decimal numbers and some are fractions, such as a sentiment of -2.75."""
+    present = {text.strip() for text in texts if text is not None}
+    if not present or not all(map(_DECIMAL.fullmatch, present)):
+        return
+    if fractions := sorted(text for text in present if not float(text).is_integer()):
+        raise DatasetError(
+            f"the labels are {len(present)} numbers, such as {fractions[0]}: pass --task regression, choose a column "
+            "of classes with --label, or list the classes with data.classes"
+        )
+
+
+def warn_of_similar(texts: Sequence[str | None]) -> None:
+    """Log a warning of labels that differ only by case, blanks or Unicode form, with each spelling and its count."""
+    counts = Counter(text for text in texts if text is not None)
+    spellings: dict[str, list[str]] = {}
+    for text in sorted(counts):
+        spellings.setdefault(fold_text(text), []).append(text)
+    similar = [names for names in spellings.values() if len(names) > 1]
+    for names in similar[:_MAX_WARNINGS]:
+        shown = ", ".join(f"{name!r} ({counts[name]})" for name in names)
+        log.warning("labels that differ only by case, blanks or Unicode form are different classes: %s", shown)
+    if len(similar) > _MAX_WARNINGS:
+        log.warning("%d more labels have several spellings", len(similar) - _MAX_WARNINGS)
 
 
 def _number_classes(

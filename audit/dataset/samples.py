@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from ..errors import DatasetError
 from ..hashing import hash_rank
-from .columns import SPLIT_NAMES
+from .columns import SPLIT_NAMES, compose_ids
 from .dataset import Dataset
 from .labels import Labels, Target, declared_classes, read_classes, read_label_sets, read_regression_targets
+from .modalities import is_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +51,7 @@ class Samples:
     def __post_init__(self) -> None:
         repeated = [name for name, count in Counter(self.sample_id).items() if count > 1]
         if repeated:
-            raise DatasetError(
-                f"{len(repeated)} ids are repeated ({', '.join(repeated[:3])}): "
-                "ids must be unique; choose another column with --id"
-            )
+            raise _repeated_ids(repeated)
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -70,10 +68,14 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     tables = [(dataset.read(shard, modalities=False), shard) for shard in dataset.shards]
     sample_id = np.array([name for rows, shard in tables for name in dataset.sample_ids(rows, shard)], dtype=object)
     rows = pa.concat_tables([rows for rows, _ in tables])
-    if columns.id and rows[columns.id].null_count:
-        raise DatasetError(
-            f"column {columns.id!r} has {rows[columns.id].null_count} rows without an id: give each row one"
-        )
+    for name in columns.id:
+        if num_null := rows[name].null_count:
+            raise DatasetError(
+                f"column {name!r} has {num_null} rows without an id: give each row one, or pass --id none"
+            )
+    if columns.id and len(set(sample_id)) < len(sample_id):
+        repeated = [name for name, count in Counter(sample_id).items() if count > 1]
+        raise _repeated_ids(repeated, columns=columns.id, way_out=_unique_columns(dataset))
     labels = _read_labels(dataset, rows)
     group = _read_group(rows[columns.group].to_pylist(), sample_id) if columns.group else None
     if columns.split:
@@ -95,6 +97,30 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
         outputs=labels.outputs,
         unknown=labels.unknown,
     )
+
+
+def _repeated_ids(repeated: Sequence[str], *, columns: Sequence[str] = (), way_out: str | None = None) -> DatasetError:
+    """Return the error of ids that are not unique, with the option of --id that makes them so, if there is one."""
+    source = f" in {','.join(columns)}" if columns else ""
+    hint = f"they are with --id {way_out}" if way_out else "choose another column with --id"
+    return DatasetError(
+        f"{len(repeated)} ids are repeated{source} ({', '.join(repeated[:3])}): ids must be unique; {hint}"
+    )
+
+
+def _unique_columns(dataset: Dataset) -> str | None:
+    """Return the value of --id that makes ids unique: the id columns after one of groups or ids, else one column."""
+    types = zip(dataset.schema.names, dataset.schema.types, strict=True)
+    names = [name for name, type_ in types if (is_text(type_) or pa.types.is_integer(type_)) and "," not in name]
+    rows = pa.concat_tables([shard.read(names) for shard in dataset.shards])
+    columns = dataset.columns
+    others = [name for name in names if name not in columns.names or name == columns.group]
+    outer = sorted(name for name in others if name == columns.group or name.lower().endswith("id"))
+    for candidate in [*((name, *columns.id) for name in outer), *((name,) for name in others)]:
+        has_nulls = any(rows[name].null_count for name in candidate)
+        if not has_nulls and len(set(compose_ids(rows, candidate))) == rows.num_rows:
+            return ",".join(candidate)
+    return None
 
 
 def stratify(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -154,10 +180,11 @@ def _read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
 
 
 def _read_split(values: Sequence[object], *, column: str) -> NDArray[np.object_]:
-    unknown = sorted({str(value) for value in values if str(value).lower() not in SPLIT_NAMES})
+    names = [str(value).strip().lower() for value in values]
+    unknown = sorted({str(value) for value, name in zip(values, names, strict=True) if name not in SPLIT_NAMES})
     if unknown:
         raise DatasetError(
             f"column {column!r} holds {', '.join(unknown[:3])}; a split is train, validation or test: "
             "rename them, or pass --split none to have a test split cut"
         )
-    return np.array([SPLIT_NAMES[str(value).lower()] for value in values], dtype=object)
+    return np.array([SPLIT_NAMES[name] for name in names], dtype=object)

@@ -50,7 +50,9 @@ def read_mosei(folder: Path, lists: Sequence[Path]) -> Listing:
     tables = [_table(part) for part in parts]
     if any(table.schema != tables[0].schema for table in tables):
         raise DatasetError(f"{parts[0].where} and the other splits differ in the length of features or kind of labels")
-    rows = pa.concat_tables(tables)
+    # Not fixed-size lists in the file: pyarrow before 26 cannot read those with nulls back from Parquet.
+    types = [pa.list_(pa.float32()) if field.name in MODALITIES else field.type for field in tables[0].schema]
+    rows = pa.concat_tables(tables).cast(pa.schema(zip(tables[0].schema.names, types, strict=True)))
     _check_ids(rows["id"].to_pylist(), folder)
     labels_are_signs = "classification_labels" not in parts[0].fields
     notes = ("no classes in the file: the label is the sign of the sentiment",) if labels_are_signs else ()

@@ -99,6 +99,7 @@ class FeatureMatrix:
     """One modality of n samples in the feature cache; rows without the modality read as NaN.
 
     row: dataset row of each sample (n,). shard_starts: first dataset row of each shard, and the end (s + 1,).
+    columns: the columns that are read, (d,); None: all.
     """
 
     tasks: tuple[EncodeTask, ...]
@@ -106,6 +107,7 @@ class FeatureMatrix:
     row: RowIndex
     shard_starts: RowIndex
     num_features: int
+    columns: RowIndex | None = None
 
     @classmethod
     def of(cls, tasks: Sequence[EncodeTask], status: Status, row: RowIndex) -> FeatureMatrix:
@@ -126,6 +128,15 @@ class FeatureMatrix:
     def present(self) -> NDArray[np.bool_]:
         """Mask (n,) of the samples that have this modality."""
         return np.asarray(self.status.usable[self.row])
+
+    def take(self, rows: RowIndex) -> FeatureMatrix:
+        """Return the matrix of these rows, in this order."""
+        return replace(self, row=self.row[rows])
+
+    def select_columns(self, columns: RowIndex) -> FeatureMatrix:
+        """Return the matrix of the same rows with these of its columns, (c,), in this order."""
+        selected = columns if self.columns is None else self.columns[columns]
+        return replace(self, columns=selected, num_features=len(selected))
 
     def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
@@ -150,6 +161,7 @@ class FeatureMatrix:
         usable_vectors = vector.flatten().to_numpy().reshape(int(shard_usable.sum()), -1)  # flatten skips nulls
         is_usable = shard_usable[dataset_rows - start]
         vectors = usable_vectors[(np.cumsum(shard_usable) - 1)[dataset_rows - start][is_usable]]
+        vectors = vectors if self.columns is None else vectors[:, self.columns]
         if is_usable.all():
             return np.asarray(vectors)
         part = np.full((len(dataset_rows), self.num_features), np.nan, np.float32)

@@ -1,4 +1,4 @@
-"""Kinds of media, decoding settings and limits, and reading of large files in ranges."""
+"""Files of a source: kinds of media, hidden files, Git LFS pointers; decoding limits; large files read in ranges."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, overload
 
 from ..errors import Reason, UnusableError
-from ..parsing import check_ranges
+from ..parsing import check_ranges, fold_text
 from ..storage import open_regular
 
 EXTENSIONS = {
@@ -56,6 +58,84 @@ def kind_of_path(path: str) -> str | None:
     """Return the kind of medium by a file name's extension: audio, image, video, or None."""
     extension = PurePosixPath(path.lower()).suffix
     return next((kind for kind, extensions in EXTENSIONS.items() if extension in extensions), None)
+
+
+_SYSTEM_NAMES = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a path, relative to its source, is hidden or written by a system, as `._1.wav` and `.DS_Store`."""
+    parts = PurePosixPath(path).parts
+    return any(part in _SYSTEM_NAMES or (part.startswith(".") and part not in (".", "..")) for part in parts)
+
+
+_LFS_START = b"version https://git-lfs.github.com/spec/v1"
+_MAX_LFS_BYTES = 1024  # the specification allows no larger pointer
+LFS_HINT = "it is a Git LFS pointer, not the file itself: run git lfs pull"
+
+
+def is_lfs_pointer(data: Medium) -> bool:
+    """Return whether these are the bytes of a Git LFS pointer, which a clone without git-lfs has in place of a file."""
+    return len(data) < _MAX_LFS_BYTES and data.startswith(_LFS_START)
+
+
+def is_lfs_pointer_file(path: Path) -> bool:
+    """Return whether a regular file is a Git LFS pointer; False if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return is_lfs_pointer(file.read(_MAX_LFS_BYTES))
+    except OSError:
+        return False
+
+
+def require_fetched(data: Medium, name: str) -> Medium:
+    """Return a medium; UnusableError if it is a Git LFS pointer."""
+    if is_lfs_pointer(data):
+        raise UnusableError(Reason.MISSING, f"{name}: {LFS_HINT}")
+    return data
+
+
+def missing_file(root: Path, name: str) -> UnusableError:
+    """Return the error of a file that does not exist, which names a similar one that does; see `similar_path`."""
+    similar = similar_path(root, name)
+    return UnusableError(Reason.MISSING, f"no file {name}" + (f"; there is {similar}: write it so" if similar else ""))
+
+
+_MAX_LISTED = 100_000  # entries of a folder that are compared with a name
+
+
+def similar_path(root: Path, name: str) -> str | None:
+    """Return the path below `root` that differs from `name` only by backslashes, case, blanks or Unicode form, if any.
+
+    Lists written on Windows or macOS differ in these from the files they name.
+    """
+    folder, names = root, []
+    for part in name.replace("\\", "/").split("/"):
+        if part in ("", "."):
+            continue
+        entry = _entries(folder).get(fold_text(part)) if part != ".." else None
+        exact = part if part != ".." and (folder / part).exists() else entry
+        if exact is None:
+            return None
+        names.append(exact)
+        folder = folder / exact
+    similar = "/".join(names)
+    return similar if similar != name and folder.is_file() else None
+
+
+def _entries(folder: Path) -> dict[str, str]:
+    """Return the names in a folder by their folded form, {} for a folder that cannot be listed or is too long."""
+    try:
+        return _list_folder(str(folder), os.stat(folder).st_mtime_ns)
+    except OSError:
+        return {}
+
+
+@lru_cache(maxsize=16)  # thousands of missing files usually lie in a few folders
+def _list_folder(folder: str, modified: int) -> dict[str, str]:
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in islice(entries, _MAX_LISTED))
+    return {fold_text(name): name for name in reversed(names)}
 
 
 MAX_FRAME_PIXELS = 2_147_483_647  # FFmpeg uses 32-bit integers

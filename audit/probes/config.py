@@ -24,6 +24,10 @@ class ProbeConfig:
         learn_from: Splits that probes train on: "all", or "train" for all but the test split.
         joint: Also fit a probe of the concatenated features of all modalities, for the Shapley values.
         control: Also fit a probe of each modality to shuffled labels, whose accuracy must be at chance.
+        halves: Also fit probes of two random halves of each modality's features, one repeat each, which show whether
+            the discrepancies of single samples are real.
+        thorough: Also audit both halves of six random bisections of the samples, one repeat each, for an interval of
+            the headline that holds for other samples; about as long as all the rest.
         max_rows: Rows that all probes together train on; all rows are scored.
         l2_penalties: L2 penalties to choose from: 1 / (C n) in scikit-learn's terms for n rows.
         gaussian: With few rows, mix a Gaussian model of the classes into the logistic one; not of an mlp.
@@ -48,6 +52,8 @@ class ProbeConfig:
     learn_from: str = "all"
     joint: bool = True
     control: bool = True
+    halves: bool = True
+    thorough: bool = False
     max_rows: int = 200_000
     l2_penalties: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     gaussian: bool = True

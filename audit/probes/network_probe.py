@@ -75,6 +75,14 @@ class Fold:
     holdout_rows: RowIndex
     identity: str
 
+    def path(self, folder: Path) -> Path:
+        """Return the file of the fold's logits."""
+        return folder / f"{self.identity}-{self.repeat}-{self.fold}.npy"
+
+    def is_stored(self, folder: Path | None) -> bool:
+        """Return whether the network of the fold was trained before."""
+        return folder is not None and self.path(folder).exists()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkFit:
@@ -146,19 +154,31 @@ def fit_network(
         inputs=inputs, shape=shape, target=target, config=config, seed=seed, device=device, statistics=statistics
     )
     folds = [fold for number, cross_fit in enumerate(cross_fits) for fold in plan_folds(network_fit, cross_fit, number)]
+    folds.sort(key=lambda fold: not fold.is_stored(folder))  # read first, so that their time spoils no estimate
+    num_stored = sum(fold.is_stored(folder) for fold in folds)
     by_repeat = np.zeros((len(cross_fits), inputs.num_rows, target.num_outputs), np.float32)
     by_epoch = np.zeros((len(config.recorded_epochs), *by_repeat.shape[1:]), np.float32)
     total = config.epochs * len(folds)
+    counts = (len(cross_fits), max(cross_fit.num_folds for cross_fit in cross_fits))
     for index, fold in enumerate(folds):
-        outputs = _train_once(network_fit, fold, folder, partial(_tick, progress, index * config.epochs, total))
+        tick = partial(_tick, progress, fold, counts, config.epochs, index * config.epochs, total)
+        if index == num_stored:
+            tick(0)
+        outputs = _train_once(network_fit, fold, folder, tick)
         by_repeat[fold.repeat, fold.scored_rows] = outputs[0]
         if fold.repeat == 0:
             by_epoch[:, fold.scored_rows] = outputs[1:]
     return NetworkProbe(by_repeat=by_repeat, by_epoch=by_epoch)
 
 
-def _tick(progress: Progress, epochs_before: int, total: int, epoch: int) -> None:
-    progress("probe", epochs_before + epoch, total)
+def _tick(
+    progress: Progress, fold: Fold, counts: tuple[int, ...], epochs: int, epochs_before: int, total: int, epoch: int
+) -> None:
+    """Report the epoch that runs after `epoch` finished ones of a fold; `counts` are the repeats and folds."""
+    repeats, folds = counts
+    repeat = f"repeat {fold.repeat + 1} of {repeats}, " if repeats > 1 else ""
+    detail = f"{repeat}fold {fold.fold + 1} of {folds}, epoch {min(epoch + 1, epochs)} of {epochs}"
+    progress("probe", epochs_before + epoch, total, detail=detail)
 
 
 def plan_folds(network_fit: NetworkFit, cross_fit: CrossFit, number: int) -> Iterator[Fold]:
@@ -204,7 +224,7 @@ def _train_once(
     """Read the logits of a fold from its file, or train the network and write them: see `_train`."""
     if folder is None:
         return _train(network_fit, fold, tick)
-    path = folder / f"{fold.identity}-{fold.repeat}-{fold.fold}.npy"
+    path = fold.path(folder)
     if not path.exists():
         outputs = _train(network_fit, fold, tick)
         content = io.BytesIO()  # when writing to a file, numpy hides why a write failed
@@ -216,7 +236,6 @@ def _train_once(
         outputs = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DatasetError(f"{path} is damaged ({error}): delete it to train its network again") from error
-    tick(network_fit.config.epochs)
     return np.asarray(outputs, dtype=np.float32)
 
 

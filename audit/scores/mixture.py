@@ -1,4 +1,4 @@
-"""Mixture of the modality gap, and the dip test of its bimodality.
+"""Mixture of the modality gap, and the criteria of its bimodality.
 
 The two-component mixture and its posterior are those of Modality Gap (arXiv 2510.21797). The paper does not test
 whether there are two groups; the histogram, the tests of bimodality, the monotone posterior and the threshold that
@@ -17,109 +17,8 @@ from numpy.typing import NDArray
 from ..errors import MixtureError
 from ..parsing import RequiredKeys, Shape, check_ranges, check_shape
 from . import em
+from .dip import dip_of_histogram, dip_p_of_counts
 from .em import Component, Floats, Gap, Pair
-
-SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
-# Quantiles of sqrt(n) * dip of n uniform values, rows SIZES, columns LEVELS: the uniform is the unimodal distribution
-# with the largest dip. 20,000 draws per row with seed 0, by benchmarks/dip_table.py. The 1985 paper, from 9,999 draws,
-# has 0.471 at n = 100 and level 0.9.
-QUANTILES = np.array(
-    [
-        [0.1944, 0.2271, 0.2460, 0.2789, 0.3093, 0.3602, 0.4105, 0.4396, 0.4664, 0.5019, 0.5277, 0.5721],  # 10
-        [0.2111, 0.2356, 0.2540, 0.2871, 0.3279, 0.3799, 0.4342, 0.4689, 0.5002, 0.5349, 0.5641, 0.6178],  # 20
-        [0.2213, 0.2495, 0.2673, 0.3000, 0.3464, 0.4014, 0.4580, 0.4957, 0.5294, 0.5698, 0.5982, 0.6537],  # 50
-        [0.2291, 0.2567, 0.2744, 0.3080, 0.3546, 0.4122, 0.4724, 0.5121, 0.5490, 0.5924, 0.6233, 0.6928],  # 100
-        [0.2332, 0.2616, 0.2801, 0.3148, 0.3623, 0.4197, 0.4807, 0.5213, 0.5612, 0.6059, 0.6390, 0.6982],  # 200
-        [0.2368, 0.2666, 0.2851, 0.3202, 0.3670, 0.4265, 0.4889, 0.5305, 0.5688, 0.6178, 0.6430, 0.7071],  # 500
-        [0.2398, 0.2695, 0.2874, 0.3221, 0.3718, 0.4302, 0.4929, 0.5350, 0.5719, 0.6202, 0.6560, 0.7114],  # 1000
-        [0.2416, 0.2712, 0.2899, 0.3251, 0.3733, 0.4341, 0.4961, 0.5355, 0.5734, 0.6202, 0.6538, 0.7229],  # 2000
-        [0.2431, 0.2730, 0.2911, 0.3265, 0.3751, 0.4351, 0.4976, 0.5404, 0.5780, 0.6299, 0.6594, 0.7347],  # 5000
-    ]
-)
-
-
-def dip(values: NDArray[np.floating]) -> float:
-    """Compute Hartigan and Hartigan's dip of values (n,): the smallest sup-distance of their ECDF to a unimodal one.
-
-    In [1 / 2n, 1/4]; high = far from unimodal. Two distant points with weights w and 1 - w have min(w, 1 - w) / 2.
-    Source: Hartigan & Hartigan 1985 (Ann. Statist. 13, 70-84) and Algorithm AS 217, implemented on the corners of the
-    ECDF, so that tied values are one jump and need no special case. The unimodal distribution may jump at its mode.
-    """
-    if len(values) == 0 or not np.isfinite(values).all():
-        raise MixtureError(f"the dip needs one or more values, all finite: found {len(values)}; drop NaN and infinity")
-    knots, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-    above = np.cumsum(counts).astype(np.float64)  # the ECDF at a knot, in counts ...
-    below = above - counts  # ... and just before it
-    # The distance is at least one count, that of a single jump to any continuous distribution.
-    low, high, distance = 0, len(knots) - 1, 1.0
-    while low < high:
-        interval = slice(low, high + 1)
-        first, last, before, after, between = _modal_interval(knots[interval], below[interval], above[interval])
-        if between <= distance:
-            break
-        distance = max(distance, before, after)
-        low, high = low + first, low + last
-    return distance / (2 * len(values))
-
-
-def dip_p_value(statistic: float, *, num_values: int) -> float:
-    """Compute the probability that num_values uniform values have at least this dip: in [0.001, 1], low = not unimodal.
-
-    Interpolated between the rows of the table by log n, from its first or last row beyond them, and never below the
-    0.001 that the table resolves. It does not increase with the dip.
-    """
-    row = [np.interp(np.log(num_values), np.log(SIZES), column) for column in QUANTILES.T]
-    level = np.interp(np.sqrt(num_values) * statistic, [0.0, *row], [0.0, *LEVELS])
-    return float(1.0 - level)
-
-
-def dip_of_counts(counts: NDArray[np.int64], *, num_values: int, seed: int) -> tuple[float, float]:
-    """Compute dip and p of num_values values drawn without replacement from a histogram (b,).
-
-    Values are uniform within their bins: at the centres of the bins they would be ties, and ties are modes.
-    """
-    rng = np.random.default_rng(seed)
-    ranks = rng.choice(int(counts.sum()), size=num_values, replace=False, shuffle=False)
-    bins = np.searchsorted(np.cumsum(counts), ranks, side="right")
-    statistic = dip(bins + rng.random(num_values))
-    return statistic, dip_p_value(statistic, num_values=num_values)
-
-
-def _modal_interval(knots: Floats, below: Floats, above: Floats) -> tuple[int, int, float, float, float]:
-    """Compute one iteration of AS 217 on the interval of the ECDF that may contain the mode, as corners (k,).
-
-    Returns the first and last knot of the next, shorter interval, the largest distance of the ECDF to its convex
-    minorant before it and to its concave majorant after it, and the largest distance between minorant and majorant.
-    The interval always shrinks: its first knot touches the majorant and its last one the minorant.
-    """
-    touching_below = _lower_hull(knots, below)
-    touching_above = _lower_hull(knots, -above)
-    minorant = np.interp(knots, knots[touching_below], below[touching_below])
-    majorant = np.interp(knots, knots[touching_above], above[touching_above])
-    touching = np.union1d(touching_below, touching_above)
-    separation = (majorant - minorant)[touching]
-    mode = touching[separation.argmax()]
-    first = int(touching_below[np.searchsorted(touching_below, mode, side="right") - 1])
-    last = int(touching_above[np.searchsorted(touching_above, mode, side="left")])
-    distance_before = (above - minorant)[:first].max(initial=0.0)
-    distance_after = (majorant - below)[last + 1 :].max(initial=0.0)
-    return first, last, float(distance_before), float(distance_after), float(separation.max())
-
-
-def _lower_hull(x: Floats, y: Floats) -> NDArray[np.intp]:
-    """Return the points (k,), x ascending, on their greatest convex minorant, as indices (Andrew's monotone chain)."""
-    xs, ys = x.tolist(), y.tolist()  # Python floats: five times faster than numpy scalars in this loop
-    hull: list[int] = []
-    for i, (xi, yi) in enumerate(zip(xs, ys, strict=True)):
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (ys[b] - ys[a]) * (xi - xs[a]) < (yi - ys[a]) * (xs[b] - xs[a]):
-                break
-            hull.pop()
-        hull.append(i)
-    return np.array(hull, dtype=np.intp)
-
 
 CHUNK = em.CHUNK
 
@@ -136,9 +35,13 @@ class MixtureConfig:
         min_sd_ratio: Lower bound of sd of balanced / sd of imbalanced.
         max_sd_ratio: Upper bound of it; 0 and 1e9 give the paper's unbounded fit.
         min_samples: With fewer samples, no mixture of five parameters is fitted.
-        dip_rows: Size of the dip's seeded subsample, so that its p is comparable at any n; 10,000 take 15 ms.
+        min_distinct: Fewest distinct gaps, by bins, or half the samples if that is less: of four atoms every one is a
+            mode, and the verdict would be "bimodal" always.
+        dip_rows: Size of the seeded subsample for the p of the dip, so that it is comparable at any n; 10,000 take 15
+            ms. The dip itself, the effect size, is that of all samples.
         dip_level: Significance level of the dip test.
-        min_dip: Effect size: the ECDF is at least this share of the samples away from any unimodal one.
+        min_dip: Effect size: the distribution of the gaps is at least this share of the samples away from any unimodal
+            one.
         min_ashman_d: Smallest Ashman's D; 2 is the usual bound for a clean separation (Ashman, Bird & Zepf 1994).
         min_weight: A component with less weight is a tail, not a group.
         threshold: If the gap is not bimodal, a sample is balanced if its gap is at most this.
@@ -154,6 +57,7 @@ class MixtureConfig:
     min_sd_ratio: float = 0.1
     max_sd_ratio: float = 1.0
     min_samples: int = 10
+    min_distinct: int = 50
     dip_rows: int = 10_000
     dip_level: float = 0.01
     min_dip: float = 0.01
@@ -168,7 +72,9 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         check_ranges("mixture", self, num_bins="[16, inf)", max_steps="[1, inf)", min_samples="[2, inf)")
-        check_ranges("mixture", self, dip_rows="[10, inf)", tolerance="(0, 1)", min_sd="(0, 1)")
+        check_ranges(
+            "mixture", self, min_distinct="[0, inf)", dip_rows="[10, inf)", tolerance="(0, 1)", min_sd="(0, 1)"
+        )
         check_ranges("mixture", self, min_sd_ratio="[0, 1]", max_sd_ratio="[1, inf]")
         check_ranges("mixture", self, dip_level="(0.001, 1)", min_dip="[0, 1]", min_weight="[0, 1]", threshold="[0, 1]")
 
@@ -195,8 +101,8 @@ class Mixture:
         num_samples: Number of gaps that it was fitted to.
         threshold: Largest gap of a balanced sample, used if the gap is not bimodal.
         reasons: Each failed criterion of bimodality with its number; empty if the gap is bimodal.
-        dip: Dip statistic in [0, 1/4]; high = far from unimodal.
-        dip_p: Its p value, in [0.001, 1].
+        dip: Dip statistic of all samples in [0, 1/4]; high = far from unimodal.
+        dip_p: p value of the dip of a subsample, in [0.001, 1].
         components: The balanced component, of the lower mean, and the imbalanced one.
         log_likelihood: Mean log-likelihood per sample.
         bic_one: BIC of a single Gaussian; lower is better.
@@ -331,11 +237,15 @@ def fit_counts(counts: NDArray[np.int64], *, config: MixtureConfig, seed: int) -
     num_samples = int(counts.sum())
     if num_samples == 0:
         raise MixtureError("no sample was scored, so no mixture can be fitted; see quarantine.parquet for the reasons")
-    dip, dip_p = dip_of_counts(counts, num_values=min(config.dip_rows, num_samples), seed=seed)
+    dip_p = dip_p_of_counts(counts, num_values=min(config.dip_rows, num_samples), seed=seed)
     occupied = np.flatnonzero(counts)
     points, shares = occupied / (len(counts) - 1), counts[occupied] / num_samples
     unfitted = Mixture(
-        num_samples=num_samples, threshold=config.threshold, dip=dip, dip_p=dip_p, reasons=("not fitted",)
+        num_samples=num_samples,
+        threshold=config.threshold,
+        dip=dip_of_histogram(counts),
+        dip_p=dip_p,
+        reasons=("not fitted",),
     )
     if num_samples < config.min_samples:
         return replace(unfitted, reasons=(f"a mixture needs {config.min_samples} samples, available {num_samples}",))
@@ -350,17 +260,19 @@ def fit_counts(counts: NDArray[np.int64], *, config: MixtureConfig, seed: int) -
         bic_two=em.bic(log_likelihood, num_parameters=5, num_samples=num_samples),
         ashman_d=em.ashman_d(components),
     )
-    return replace(fitted, reasons=_reasons(fitted, config))
+    return replace(fitted, reasons=_reasons(fitted, config, num_distinct=len(points)))
 
 
-def _reasons(fitted: Mixture, config: MixtureConfig) -> tuple[str, ...]:
+def _reasons(fitted: Mixture, config: MixtureConfig, *, num_distinct: int) -> tuple[str, ...]:
     """Return every failed criterion of bimodality with its number; empty if the gap is bimodal."""
     assert fitted.components is not None
     assert fitted.ashman_d is not None
     assert fitted.bic_one is not None
     assert fitted.bic_two is not None
     smaller = min(component.weight for component in fitted.components)
+    needed = min(config.min_distinct, fitted.num_samples // 2)
     failures = {
+        f"the gap has {num_distinct} distinct values, {needed} needed": num_distinct < needed,
         f"dip {fitted.dip:.4f} is below {config.min_dip:g}": fitted.dip < config.min_dip,
         f"p of the dip {fitted.dip_p:.3f} is not below {config.dip_level:g}": fitted.dip_p >= config.dip_level,
         f"Ashman's D {fitted.ashman_d:.2f} is below {config.min_ashman_d:g}": fitted.ashman_d < config.min_ashman_d,

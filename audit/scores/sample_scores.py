@@ -70,6 +70,20 @@ def compute_sample_scores(probe_set: ProbeSet, *, seed: int, progress: Progress)
     return SampleScores(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
+def compute_confidence(probe_set: ProbeSet) -> Floats:
+    """Compute the out-of-fold confidences (n, m) of all samples, NaN where missing, and no other score."""
+    parts: list[Floats] = []
+    for rows in chunks(probe_set.joint_inputs, np.arange(len(probe_set.target)), max_bytes=_CHUNK_BYTES):
+        parts += parallel_map(partial(_confidence, probe_set.in_memory(rows)), _pieces(probe_set, rows))
+    return np.concatenate(parts)
+
+
+def _confidence(probe_set: ProbeSet, rows: RowIndex) -> Floats:
+    target, min_scale = probe_set.target.take(rows), probe_set.min_scale
+    predictions = [_predict_present(probe, rows, target, min_scale=min_scale) for probe in probe_set.probes]
+    return np.stack([prediction.confidence for prediction in predictions], axis=1)
+
+
 def _pieces(probe_set: ProbeSet, rows: RowIndex) -> list[RowIndex]:
     """Split consecutive rows into pieces whose size depends on the number of outputs only."""
     piece_rows = min(_MAX_ROWS, max(_MIN_ROWS, _CHUNK_LOGITS // probe_set.target.num_outputs))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,8 +15,7 @@ from numpy.typing import NDArray
 
 from ..dataset.labels import Target
 from ..dataset.modalities import Modality
-from ..dataset.samples import Samples
-from ..errors import Quarantined, ScoreError
+from ..errors import Quarantined
 from ..features.encode import EncodeTask
 from ..features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
 from ..features.encoders import input_shape, is_network
@@ -24,6 +24,7 @@ from ..hashing import canonical_order
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
 from ..probes.cross_fit import CrossFit, plan_cross_fits
+from ..probes.network_cost import describe_cost, seconds_per_row
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (
     CalibratedProbe,
@@ -35,10 +36,23 @@ from ..probes.probe_set import (
     fit_probe,
 )
 from ..workers import Progress, fixed_threads, parallel_map
+from .gap_checks import ClassCheck, MarginCheck, balanced_side, fit_by_class, permute_within_classes
 from .mixture import Mixture, MixtureConfig
-from .probe_report import ClassCheck, ProbeReport, compute_probe_report, fit_by_class
+from .probe_report import CONTROL_ROWS, ProbeReport, compute_probe_report
 from .sample_scores import SampleScores, add_balance, compute_sample_scores, score_columns
+from .stability import (
+    NUM_BISECTIONS,
+    AuditData,
+    BisectionAudit,
+    HalfAudit,
+    audit_bisections,
+    audit_halves,
+    check_modalities,
+    target_of,
+)
 from .table import ScoreTable
+
+log = logging.getLogger("mmaudit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +62,11 @@ class Audit:
     scores: ScoreTable
     mixture: Mixture
     class_check: ClassCheck
+    margin_check: MarginCheck
+    balanced_side: dict[str, float] | None
     probe_report: ProbeReport
+    halves: HalfAudit | None
+    bisections: BisectionAudit | None
     quarantined: tuple[Quarantined, ...]
     fingerprint: str
 
@@ -77,11 +95,12 @@ def audit_dataset(
     rows, left_out = select_usable(encoded, keep_duplicates=keep_duplicates)
     rows = rows[canonical_order(encoded.samples.sample_id[rows])]
     rows, cross_fits, rare = plan_cross_fits(encoded.samples, rows, probe, seed=seed)
-    target, classes = _target(encoded.samples, rows)
+    target, classes = target_of(encoded.samples, rows)
     inputs = [FeatureMatrix.of(tasks, status, rows) for status in encoded.statuses]
-    _check_modalities(encoded, inputs, cross_fits[0], rows)
+    check_modalities(encoded.samples, inputs, cross_fits[0], rows)
     total = _num_fits([status.modality for status in encoded.statuses], probe)
-    fit = _ProbeFitter(probe, networks, seed=seed, device=device, progress=progress, total=total)
+    fit = _ProbeFitter(probe, networks, target, seed=seed, device=device, progress=progress, total=total)
+    _log_cost([matrix for matrix in inputs if is_network(matrix.status.modality)], cross_fits, fit)
     probe_set = _fit_probe_set(inputs, target, cross_fits, fit=fit)
     sample_scores = compute_sample_scores(probe_set, seed=seed, progress=progress)
     scores = _score_table(encoded, rows, sample_scores, target=target, classes=classes, fold=cross_fits[0].fold)
@@ -89,31 +108,36 @@ def audit_dataset(
     probe_report = compute_probe_report(
         probe_set, sample_scores, cross_fits[0], fit=fit, controls=probe.control, seed=seed, **ids
     )
+    data = AuditData(samples=encoded.samples, rows=rows, inputs=tuple(inputs), config=probe, fit=fit, seed=seed)
+    fit.purpose = "halves of the features"
+    halves = audit_halves(data) if probe.halves else None
+    fit.purpose = "bisections of the samples"
+    bisections = audit_bisections(data) if probe.thorough else None
     scores, fitted = add_balance(scores, config=mixture, seed=seed)
-    chooses = scores.not_test
+    if halves is not None and halves.confidences is not None:
+        scores = replace(scores, half_a=halves.confidences[0], half_b=halves.confidences[1])
     return Audit(
         scores=scores.take(np.argsort(rows)),
         mixture=fitted,
-        class_check=fit_by_class(scores.gap[chooses], scores.label[chooses], config=mixture, seed=seed),
+        **_gap_checks(scores, fitted, config=mixture, seed=seed),
         probe_report=probe_report,
+        halves=halves,
+        bisections=bisections,
         quarantined=sort_quarantined(left_out + rare, encoded.samples.sample_id),
         fingerprint=encoded.fingerprint,
     )
 
 
-def _check_modalities(
-    encoded: EncodedSamples, inputs: Sequence[FeatureMatrix], cross_fit: CrossFit, rows: NDArray[np.intp]
-) -> None:
-    """Raise ScoreError for a modality that only one group has: its probe could not be tested out of fold."""
-    samples = encoded.samples
-    unit, kind = (samples.sample_id, "samples") if samples.group is None else (samples.group, "groups of samples")
-    for matrix in inputs:
-        units = set(unit[rows[cross_fit.fits & matrix.present]].tolist())
-        if len(units) < 2:
-            raise ScoreError(
-                f"modality {matrix.status.modality.name} has {len(units)} usable {kind} that probes can train on, "
-                "2 needed; select the modalities to score with --modality"
-            )
+def _gap_checks(scores: ScoreTable, fitted: Mixture, *, config: MixtureConfig, seed: int) -> dict[str, Any]:
+    """Check the modes of the gap on the rows that the mixture is fitted to; the rows are in the order of a hash."""
+    chooses = scores.not_test
+    confidence, label = scores.confidence[chooses], scores.label[chooses]
+    options: dict[str, Any] = {"config": config, "seed": seed}
+    return {
+        "class_check": fit_by_class(scores.gap[chooses], label, **options),
+        "margin_check": permute_within_classes(confidence, label, **options, bimodal=fitted.bimodal),
+        "balanced_side": balanced_side(scores),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,24 +153,37 @@ class _ProbeFitter:
     """Fits probes on features or as networks, and reports progress; safe to call from several threads."""
 
     def __init__(
-        self, config: ProbeConfig, networks: NetworkSettings, *, seed: int, device: str, progress: Progress, total: int
+        self,
+        config: ProbeConfig,
+        networks: NetworkSettings,
+        target: Target,
+        *,
+        seed: int,
+        device: str,
+        progress: Progress,
+        total: int,
     ) -> None:
-        self.config, self.networks, self.seed, self.device = config, networks, seed, device
+        self.config, self.networks, self.target, self.seed, self.device = config, networks, target, seed, device
         self.progress, self.total, self.done = progress, total, 0
+        self.purpose = ""  # of the fits after those of the scores and their controls
         self.lock = Lock()
 
     def __call__(self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+        detail = self.purpose or ("" if target is self.target else "controls, on shuffled labels")
+        with self.lock:
+            self.progress("probe", min(self.done, self.total), self.total, detail=detail)
         if isinstance(inputs, FeatureMatrix) and is_network(inputs.status.modality):
             probe = self._train(inputs, target, cross_fits)
         else:
             probe = fit_probe(inputs, target, cross_fits, config=self.config, device=self.device)
         with self.lock:
             self.done += 1
-            self.progress("probe", min(self.done, self.total), self.total)
+            self.progress("probe", min(self.done, self.total), self.total, detail=detail)
         return probe
 
     def _train(self, inputs: FeatureMatrix, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         modality = inputs.status.modality
+        name = f"{'probe' if target is self.target else 'control'} {modality.name}"
         return fit_network(
             inputs,
             input_shape(modality, self.networks.media),
@@ -155,9 +192,24 @@ class _ProbeFitter:
             config=self.networks.config,
             seed=self.seed,
             device=self.device,
-            progress=lambda stage, done, total: self.progress(f"{stage} {modality.name}", done, total),
+            progress=lambda stage, done, total, *, detail="": self.progress(name, done, total, detail=detail),
             folder=self.networks.folder,
         )
+
+
+def _log_cost(inputs: Sequence[FeatureMatrix], cross_fits: Sequence[CrossFit], fit: _ProbeFitter) -> None:
+    """Log how long the networks of these modalities will train, before they do."""
+    if not inputs:
+        return
+    config, shapes = fit.networks.config, [input_shape(matrix.status.modality, fit.networks.media) for matrix in inputs]
+    options: dict[str, Any] = {"config": config, "device": fit.device}
+    seconds = [
+        seconds_per_row(matrix, shape, fit.target, **options) for matrix, shape in zip(inputs, shapes, strict=True)
+    ]
+    own_fits = [[replace(item, fits=item.fits & matrix.present) for item in cross_fits] for matrix in inputs]
+    control_rows = [min(CONTROL_ROWS, int(fits[0].fits.sum())) if fit.config.control else 0 for fits in own_fits]
+    names = ", ".join(matrix.status.modality.name for matrix in inputs)
+    log.info("networks of %s: %s", names, describe_cost(seconds, own_fits, control_rows=control_rows, **options))
 
 
 def _fit_probe_set(
@@ -177,20 +229,11 @@ def _fit_probe_set(
 
 
 def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
-    """Count the fits: modalities, their controls, and the joint probe unless a modality has a network probe."""
-    has_network = any(is_network(modality) for modality in modalities)
-    return len(modalities) * (1 + config.control) + (config.joint and not has_network)
-
-
-def _target(samples: Samples, rows: RowIndex) -> tuple[Target, NDArray[np.int32]]:
-    """Return the target of the scored rows, and the source's label of each of its classes."""
-    if samples.task != "classification":
-        return samples.target.take(rows), np.arange(len(samples.outputs), dtype=np.int32)
-    classes, label = np.unique(samples.label[rows], return_inverse=True)
-    if len(classes) < 2:
-        raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}); probes need two")
-    target = Target(task=samples.task, label=label.astype(np.int32), num_outputs=len(classes))
-    return target, classes.astype(np.int32)
+    """Count the fits: modalities, controls, halves and bisections; those with features also without a network probe."""
+    if any(is_network(modality) for modality in modalities):
+        return len(modalities) * (1 + config.control)
+    num_audits = 1 + config.control + 2 * config.halves + 2 * NUM_BISECTIONS * config.thorough
+    return len(modalities) * num_audits + config.joint
 
 
 def _score_table(

@@ -67,12 +67,20 @@ COLUMNS = {
     ),
     "training_confidence_M": Column("mean confidence over the probe's training, out of fold; high = easy", "[0, 1]"),
     "training_variability_M": Column("standard deviation of the same; high = ambiguous", "[0, 0.5]"),
+    "half_a_M": Column(
+        "confidence_M by a random half of M's features; null beyond 200,000 samples or where not measured", "[0, 1]"
+    ),
+    "half_b_M": Column("the same by the other half, with other folds", "[0, 1]"),
     "shapley_M": Column("contribution of M: SMV's Shapley value phi on the joint probe", "[(1 - m) / 2, (1 + m) / 2]"),
     "discrepancy": Column(
         "+1: only the first modality predicts the class, -1: the second, 0: both or neither", "[-1, 1]"
     ),
     "discrepancy_M": Column("more than two modalities: confidence_M minus the mean of the others", "[-1, 1]"),
-    "discrepancy_sd": Column("standard deviation over repeats; null for one repeat", "[0, 1.42]"),
+    "discrepancy_sd": Column(
+        "standard deviation over repeats with other folds and the same features, which does not show that a "
+        "discrepancy is real; null for one repeat",
+        "[0, 1.42]",
+    ),
     "gap": Column("largest minus smallest confidence; 0 = balanced", "[0, 1]"),
     "dominant": Column("modality of the highest confidence; null if two are equal", type=STRING),
     "similarity": Column("cosine of the modalities' class probabilities; 1 = equal", "[0, 1]", bounds=(-1, 1)),
@@ -88,7 +96,11 @@ COLUMNS = {
 # Range and meaning of the columns of numbers, written to the file's metadata.
 RANGES = {name: (column.range, column.meaning) for name, column in COLUMNS.items() if column.range}
 # Columns of which there is one per modality, besides confidence.
-BY_MODALITY = ("prediction", "loss", "entropy", "margin", "training_confidence", "training_variability", "shapley")
+HALVES = ("half_a", "half_b")
+BY_MODALITY = (
+    *("prediction", "loss", "entropy", "margin", "training_confidence", "training_variability"),
+    *("shapley", *HALVES),
+)
 _SCALARS = ("sample_id", "label", "label_name", "split", "group", "content")  # one string or number per row
 _FUSED = ("confidence_fused", "prediction_fused", "loss_fused")
 _CHECKED = ("similarity", "balance", "p_balanced")
@@ -162,10 +174,13 @@ class ScoreTable:
         training_confidence: (n, m) mean confidence over the training of the probe; high = easy.
         training_variability: (n, m) standard deviation of the same; high = ambiguous.
         shapley: (n, m) Shapley value of each modality on the joint probe.
+        half_a: (n, m) confidence by probes of a random half of each modality's features.
+        half_b: (n, m) the same by the other half of the features, with other folds.
         confidence_fused: (n,) probability of the true class by all modalities together.
         prediction_fused: (n,) class that all modalities together predict.
         loss_fused: (n,) -log confidence_fused.
-        discrepancy_sd: (n, 1), or (n, m) where m > 2: standard deviation of the discrepancy over repeats.
+        discrepancy_sd: (n, 1), or (n, m) where m > 2: standard deviation of the discrepancy over repeats with other
+            folds and the same features; it does not show that a discrepancy is real.
         similarity: (n,) mean cosine of the modalities' class probabilities; 1 = equal.
         balance: (n,) balance score of BSS in [-1, 1]; high = balanced.
         p_balanced: (n,) probability of the balanced component of the gap mixture, or the threshold rule.
@@ -204,6 +219,8 @@ class ScoreTable:
     training_confidence: Floats | None = None
     training_variability: Floats | None = None
     shapley: Floats | None = None
+    half_a: Floats | None = None
+    half_b: Floats | None = None
     confidence_fused: Floats | None = None
     prediction_fused: NDArray[np.int32] | Floats | None = None
     loss_fused: Floats | None = None

@@ -23,6 +23,7 @@ from ...audit.metrics import (
 )
 from ...audit.metrics import discrepancy as all_discrepancies
 from ...audit.scores.mixture import Mixture
+from ...audit.scores.stability import intervals_of_sets
 from ...audit.scores.table import ScoreTable
 
 Numbers = dict[str, Any]
@@ -31,7 +32,7 @@ Array = NDArray[Any]
 DISCREPANCY_BINS = 40  # of width 0.05, so that 0.2 is an edge
 GAP_BINS = 50
 MAP_BINS = (10, 25)  # bounds of the number of bins, which gives about 10 samples per cell
-TRAINING_BINS = (20, 20)  # of confidence and of variability
+TRAINING_BINS = (20, 50)  # of confidence and of variability; 0.1 is an edge
 AMBIGUOUS = 0.1  # variability above which a sample counts as ambiguous; mmaudit's own
 GRID = 401  # points of the drawn densities of the mixture
 MAX_PAIRS = 6  # modality maps
@@ -139,10 +140,19 @@ def agreement(scores: ScoreTable) -> list[Numbers] | None:
     return [{"name": name, **share_interval(rows, groups)} for name, rows in kinds.items()]
 
 
-def discrepancies(scores: ScoreTable) -> list[Numbers]:
-    """Return the histogram of each discrepancy: of the pair for two modalities, else of each against the rest."""
+def discrepancies(scores: ScoreTable, *, bisections: Numbers | None = None) -> list[Numbers]:
+    """Return the histogram of each discrepancy: of the pair for two modalities, else of each against the rest.
+
+    `of_sets` has the intervals of the shares and the lean for other samples, by bisections; None without them.
+    """
     groups = group_codes(scores.group)
-    return [_discrepancy(scores.discrepancy(side[0]), groups, side) for side in sides(scores)]
+    rows = [_discrepancy(scores.discrepancy(side[0]), groups, side) for side in sides(scores)]
+    errors = {} if bisections is None else {error["modality"]: error for error in bisections["errors"]}
+    for row in rows:
+        error = errors.get(row["positive_side"])
+        shares = {"share_ahead": row["share_ahead"]["share"], "share_behind": row["share_behind"]["share"]}
+        row["of_sets"] = None if error is None else intervals_of_sets(error, **shares)
+    return rows
 
 
 def sides(scores: ScoreTable) -> list[tuple[str, str, str]]:

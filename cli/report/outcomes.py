@@ -47,6 +47,7 @@ def uniformity(numbers: Section, splits: Mapping[str, int]) -> Numbers:
         "after": numbers["counts_after"],
         **{f"{name}_{when}": numbers[when][name] for name in measures for when in ("before", "after")},
         "effective_size": numbers["effective_size"],
+        "halves": None if config is None else numbers.get("halves"),
         "empty_bins": len(numbers["empty_bins"]),
         "empty_ranges": ranges[:MAX_RANGES],
         "empty_cut": len(ranges) > MAX_RANGES,
@@ -190,7 +191,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
         "seed": metrics["config"].get("seed"),
         "counts": metrics["counts"],
         "best_epoch": metrics["best_epoch"],
-        "chance": metrics["chance"]["majority"],
+        "chance": {name: metrics["chance"][name] for name in ("uniform", "majority")},
         "branches": branches,
         "contribution": contribution if contribution and contribution["n"] else None,
         "subsets": [

@@ -104,7 +104,7 @@ READERS = Registry(
     {
         "tables": Entry(
             "tables:plan_tables",
-            "csv, jsonl or Parquet: a file, a glob, a folder with metadata, or one with such folders",
+            "csv, tsv, jsonl or Parquet: a file, a glob, a folder with metadata or with tables named after splits",
         ),
         "saved": Entry("saved:plan_saved", "a folder written by save_to_disk of `datasets`"),
         "tars": Entry("tars:plan_tars", "WebDataset tars: a file, a glob, a folder, or one folder per split"),
@@ -125,13 +125,14 @@ def plan_source(data: str, *, reader: str = "auto", shard_rows: int, allow_outsi
         ConfigError: There is no such reader, or its package cannot be imported.
         DatasetError: The source has no known format, or not that of the named reader, or cannot be read.
     """
+    from .sources import strip_wildcard
+    from .tables import source_error
+
     for name in READERS if reader == "auto" else (reader,):
         plan_rows: Reader = READERS.load(name)
-        plan = plan_rows(data, shard_rows=shard_rows, allow_outside=allow_outside)
+        plan = plan_rows(strip_wildcard(data), shard_rows=shard_rows, allow_outside=allow_outside)
         if plan is not None:
             return plan
     if reader == "auto":
-        from .tables import find_tables
-
-        find_tables(data)  # raises an error that states what DATA may be
+        raise source_error(data)
     raise DatasetError(f"{data} is not of the format that data.reader = {reader!r} reads: correct or omit it")

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 
 from ...errors import DatasetError
-from ...media.files import kind_of_path
-from ..columns import SPLIT, split_of_folder
+from ...media.files import is_hidden, kind_of_path
+from ..columns import SPLIT
 from . import Plan
+from .sources import divide, split_of_name
 from .tables import OTHER_FORMS, plan_rows
 
 log = logging.getLogger("mmaudit")
@@ -71,7 +72,7 @@ def _iter_files(root: Path, *, allow_outside: bool) -> Iterator[str]:
 
     def walk(folder: Path, parents: tuple[Path, ...]) -> Iterator[str]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 continue
             if not Path(entry.path).is_dir():
                 yield Path(entry.path).relative_to(root).as_posix()
@@ -94,7 +95,7 @@ def _parse_paths(paths: Sequence[str]) -> list[LayoutFile]:
     splits: list[str | None] = [None] * len(paths)
     for _ in range(2):  # audio/train/dog/1.wav and train/audio/dog/1.wav
         tops = [part[0] if len(part) > 1 else "" for part in parts]
-        if not any(splits) and all(split_of_folder(top) for top in tops):
+        if not any(splits) and all(split_of_name(top) for top in tops):
             splits = list(tops)
         elif not any(folders) and _are_modality_folders(tops, kinds):
             folders = list(tops)
@@ -137,8 +138,9 @@ def _sample_rows(root: Path, files: Sequence[LayoutFile]) -> pa.Table:
         )
     names = sorted(samples)
     columns = {"id": names, "label": [samples[name].class_path.split("/")[0] for name in names]}
-    if any(file.split for file in files):
-        columns[SPLIT] = [str(samples[name].split) for name in names]
+    splits = [split_of_name(samples[name].split or "") for name in names]
+    if any(splits) and any(divide(splits, source=f"{root}, by the names of the folders")):
+        columns[SPLIT] = [str(split) for split in splits]
     path_columns = sorted(set(column_of.values()))
     paths = {column: [paths_by_sample[name].get(column) for name in names] for column in path_columns}
     return pa.table({name: pa.array(values, pa.string()) for name, values in {**columns, **paths}.items()})

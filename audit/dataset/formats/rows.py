@@ -1,4 +1,4 @@
-"""Rows of csv, JSON lines and Parquet files.
+"""Rows of JSON lines and Parquet files.
 
 Arrow crashes the process on a line `null` and on objects 3,000 levels deep, treats a NUL as the end of the file, and
 does not report line numbers. Therefore the brackets of a JSON file are matched first, with arrays of their positions.
@@ -6,103 +6,28 @@ does not report line numbers. Therefore the brackets of a JSON file are matched 
 
 from __future__ import annotations
 
-import csv
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.json
 from numpy.typing import NDArray
 
 from ...errors import DatasetError
-from ...parsing import MAX_DEPTH, parse_data_json
+from ...parsing import MAX_DEPTH, decode_text, encoding_of, parse_data_json
 from ...storage import read_batches, read_footer, read_row_group, read_schema
 from ..columns import SPLIT, with_split
 from ..modalities import holds_bytes
+from .csv_rows import MAX_COLUMNS
 
-MAX_COLUMNS = 10_000  # of a table: a million columns take 13 GB
-CSV_BLOCK_BYTES = 1 << 25  # parsed at once; the limit of a row
-_HEADER_BYTES = 1 << 20
 _MAX_QUOTED = 60  # characters of a row that are quoted in a message
-_CSV_PARSING = pyarrow.csv.ParseOptions(newlines_in_values=True)
-
-
-def read_csv_rows(path: Path) -> pa.Table:
-    """Read a csv file, every column as strings; DatasetError with the first malformed line and the reason."""
-    try:
-        names = _column_names(path)
-        convert_options = pyarrow.csv.ConvertOptions(
-            column_types={name: pa.string() for name in names}, strings_can_be_null=True, null_values=[""]
-        )
-        read_options = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES)
-        rows = pyarrow.csv.read_csv(path, read_options, _CSV_PARSING, convert_options)
-        _ = rows.schema.names
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read: {_csv_problem(path, error)}") from error
-    return rows
-
-
-def _column_names(path: Path) -> list[str]:
-    """Return the column names of the header, so that all types can be fixed before parsing."""
-    with path.open("rb") as file:
-        first_bytes = file.read(_HEADER_BYTES)
-    line = first_bytes.lstrip(b"\r\n").split(b"\n", 1)[0]
-    if line.count(b",") >= MAX_COLUMNS:
-        raise ValueError(f"it has {line.count(b',') + 1:,} columns; at most {MAX_COLUMNS:,} are read")
-    # A streaming reader parses the header exactly as read_csv does, and stops after the first block.
-    options = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES)
-    with pyarrow.csv.open_csv(path, read_options=options, parse_options=_CSV_PARSING) as reader:
-        return list(reader.schema.names)
-
-
-def _csv_problem(path: Path, error: Exception) -> str:
-    """Return the first malformed line and the reason. Slow, but only called after reading has failed."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    try:
-        with path.open("rb") as file:
-            _check_records(_decode_lines(iter(lambda: file.readline(CSV_BLOCK_BYTES), b"")))
-    except (OSError, ValueError) as cause:
-        return str(cause)
-    return (str(error).splitlines() or ["damaged"])[0]
-
-
-def _decode_lines(lines: Iterator[bytes]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if len(line) == CSV_BLOCK_BYTES:
-            raise ValueError(f"line {number} has more than {CSV_BLOCK_BYTES >> 20} MiB")
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as cause:
-            raise ValueError(f"line {number}, byte {cause.start + 1} is not UTF-8") from cause
-
-
-def _check_records(lines: Iterator[str]) -> None:
-    """Raise ValueError at the first record with another number of fields than the header, or with an open quote."""
-    records = csv.reader(lines, strict=True)
-    num_columns, line_number = 0, 1
-    while True:
-        try:
-            fields = next(records, None)
-        except csv.Error as cause:
-            reason = ": a quote is never closed" if "end of data" in str(cause) else f": {cause}"
-            raise ValueError(f"line {line_number}{reason}") from cause
-        if fields is None:
-            return
-        num_columns = num_columns or len(fields)
-        if fields and len(fields) != num_columns:
-            shown = ",".join(fields)[:_MAX_QUOTED]
-            raise ValueError(f"line {line_number} has {len(fields)} fields, the header {num_columns}: {shown!r}")
-        line_number = records.line_num + 1
-
-
 JSON_BLOCK_BYTES = 1 << 26  # parsed at once; the limit of a line
 _CHECK_BYTES = 1 << 22  # checked at once: blocks that fit into the CPU cache take half the time
 _QUOTE, _NEWLINE = ord('"'), ord("\n")
@@ -114,7 +39,8 @@ _DEPTH_CHANGE[list(b"{[")], _DEPTH_CHANGE[list(b"}]")] = 1, -1
 def read_json_lines(path: Path) -> pa.Table:
     """Read a file of one JSON object per line; DatasetError with the first malformed line and the reason."""
     try:
-        _check_json_lines(path)
+        with _open_utf8(path) as file:
+            _check_json_lines(file)
         rows = _parse_json_lines(path)
         rows.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -126,7 +52,7 @@ def read_json_lines(path: Path) -> pa.Table:
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield number, from 1, and text of each line that is not blank; ValueError for a line that is too long."""
-    with path.open("rb") as file:
+    with _open_utf8(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(JSON_BLOCK_BYTES), b""), start=1):
             if len(line) == JSON_BLOCK_BYTES:
                 raise ValueError(f"line {number} has more than {JSON_BLOCK_BYTES >> 20} MiB")
@@ -153,29 +79,42 @@ def parse_line(number: int, text: bytes) -> dict[str, Any]:
 
 def _parse_json_lines(path: Path) -> pa.Table:
     options = pyarrow.json.ReadOptions(block_size=JSON_BLOCK_BYTES)
-    rows = pyarrow.json.read_json(path, read_options=options)
+    with _open_utf8(path) as file:
+        rows = pyarrow.json.read_json(file, read_options=options)
     dates = [pa.field(field.name, pa.string()) for field in rows.schema if pa.types.is_temporal(field.type)]
     if not dates:
         return rows
     # JSON has no dates: Arrow parses strings such as 2020-01-01 as dates, which would change ids.
     as_written = pyarrow.json.ParseOptions(explicit_schema=pa.schema(dates))
-    return pyarrow.json.read_json(path, read_options=options, parse_options=as_written).select(rows.column_names)
+    with _open_utf8(path) as file:
+        rows_as_written = pyarrow.json.read_json(file, read_options=options, parse_options=as_written)
+    return rows_as_written.select(rows.column_names)
 
 
-def _check_json_lines(path: Path) -> None:
+def _open_utf8(path: Path) -> BinaryIO:
+    """Open a text file as UTF-8: the file itself, or its converted content if it is UTF-16 or UTF-32."""
+    file = path.open("rb")
+    encoding = encoding_of(file.read(4))
+    file.seek(0)
+    if encoding == "utf-8-sig":
+        return file
+    with file:
+        return io.BytesIO(decode_text(file.read()).encode())
+
+
+def _check_json_lines(file: BinaryIO) -> None:
     """Raise ValueError unless every line is one object without NUL, nested at most MAX_DEPTH levels."""
     incomplete, is_first = b"", True
-    with path.open("rb") as file:
-        for block in chain(iter(lambda: file.read(_CHECK_BYTES), b""), [b"\n"]):
-            complete, newline, remainder = block.rpartition(b"\n")
-            if not newline:
-                incomplete += block
-                if len(incomplete) > JSON_BLOCK_BYTES:
-                    raise ValueError("a line is too long")
-                continue
-            lines = incomplete + complete + newline
-            _check_lines(lines.removeprefix(b"\xef\xbb\xbf") if is_first else lines)
-            incomplete, is_first = remainder, False
+    for block in chain(iter(lambda: file.read(_CHECK_BYTES), b""), [b"\n"]):
+        complete, newline, remainder = block.rpartition(b"\n")
+        if not newline:
+            incomplete += block
+            if len(incomplete) > JSON_BLOCK_BYTES:
+                raise ValueError("a line is too long")
+            continue
+        lines = incomplete + complete + newline
+        _check_lines(lines.removeprefix(b"\xef\xbb\xbf") if is_first else lines)
+        incomplete, is_first = remainder, False
 
 
 def _check_lines(lines: bytes) -> None:

@@ -21,6 +21,7 @@ from ..columns import SPLIT, with_split
 from ..labels import declared_classes
 from . import Plan
 from .rows import HEAD_ROWS, max_shard_rows
+from .sources import check_fetched, divide
 from .tables import SAVED_NAMES, TABLE_SUFFIXES, concat_rows, plan_rows
 
 log = logging.getLogger("mmaudit")
@@ -89,6 +90,7 @@ def plan_parts(root: Path, parts: Sequence[SplitFiles], *, shard_rows: int) -> P
     files = [(path, part.split) for part in parts for path in part.paths]
     if not files:
         raise DatasetError(f"{root} names no Arrow file: {_SAVE_AGAIN}")
+    check_fetched([path for path, _ in files])
     outlines = [_read_outline(path) for path, _ in files]
     schema = outlines[0][0]
     for (path, _), (other, _) in zip(files, outlines, strict=True):
@@ -96,6 +98,9 @@ def plan_parts(root: Path, parts: Sequence[SplitFiles], *, shard_rows: int) -> P
     if SPLIT in schema.names and files[0][1] is not None:
         log.info("%s: splits are read from the column split, not from the names of the parts", root)
         files = [(path, None) for path, _ in files]
+    elif files[0][1] is not None:
+        splits = divide([split for _, split in files], source=str(root))
+        files = [(path, split) for (path, _), split in zip(files, splits, strict=True)]
     max_rows = max_shard_rows(schema, media_rows=shard_rows)
     shards: list[ArrowShard] = []
     first = 0
@@ -199,7 +204,8 @@ def plan_hub(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
     files = [SplitFiles(split=split, paths=_cache_files(rows)) for split, rows in rows_of.items() if len(rows)]
     if all(split_files.paths for split_files in files):
         return plan_parts(_cache_root(), files, shard_rows=shard_rows)
-    tables = [_read_split(rows, split) for split, rows in rows_of.items()]
+    splits = divide(list(rows_of), source=data)
+    tables = [_read_split(rows, split) for rows, split in zip(rows_of.values(), splits, strict=True)]
     return plan_rows(_cache_root(), concat_rows(tables, source=data), shard_rows=shard_rows)
 
 
@@ -241,7 +247,7 @@ def _cache_files(split_dataset: Any) -> tuple[Path, ...]:
     return paths if has_all_columns and sum(map(len, tables)) == len(split_dataset) else ()
 
 
-def _read_split(split_dataset: Any, split: str) -> pa.Table:
+def _read_split(split_dataset: Any, split: str | None) -> pa.Table:
     # The metadata of the schema declares the features; no value is decoded in the format `arrow`.
     metadata = split_dataset.features.arrow_schema.metadata
     rows: pa.Table = split_dataset.with_format("arrow")[:].replace_schema_metadata(metadata)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +10,26 @@ import pyarrow as pa
 
 from ...errors import DatasetError
 from ...storage import check_regular, read_table
-from ..columns import SPLIT, split_of_file, split_of_folder, with_split
+from ..columns import SPLIT, with_split
 from ..modalities import holds_bytes, holds_files
 from . import Plan
-from .rows import HEAD_ROWS, parquet_head, read_csv_rows, read_json_lines, row_group_shards
-
-log = logging.getLogger("mmaudit")
+from .csv_rows import read_csv_rows
+from .rows import HEAD_ROWS, parquet_head, read_json_lines, row_group_shards
+from .sources import (
+    check_fetched,
+    common_folder,
+    find_files,
+    match_files,
+    match_paths,
+    split_of_path,
+    splits_of,
+    subfolders,
+)
 
 SAVED_NAMES = ("dataset_dict.json", "state.json")  # written by save_to_disk of `datasets`; see saved.py
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-TABLE_SUFFIXES = (".parquet", ".csv", ".jsonl")
+METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
+_TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl")
+TABLE_SUFFIXES = (".parquet", *_TEXT_SUFFIXES)
 OTHER_FORMS = (
     "DATA may also be folders named by class, a Parquet file or glob, a dataset saved by `datasets`, WebDataset tars, "
     "or a name on the Hugging Face hub"
@@ -45,76 +52,87 @@ class MemoryShard:
 
 
 def plan_tables(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
-    """Plan a csv, jsonl or Parquet file, a glob of such, or the metadata of a folder or of its subfolders."""
-    folder = Path(data)
-    if not folder.is_dir():
-        paths = [folder] if folder.is_file() else [Path(match) for match in _matches(data)]
-        if not any(path.suffix in TABLE_SUFFIXES for path in paths):
-            return None
-    elif any((folder / name).is_file() for name in SAVED_NAMES):
-        return None
-    elif not any((folder / name).is_file() for name in METADATA_NAMES):
-        tables = find_split_tables(folder)
-        return plan_split_tables(folder, tables, shard_rows=shard_rows) if tables else None
-    root, paths = find_tables(data)
-    return plan_files(root, paths, shard_rows=shard_rows)
+    """Plan a table file, a glob of such, or the metadata files or tables named after splits of a folder."""
+    paths = find_tables(data)
+    return plan_table_files(paths, shard_rows=shard_rows) if paths else None
 
 
 def plan_parquet_folder(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
-    """Plan a folder of Parquet files, or of a subfolder `data`; names that begin with a split give the splits."""
-    paths = find_parquets(Path(data))
-    return plan_files(Path(data), paths, shard_rows=shard_rows, splits=splits_of(paths)) if paths else None
+    """Plan a folder of Parquet files, also in subfolders named after splits, and in the layouts of the hub."""
+    paths = find_files(Path(data), [".parquet"]) if Path(data).is_dir() else []
+    return plan_table_files(paths, shard_rows=shard_rows) if paths else None
 
 
-def find_tables(data: str) -> tuple[Path, list[Path]]:
-    """Return the folder that relative paths start from, and the files of rows, sorted.
+def plan_table_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
+    """Plan the rows of table files; names of files and folders that state different splits become the column `split`.
 
-    `data` is a folder with a metadata file, one csv, jsonl or Parquet file, or a glob of such files of one format.
-    Raises DatasetError if it is none of these.
+    Relative paths start from the common folder of the files, after those of each file were prefixed with its own.
+    """
+    check_fetched(paths)
+    root = common_folder(paths)
+    return plan_files(root, paths, shard_rows=shard_rows, splits=splits_of(paths, root=root))
+
+
+def find_tables(data: str) -> list[Path]:
+    """Return the table files that `data` means, sorted; [] if it means none, DatasetError if their formats differ.
+
+    `data` is a table file, a glob or brace pattern of such, or a folder with a metadata file, with subfolders that each
+    have one, or with tables named after splits (train.csv and test.csv). A folder of Parquet files is another format.
     """
     path = Path(data)
     if path.is_dir():
-        return path, [_find_metadata(path)]
+        return [] if any((path / name).is_file() for name in SAVED_NAMES) else _find_tables_in(path)
     if path.is_file():
-        if path.suffix not in TABLE_SUFFIXES:
-            raise DatasetError(f"{data} is neither a folder nor a .parquet, .csv, .jsonl or .tar file")
-        return path.parent, [path]
-    matches = _matches(data)
-    if path.exists():
-        raise DatasetError(f"{data} is neither a folder nor a regular file")
-    if not matches:
-        raise DatasetError(f"no such folder or file: {data}")
-    suffixes = {matches[0].suffix} & set(TABLE_SUFFIXES)
-    if unsupported := [match for match in matches if match.suffix not in suffixes]:
-        raise DatasetError(
-            f"{data} matches {unsupported[0].name}; a glob must match files of one format only: "
-            ".parquet, .csv, .jsonl or .tar"
+        return [path] if path.suffix in TABLE_SUFFIXES else []
+    return _check_one_format(match_files(data, TABLE_SUFFIXES), source=data)
+
+
+def _find_tables_in(folder: Path) -> list[Path]:
+    """Return the metadata files of a folder or of its subfolders, else the tables named after different splits."""
+    if metadata := _find_metadata(folder):
+        return [metadata]
+    if tables := [table for inner in subfolders(folder) if (table := _find_metadata(inner))]:
+        return tables
+    split_of = {path: split_of_path(path.relative_to(folder)) for path in find_files(folder, _TEXT_SUFFIXES)}
+    paths = [path for path, split in split_of.items() if split]
+    return _check_one_format(paths, source=str(folder)) if len({split_of[path] for path in paths}) > 1 else []
+
+
+def _find_metadata(folder: Path) -> Path | None:
+    """Return the metadata file of a folder, None if it has none; DatasetError if it has several."""
+    paths = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if len(paths) > 1:
+        raise DatasetError(f"{folder} has both {paths[0].name} and {paths[1].name}: pass the path of one of them")
+    return paths[0] if paths else None
+
+
+def _check_one_format(paths: list[Path], *, source: str) -> list[Path]:
+    """Return table files of one format; DatasetError if there are several, which may hold the same rows."""
+    for path in paths:
+        if path.suffix != paths[0].suffix:
+            raise DatasetError(f"{source} matches {paths[0].name} and {path.name}: pass a glob of files of one format")
+    return paths
+
+
+def source_error(data: str) -> DatasetError:
+    """Return the error of a source that no reader recognises, which states what DATA may be."""
+    path = Path(data)
+    if path.is_dir():
+        return DatasetError(
+            f"{data} has none of {', '.join(METADATA_NAMES)}: "
+            "write one with a column file_name (or NAME_file_name for each modality) and a column label; "
+            f"{OTHER_FORMS}"
         )
-    return matches[0].parent, matches
-
-
-def _matches(data: str) -> list[Path]:
-    """Return the sorted files that a glob matches, [] for a path that is not a glob."""
-    return [Path(match) for match in sorted(glob.glob(data))] if glob.has_magic(data) else []
-
-
-def find_parquets(folder: Path) -> list[Path]:
-    """Return the Parquet files of a folder, or of its subfolder `data` (the layout of hub downloads), sorted."""
-    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-
-
-def splits_of(paths: Sequence[Path]) -> list[str | None]:
-    """Return the split that each file name begins with, None for every file unless all have one."""
-    return common_splits([split_of_file(path.name) for path in paths], source="files")
-
-
-def common_splits(splits: list[str | None], *, source: str) -> list[str | None]:
-    """Return the splits that names of files stand for, None for every file unless all have one; log their numbers."""
-    if not all(splits):
-        return [None] * len(splits)
-    counts = ", ".join(f"{number} {name}" for name, number in Counter(splits).items())
-    log.info("split by the names of the %s: %s", source, counts)
-    return splits
+    if path.is_file():
+        return DatasetError(f"{data} is neither a folder nor a {', '.join(TABLE_SUFFIXES)} or .tar file")
+    if path.exists():
+        return DatasetError(f"{data} is neither a folder nor a regular file")
+    if not (matches := match_paths(data)):
+        return DatasetError(f"no such folder or file: {data}")
+    return DatasetError(
+        f"{data} matches {matches[0].name}; a glob must match files of one format: "
+        f"{', '.join(TABLE_SUFFIXES)} or .tar; {OTHER_FORMS}"
+    )
 
 
 def plan_files(
@@ -124,51 +142,40 @@ def plan_files(
 
     `splits` holds one split per file: the value of the column `split`, unless the rows already have that column.
     """
-    folders = tuple(sorted({path.parent for path in paths}))
     if all(path.suffix == ".parquet" for path in paths):
         heads = [parquet_head(path) for path in paths]
-        _check_same_columns(paths, [head.schema for head in heads])
-        splits = None if SPLIT in heads[0].schema.names else splits
         if any(pa.types.is_nested(type_) or holds_bytes(type_) for type_ in heads[0].schema.types):
+            _check_same_columns(paths, [head.schema for head in heads])
+            splits = None if SPLIT in heads[0].schema.names else splits
             shards = row_group_shards(paths, media_rows=shard_rows, splits=splits)
             head = next((head for head in heads if head.num_rows), heads[0])
             first = with_split(head, splits[0] if splits else None)
+            folders = tuple(sorted({path.parent for path in paths}))
             return Plan(root=root, head=first, shards=tuple(shards), folders=folders)
-    return plan_rows(root, read_tables(paths, splits=splits), shard_rows=shard_rows, folders=folders)
+    return plan_rows(root, read_tables(paths, root=root, splits=splits), shard_rows=shard_rows)
 
 
-def find_split_tables(folder: Path) -> list[Path]:
-    """Return the metadata files in the direct subfolders of a folder, such as train/metadata.csv, sorted."""
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    with_metadata = [path for path in subfolders if any((path / name).is_file() for name in METADATA_NAMES)]
-    return [table for path in with_metadata for table in find_tables(str(path))[1]]
-
-
-def plan_split_tables(root: Path, tables: Sequence[Path], *, shard_rows: int) -> Plan:
-    """Plan the rows of one metadata file per folder; folders that are named after splits become the column `split`.
-
-    Paths become relative to `root`. A column that a file does not have is null there.
-    """
-    are_splits = all(split_of_folder(table.parent.name) for table in tables)
-    parts = []
-    for table in tables:
-        rows = _prefix_paths(read_rows(table), table.parent.name)
-        parts.append(with_split(rows, table.parent.name if are_splits and SPLIT not in rows.column_names else None))
-    return plan_rows(root, concat_rows(parts, source=str(root)), shard_rows=shard_rows)
-
-
-def plan_rows(root: Path, rows: pa.Table, *, shard_rows: int, folders: tuple[Path, ...] = ()) -> Plan:
+def plan_rows(root: Path, rows: pa.Table, *, shard_rows: int) -> Plan:
     """Plan rows in memory."""
     shards = tuple(memory_shards(rows, shard_rows=shard_rows))
-    return Plan(root=root, head=rows.slice(0, HEAD_ROWS), shards=shards, folders=folders)
+    return Plan(root=root, head=rows.slice(0, HEAD_ROWS), shards=shards)
 
 
-def read_tables(paths: Sequence[Path], *, splits: Sequence[str | None] | None = None) -> pa.Table:
-    """Read and concatenate files with the same columns; a column without values takes its type from another file."""
+def read_tables(paths: Sequence[Path], *, root: Path, splits: Sequence[str | None] | None = None) -> pa.Table:
+    """Read and concatenate files; a column without values takes its type from another file.
+
+    Files of one folder have the same columns. In files of several folders paths are prefixed, so that they start from
+    `root`, and a column that a file does not have is null there.
+    """
     parts = [read_rows(path) for path in paths]
-    _check_same_columns(paths, [part.schema for part in parts])
-    parts = [with_split(part, split) for part, split in zip(parts, splits or [None] * len(parts), strict=True)]
-    return concat_rows(parts, source=str(paths[0].parent))
+    if len({path.parent for path in paths}) == 1:
+        _check_same_columns(paths, [part.schema for part in parts])
+    else:
+        prefixes = [path.parent.absolute().relative_to(root.absolute()).as_posix() for path in paths]
+        parts = [_prefix_paths(part, prefix) for part, prefix in zip(parts, prefixes, strict=True)]
+    named = zip(parts, splits or [None] * len(parts), strict=True)
+    parts = [with_split(part, None if SPLIT in part.column_names else split) for part, split in named]
+    return concat_rows(parts, source=str(root))
 
 
 def read_rows(path: Path) -> pa.Table:
@@ -177,7 +184,7 @@ def read_rows(path: Path) -> pa.Table:
         check_regular(path)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
-    if path.suffix == ".csv":
+    if path.suffix in (".csv", ".tsv"):
         return read_csv_rows(path)
     if path.suffix == ".jsonl":
         return read_json_lines(path)
@@ -210,19 +217,6 @@ def _check_same_columns(paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> 
         same = schema.names == schemas[0].names if path.suffix == ".jsonl" else schema.equals(schemas[0])
         if not same:
             raise DatasetError(f"{path} has different columns from {paths[0]}")
-
-
-def _find_metadata(folder: Path) -> Path:
-    paths = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
-    if not paths:
-        raise DatasetError(
-            f"{folder} has none of {', '.join(METADATA_NAMES)}: "
-            "write one with a column file_name (or NAME_file_name for each modality) and a column label; "
-            f"{OTHER_FORMS}"
-        )
-    if len(paths) > 1:
-        raise DatasetError(f"{folder} has both {paths[0].name} and {paths[1].name}: pass the path of one of them")
-    return paths[0]
 
 
 def _prefix_paths(rows: pa.Table, folder: str) -> pa.Table:

@@ -6,7 +6,6 @@ after the dot is the column. Keys, labels and texts are read once, when the tars
 
 from __future__ import annotations
 
-import glob
 import io
 import logging
 import tarfile
@@ -20,14 +19,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ...errors import DatasetError
-from ...media.files import kind_of_path
-from ...parsing import BROKEN, check_header, parse_data_json, read_array
+from ...media.files import is_hidden, kind_of_path
+from ...parsing import BROKEN, check_header, decode_text, parse_data_json, read_array
 from ...storage import open_regular
-from ..columns import SPLIT, split_of_file, split_of_folder
+from ..columns import SPLIT
 from ..modalities import KINDS
 from . import Plan
 from .rows import HEAD_ROWS
-from .tables import common_splits, concat_rows
+from .sources import check_fetched, common_folder, find_files, match_files, splits_of
+from .tables import concat_rows
 
 log = logging.getLogger("mmaudit")
 
@@ -99,17 +99,15 @@ class TarSample:
 
 
 def find_tars(data: str) -> list[Path]:
-    """Return the tars of a file, a glob, or a folder and its subfolders named after splits; [] if there are none."""
+    """Return the tars of a file, a glob or brace pattern, or a folder and its subfolders; [] if there are none."""
     path = Path(data)
     if path.is_dir():
-        split_folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and split_of_folder(entry.name))
-        return [tar for folder in (path, *split_folders) for tar in sorted(folder.glob("*.tar"))]
+        return find_files(path, [".tar"])
     if path.is_file():
         if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
             raise DatasetError(f"{data} is compressed and has no random access to its members: unpack it to a .tar")
         return [path] if path.suffix == ".tar" else []
-    matches = [Path(match) for match in sorted(glob.glob(data))] if glob.has_magic(data) else []
-    return matches if matches and all(match.suffix == ".tar" for match in matches) else []
+    return match_files(data, [".tar"])
 
 
 def plan_tars(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
@@ -123,19 +121,20 @@ def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
 
     Raises DatasetError for a tar without samples, a truncated or damaged tar, and a repeated key.
     """
+    check_fetched(paths)
     samples_of_tar = [_index_tar(path) for path in paths]
     _check_keys(paths, samples_of_tar)
-    splits = common_splits(
-        [split_of_file(path.name) or split_of_folder(path.absolute().parent.name) for path in paths], source="tars"
-    )
+    _warn_of_dots(paths, samples_of_tar)
+    root = common_folder(paths)
+    splits = splits_of(paths, root=root)
     tables = [_value_table(samples, split) for samples, split in zip(samples_of_tar, splits, strict=True)]
-    schema = concat_rows([table.slice(0, 0) for table in tables], source=str(paths[0].parent)).schema
+    schema = concat_rows([table.slice(0, 0) for table in tables], source=str(root)).schema
     member_names = sorted(
         {name for samples in samples_of_tar for sample in samples for name in sample.positions}, key=_kind_order
     )
     for name in member_names:
         if name in schema.names:
-            raise DatasetError(f"{paths[0].parent}: {name!r} is both an extension and a field of .json members")
+            raise DatasetError(f"{root}: {name!r} is both an extension and a field of .json members")
         schema = schema.append(pa.field(name, pa.list_(pa.float32()) if _is_vector(name) else pa.binary()))
     shards: list[TarShard] = []
     first = 0
@@ -154,7 +153,7 @@ def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
             shards.append(shard)
         first += len(samples)
     head = shards[0].read(schema.names).slice(0, HEAD_ROWS)
-    return Plan(root=paths[0].parent, head=head, shards=tuple(shards))
+    return Plan(root=root, head=head, shards=tuple(shards))
 
 
 def _index_tar(path: Path) -> list[TarSample]:
@@ -166,7 +165,7 @@ def _index_tar(path: Path) -> list[TarSample]:
             decoded = member.name.encode("utf-8", "replace").decode()  # replaces surrogates of other encodings
             folder, slash, base = decoded.removeprefix("./").rpartition("/")
             stem, dot, extension = base.partition(".")
-            if not (stem and dot and extension):  # hidden files, and files without an extension
+            if is_hidden(decoded) or not (stem and dot and extension):
                 skipped.append(member.name)
                 continue
             key, name = f"{folder}{slash}{stem}", extension.lower()
@@ -220,7 +219,7 @@ def _add_member(sample: TarSample, name: str, member: tarfile.TarInfo, file: Bin
         return
     file.seek(member.offset_data)
     try:
-        text = file.read(member.size).decode("utf-8-sig")
+        text = decode_text(file.read(member.size))
         values = (
             _json_fields(text)
             if name in _JSON_NAMES
@@ -262,6 +261,24 @@ def _check_keys(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSamp
                     "the members of a sample must be consecutive, and keys must be unique"
                 )
             tar_of_key[sample.key] = path
+
+
+def _warn_of_dots(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSample]]) -> None:
+    """Log a warning of columns that begin with a number: probably parts of keys with dots, as in 22.05.png."""
+    for path, samples in zip(paths, samples_of_tar, strict=True):
+        for sample in samples:
+            for name in (*sample.positions, *sample.values):
+                if name.partition(".")[0].isdigit():
+                    log.warning(
+                        "%s: the member %s.%s is the column %s of the sample %s, since a key ends at the first dot of "
+                        "a name: if the key holds dots, replace them when the tar is written",
+                        path,
+                        sample.key,
+                        name,
+                        name,
+                        sample.key,
+                    )
+                    return
 
 
 def _value_table(samples: Sequence[TarSample], split: str | None) -> pa.Table:
