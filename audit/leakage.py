@@ -158,7 +158,7 @@ def find_leakage(
 _SENSITIVITY = {  # ours: of planted copies benchmarks/leaks.py finds this share or more, see docs/log.md
     "image": "8 of 10 copies saved again, brightened, shifted by a pixel or cropped by 10%; none mirrored or turned",
     "video": "8 of 10 copies saved again, and where scenes differ those brightened or cropped by 10%; none mirrored",
-    "audio": "8 of 10 copies saved again, made quieter, trimmed or played faster by 5%; none with noise, no steady tones",
+    "audio": "8 of 10 copies saved again, made quieter, trimmed or played faster by 5%; none noisy, no steady tones",
     "text": "equal texts; similar ones are notes",
     "features": "9 of 10 copies with noise of 1% of each number's spread",
 }
