@@ -139,6 +139,7 @@ def test_damaged_lists_raise_error(tmp_path: Path, name: str, text: str, message
 
 
 def test_several_lists_without_splits_require_selection(tmp_path: Path) -> None:
+    write_files(tmp_path, "1.png")
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("image,text,label\n1.png,x,y\n", encoding="utf-8")
     with pytest.raises(DatasetError, match=r"contains a\.csv, b\.csv: select one with --list"):

@@ -91,6 +91,12 @@ def write_image_text(root: Path) -> None:
     write_files(root, "dev.jsonl", content=b'{"id": 3, "img": "img/3.png", "text": "others", "label": 1}\n')
 
 
+def write_mvsa(root: Path) -> None:
+    write_files(root, "data/1.jpg", "data/2.jpg")
+    write_files(root, "data/1.txt", "data/2.txt", content=b"well")
+    write_files(root, "labelResultAll.txt", content=b"ID\ttext,image\n1\tpositive,neutral\n2\tneutral,negative\n")
+
+
 def write_ogm_ge(root: Path) -> None:
     clips = ["1001_DFA_ANG_XX", "1001_IEO_HAP_HI", "1002_DFA_NEU_XX"]
     write_files(
@@ -108,6 +114,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "ucf101": write_ucf101,
     "mosei": write_mosei,
     "image-text": write_image_text,
+    "mvsa": write_mvsa,
     "ogm-ge": write_ogm_ge,
 }
 # A medium of each download that is removed, the modality that is then missing, and the clip.
@@ -118,6 +125,7 @@ REMOVED = {
     "vggsound": ("video/--0PQM4-hqg_30.mp4", "video", "--0PQM4-hqg_000030"),
     "ucf101": ("tvl1_flow/v/v_YoYo_g08_c02", "flow", "v_YoYo_g08_c02"),
     "image-text": ("img/2.png", "image", "2"),
+    "mvsa": ("data/2.jpg", "image", "2"),
     "ogm-ge": ("Image-01-FPS/1002_DFA_NEU_XX", "visual", "1002_DFA_NEU_XX"),
 }
 
@@ -130,6 +138,7 @@ MODALITIES = {
     "ucf101": ["rgb=rgb_frames:frames", "flow=flow_frames:frames"],
     "mosei": ["text=text:features", "audio=audio:features", "vision=vision:features"],
     "image-text": ["image=image_file_name:image", "text=text:text"],
+    "mvsa": ["image=image_file_name:image", "text=text:text"],
     "ogm-ge": ["audio=audio_file_name:audio", "visual=visual_frames:frames"],
 }
 
@@ -544,6 +553,7 @@ def test_ogm_ge_groups_by_actor(tree: Callable[[str], Path]) -> None:
 
 def test_ogm_ge_reads_each_list_format(tmp_path: Path) -> None:
     write_files(tmp_path, "audio/abcdefghijk_5.wav", "visual/abcdefghijk_5/1.jpg", "stat.txt", content=b"Bark\nTruck\n")
+    write_files(tmp_path, "audio/one.wav", "visual/one/1.jpg")
     write_files(tmp_path, "my_train.txt", content=b"Bark,one\nTruck,one\n")
     write_files(tmp_path, "my_test.txt", content=b"Truck,two\n")
     rows = rows_of(ingest("ogm-ge", tmp_path))

@@ -12,7 +12,9 @@ DOWNLOADS = Registry(
             "youtube:read_kinetics_sounds",
             "Kinetics-Sounds: lists with label,youtube_id,time_start,time_end,split and clips anywhere below",
         ),
-        "vggsound": Entry("youtube:read_vggsound", "VGGSound: vggsound.csv and clips anywhere below"),
+        "vggsound": Entry(
+            "youtube:read_vggsound", "VGGSound: vggsound.csv, or train.csv and test.csv, and clips anywhere below"
+        ),
         "ucf101": Entry(
             "ucf101:read_ucf101", "UCF-101 as frames: ucfTrainTestlist/, jpegs_256/, tvl1_flow/u/, tvl1_flow/v/"
         ),
@@ -21,6 +23,7 @@ DOWNLOADS = Registry(
             "image_text:read_image_text",
             "pictures with texts: csv, tsv or jsonl with columns for image, text and label",
         ),
+        "mvsa": Entry("mvsa:read_mvsa", "MVSA-Single or MVSA-Multiple: labelResultAll.txt, data/ID.jpg, data/ID.txt"),
         "ogm-ge": Entry(
             "ogm_ge:read_ogm_ge",
             "the lists of the OGM-GE code: train.csv, test.csv, AudioWAV/ or audio/, Image-01-FPS/ or visual/",

@@ -7,28 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DatasetError
-from .clips import (
-    Clip,
-    Line,
-    Listing,
-    event_ids,
-    find_lists,
-    index_by_stem,
-    list_clips,
-    list_media,
-    read_lines,
-    split_of,
-    unexpected_folder,
-)
+from .clips import Clip, Listing, event_ids, list_clips, list_media, unexpected_folder
+from .lists import Line, find_lists, read_list, skip_header, split_of
+from .names import SPELLINGS, listed_name, match_media, video_of
 
 _SETS = ("trainSet.txt", "valSet.txt", "testSet.txt")
 _ALL = "Annotations.txt"
-_HEADER = ("Category", "VideoID", "Quality", "StartTime", "EndTime")
 _LINE = "Category&VideoID&Quality&StartTime&EndTime"
+_SEPARATORS = "&\t;,"  # some categories contain commas, some lists are csv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Event:
+class Event:
+    """A line of the lists: category and quality of an event, the video and its seconds there."""
+
     category: str
     video: str
     quality: str
@@ -60,41 +52,45 @@ def read_ave(folder: Path, lists: Sequence[Path]) -> Listing:
             f"{dataset_folder} contains {split_lists[0].name} but no {missing_lists[0]}: "
             "pass the lists to read with --list"
         )
-    lines = [(line, _event(line)) for path in list_paths for line in read_lines(path, "&") if not _is_header(line)]
+    lines = [line for path in list_paths for line in _read_events(path)]
     files = list_media(folder, f"{prefix}AVE", kind="video")
-    path_of_video = index_by_stem(files)
-    events = [event for _, event in lines]
+    events = [parse_event(line) for line in lines]
+    splits = [None if line.path.name == _ALL else split_of(line.path) for line in lines]
+    labels_of_video = {event.video: (split or "", event.category) for event, split in zip(events, splits, strict=True)}
+    matches = match_media(labels_of_video, files)
     ids = event_ids([event.video for event in events], [event.text for event in events])
     clips = [
         Clip(
             id=id_,
             label=event.category,
-            group=event.video,
-            split=None if line.path.name == _ALL else split_of(line.path),
+            group=video_of(event.video),
+            split=split,
             extra_columns={"start_seconds": event.start, "end_seconds": event.end, "quality": event.quality},
-            media={"video_file_name": path_of_video.get(event.video, f"{prefix}AVE/{event.video}.mp4")},
+            media={"video_file_name": matches.paths.get(event.video, f"{prefix}AVE/{event.video}.mp4")},
             where=line.where,
         )
-        for (line, event), id_ in zip(lines, ids, strict=True)
+        for line, event, split, id_ in zip(lines, events, splits, ids, strict=True)
     ]
-    notes = _unlisted_notes(dataset_folder, set(events)) if split_lists else ()
-    return list_clips(clips, media_files=files, notes=notes)
+    notes = _unlisted_notes(dataset_folder, set(events)) if split_lists else []
+    spelling = f"files below {prefix}AVE/ called by VideoID ({SPELLINGS})"
+    return list_clips(clips, media_files=files, notes=(*notes, *matches.notes), spelling=spelling)
 
 
-def _is_header(line: Line) -> bool:
-    return line.number == 1 and line.fields == _HEADER
+def _read_events(path: Path) -> list[Line]:
+    return skip_header(read_list(path, _SEPARATORS))
 
 
-def _event(line: Line) -> _Event:
+def parse_event(line: Line) -> Event:
+    """Parse a line of the official lists; the video is called with or without an extension."""
     if len(line.fields) != 5 or not all(field.strip() for field in line.fields):
         raise line.error_expecting(_LINE)
-    category, video, quality = line.fields[:3]
+    category, video, quality = (field.strip() for field in line.fields[:3])
     start, end = line.read_int(3, expected=_LINE), line.read_int(4, expected=_LINE)
-    return _Event(category=category, video=video, quality=quality, start=start, end=end)
+    return Event(category=category, video=listed_name(video), quality=quality, start=start, end=end)
 
 
-def _unlisted_notes(dataset_folder: Path, listed: set[_Event]) -> list[str]:
+def _unlisted_notes(dataset_folder: Path, listed: set[Event]) -> list[str]:
     """Return a note with the number of events of Annotations.txt that are in no split list, if any."""
     paths = find_lists(dataset_folder, [_ALL])
-    unlisted = {_event(line) for path in paths for line in read_lines(path, "&") if not _is_header(line)} - listed
+    unlisted = {parse_event(line) for path in paths for line in _read_events(path)} - listed
     return [f"{len(unlisted):,} events of {_ALL} are in none of the lists read and have no row"] if unlisted else []

@@ -1,8 +1,7 @@
-"""Reading of lists and folders of a download, and the table of its clips."""
+"""Media in the folder of a download, and the table of its clips."""
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,116 +12,42 @@ from typing import Protocol
 import pyarrow as pa
 
 from ..errors import DatasetError
-from ..media.files import kind_of_path
+from ..media.files import is_hidden, is_lfs_pointer_file, kind_of_path
 
-_SHOWN = 120  # characters of a line that a message repeats
-_SPLITS = (("train", "train"), ("val", "validation"), ("dev", "validation"), ("test", "test"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One non-blank line, split into fields."""
-
-    path: Path
-    number: int
-    text: str
-    fields: tuple[str, ...]
-
-    @property
-    def where(self) -> str:
-        """Return the file and line number for messages."""
-        return f"{self.path}, line {self.number}"
-
-    def error_expecting(self, expected: str) -> DatasetError:
-        """Return the error for a line that does not have the expected form."""
-        text = self.text if len(self.text) <= _SHOWN else self.text[:_SHOWN] + "..."
-        return DatasetError(f"{self.where}: {text!r} is not {expected}: correct the line, or download the list again")
-
-    def read_int(self, index: int, *, expected: str) -> int:
-        """Parse a field as a non-negative integer."""
-        text = self.fields[index].strip()
-        if not (text.isascii() and text.isdigit()):
-            raise self.error_expecting(expected)
-        return int(text)
-
-
-def read_lines(path: Path, separator: str | None) -> list[Line]:
-    """Read the non-blank lines of a text file, split at `separator` (None: at white space)."""
-    numbered = enumerate(_read_text(path).splitlines(), start=1)
-    return [
-        Line(path=path, number=number, text=text, fields=tuple(text.strip().split(separator)))
-        for number, text in numbered
-        if text.strip()
-    ]
-
-
-def read_csv(path: Path, *, delimiter: str = ",") -> list[Line]:
-    """Read the records of a csv file; a record quoted over several lines has the number of its last line."""
-    reader = csv.reader(_read_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
-    lines = []
-    try:
-        for fields in reader:
-            if any(field.strip() for field in fields):
-                text = delimiter.join(fields)
-                lines.append(Line(path=path, number=reader.line_num, text=text, fields=tuple(fields)))
-    except csv.Error as error:
-        raise DatasetError(f"{path}, line {reader.line_num}: {error}; correct the quoting of this line") from error
-    return lines
-
-
-def split_of(path: Path) -> str:
-    """Infer train, validation or test from the file name of a list; raise DatasetError if it names none or two."""
-    splits = {split for part, split in _SPLITS if part in path.stem.lower()}
-    if len(splits) != 1:
-        raise DatasetError(f"{path}: the split cannot be inferred from the file name: name it train, val or test")
-    return splits.pop()
-
-
-def find_lists(folder: Path, names: Iterable[str], *, subfolders: Sequence[str] = ("",)) -> list[Path]:
-    """Return the sorted files with these names in the first of the subfolders that contains any."""
-    list_names = set(names)
-    for subfolder in subfolders:
-        paths = (folder / subfolder).glob("*")
-        if list_paths := sorted(path for path in paths if path.name in list_names and path.is_file()):
-            return list_paths
-    return []
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read as text: {error}") from error
-
-
-_POINTER = b"version https://git-lfs"
-_POINTER_BYTES = 1024  # a Git LFS pointer has about 130 bytes
+_POINTERS = "Git LFS pointers (git lfs pull fetches the files)"
 _NUM_LISTED = 6  # entries of an unexpected folder that a message lists
 
 
 def list_media(root: Path, subfolder: str, *, kind: str) -> list[str]:
-    """Return the sorted files of one kind in a folder and its subfolders, as POSIX paths relative to `root`."""
+    """Return the sorted files of one kind in a folder and its subfolders, as POSIX paths relative to `root`.
+
+    Hidden files and folders, such as `._*` of macOS, are left out.
+    """
     paths = []
-    for folder, _, names in os.walk(root / subfolder):
+    for folder, subfolders, names in os.walk(root / subfolder):
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         relative_folder = Path(folder).relative_to(root)
-        paths += [(relative_folder / name).as_posix() for name in names if kind_of_path(name) == kind]
+        media_names = [name for name in names if kind_of_path(name) == kind and not is_hidden(name)]
+        paths += [(relative_folder / name).as_posix() for name in media_names]
     return sorted(paths)
 
 
-def list_subfolders(root: Path, subfolder: str) -> list[str]:
-    """Return the sorted subfolders of a folder, as POSIX paths relative to `root`; [] if the folder does not exist."""
-    if not (root / subfolder).is_dir():
-        return []
-    with os.scandir(root / subfolder) as entries:
-        return sorted((PurePosixPath(subfolder) / entry.name).as_posix() for entry in entries if entry.is_dir())
+def list_frame_folders(root: Path, subfolder: str) -> list[str]:
+    """Return the sorted folders of pictures below a folder, as POSIX paths relative to `root`; empty ones, too.
 
-
-def index_by_stem(paths: Iterable[str]) -> dict[str, str]:
-    """Index paths by file name without extension; of several with the same name the first is kept."""
-    path_of_stem: dict[str, str] = {}
-    for path in paths:
-        path_of_stem.setdefault(PurePosixPath(path).stem, path)
-    return path_of_stem
+    Folders of folders, such as those of classes and splits, are searched; a folder with pictures is not.
+    """
+    frame_folders, remaining = [], [PurePosixPath(subfolder)] if (root / subfolder).is_dir() else []
+    while remaining:
+        folder = remaining.pop()
+        with os.scandir(root / folder) as scan:
+            entries = [entry for entry in scan if not is_hidden(entry.name)]
+        has_pictures = any(kind_of_path(entry.name) == "image" and entry.is_file() for entry in entries)
+        subfolders = [folder / entry.name for entry in entries if not has_pictures and entry.is_dir()]
+        remaining += subfolders
+        if not subfolders and folder != PurePosixPath(subfolder):
+            frame_folders.append(folder.as_posix())
+    return sorted(frame_folders)
 
 
 def event_ids(clips: Sequence[str], events: Sequence[str]) -> list[str]:
@@ -139,8 +64,8 @@ def absence_of_file(path: Path) -> str | None:
             return "not found"
         if size == 0:
             return "empty"
-        if size < _POINTER_BYTES and path.read_bytes().startswith(_POINTER):
-            return "Git LFS pointers (git lfs pull fetches the files)"
+        if is_lfs_pointer_file(path):
+            return _POINTERS
     except (OSError, ValueError) as error:
         return f"unreadable ({error})"
     return None
@@ -150,17 +75,23 @@ def absence_of_frames(folder: Path) -> str | None:
     """Return the reason why a folder cannot be read as frames; None if it contains a picture."""
     try:
         with os.scandir(folder) as entries:
-            return None if any(kind_of_path(entry.name) == "image" for entry in entries) else "without pictures"
+            pictures = (entry for entry in entries if kind_of_path(entry.name) == "image" and not is_hidden(entry.name))
+            return "without pictures" if next(pictures, None) is None else None
     except (OSError, ValueError):
         return "not found"
 
 
 def unexpected_folder(folder: Path, dataset: str, *, missing: str) -> DatasetError:
     """Return the error for a folder that is not the download: what is missing, and what it contains."""
-    names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
+    return DatasetError(f"{folder} is not {dataset} as unpacked: it has no {missing}; it contains {content_of(folder)}")
+
+
+def content_of(folder: Path) -> str:
+    """Return the first entries of a folder for a message, without hidden ones."""
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
+    names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
     remainder = f" and {len(names) - _NUM_LISTED:,} more" if len(names) > _NUM_LISTED else ""
-    content = ", ".join(names[:_NUM_LISTED]) + remainder if names else "nothing"
-    return DatasetError(f"{folder} is not {dataset} as unpacked: it has no {missing}; it contains {content}")
+    return ", ".join(names[:_NUM_LISTED]) + remainder if names else "nothing"
 
 
 PATH_SUFFIXES = ("_file_name", "_frames")  # of the columns that hold paths
@@ -190,7 +121,7 @@ class Listing:
     Columns of `rows`: id, label, group and split if any, then the columns in `media`: X_file_name holds a path,
     X_frames a folder or a list of folders, any other column the medium itself. Paths are relative to the download's
     folder. `media_files` are the media in that folder; `official` is the number of clips of the dataset, where no list
-    gives it.
+    gives it; `spelling` says how media are called, for the error if none of them matches.
     """
 
     rows: pa.Table
@@ -198,6 +129,7 @@ class Listing:
     media_files: frozenset[str] = frozenset()
     official: int | None = None
     notes: tuple[str, ...] = ()
+    spelling: str = ""
 
 
 class Adapter(Protocol):
@@ -216,7 +148,12 @@ class Adapter(Protocol):
 
 
 def list_clips(
-    clips: Iterable[Clip], *, media_files: Iterable[str], official: int | None = None, notes: Sequence[str] = ()
+    clips: Iterable[Clip],
+    *,
+    media_files: Iterable[str],
+    spelling: str,
+    official: int | None = None,
+    notes: Sequence[str] = (),
 ) -> Listing:
     """Build the rows of clips. Identical entries count once; raise DatasetError if entries of one clip differ."""
     clip_of_id: dict[str, Clip] = {}
@@ -237,6 +174,7 @@ def list_clips(
         media_files=frozenset(media_files),
         official=official,
         notes=(*notes, *repeated_notes),
+        spelling=spelling,
     )
 
 

@@ -16,7 +16,7 @@ from ..dataset.formats.tables import METADATA_NAMES
 from ..errors import ConfigError, DatasetError
 from ..storage import write_parquet
 from . import DOWNLOADS
-from .clips import PATH_SUFFIXES, Adapter, Cell, Listing, absence_of_file, absence_of_frames, cell_paths
+from .clips import PATH_SUFFIXES, Adapter, Cell, Listing, absence_of_file, absence_of_frames, cell_paths, content_of
 
 _EXAMPLES = 3  # ids in the message for each modality
 
@@ -95,7 +95,7 @@ def ingest(
 
     Raises:
         ConfigError: The dataset is unknown, or `out` is not a .parquet file.
-        DatasetError: The folder is not that dataset, or a list cannot be read.
+        DatasetError: The folder is not that dataset, a list cannot be read, or no clip has its media.
 
     Example:
         >>> print(ingest("cremad", "CREMA-D").message)
@@ -122,8 +122,21 @@ def ingest(
         columns=tuple(rows.column_names),
         notes=(*listing.notes, *absence_notes, *_other_tables(path)),
     )
+    if not ingested.present:
+        raise DatasetError(_absence_message(ingested, listing, root, absence_notes))
     _write(_rebase_paths(rows, listing.media, root=root, start=path.parent), ingested, listing)
     return ingested
+
+
+def _absence_message(ingested: Ingested, listing: Listing, root: Path, absence_notes: Sequence[str]) -> str:
+    """Return the error for a download of which no clip has its media: what was expected, and what lies there."""
+    parts = [f"{root}: 0 of {ingested.listed:,} listed clips have their media"]
+    parts += [*absence_notes] or [f"missing: {', '.join(map(str, ingested.missing))}"]
+    unlisted = sorted(listing.media_files - set(_paths(listing.rows, listing.media)))
+    if listing.spelling and ingested.missing and not absence_notes:
+        parts.append(f"expected: {listing.spelling}")
+    examples = f"{len(unlisted):,} media such as {', '.join(unlisted[:_EXAMPLES])}" if unlisted else content_of(root)
+    return "; ".join([*parts, f"the folder contains {examples}"])
 
 
 def _write(rows: pa.Table, ingested: Ingested, listing: Listing) -> None:

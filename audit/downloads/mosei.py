@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
-from .clips import Listing, split_of, unexpected_folder
+from ..media.files import LFS_HINT, is_lfs_pointer_file
+from .clips import Listing, unexpected_folder
+from .lists import split_of, visible_files
+from .names import parse_clip_name
 from .unpickle import read_npz, read_pickle
 
 MODALITIES = ("text", "audio", "vision")
@@ -21,6 +25,8 @@ _FIELDS = ("id", *MODALITIES)
 _SENTIMENT = ("regression_labels", "labels")
 _BLOCK = 256  # utterances summed at once: 256 x 500 steps x 74 features in float64 are 76 MB
 _MAX_ID_ITEMS = 16
+_SUFFIXES = (".npz", ".pkl")
+_NUMBERED = re.compile(r"(\d+)_\d+")  # ids such as 209758_3 of videos that are not from YouTube
 _MAX_SHOWN = 200  # characters of a message
 _SIGNS = ("negative", "neutral", "positive")
 
@@ -61,7 +67,8 @@ def read_mosei(folder: Path, lists: Sequence[Path]) -> Listing:
 
 def _find_files(folder: Path) -> list[Path]:
     for subfolder in (folder, folder / "Processed"):
-        feature_files = sorted(subfolder.glob("*.npz")) or sorted(subfolder.glob("*.pkl"))
+        paths = visible_files(subfolder)
+        feature_files = next((files for suffix in _SUFFIXES if (files := [p for p in paths if p.suffix == suffix])), [])
         if len(feature_files) > 1 and feature_files[0].suffix == ".pkl":
             names = ", ".join(path.name for path in feature_files)
             raise DatasetError(f"{subfolder} contains {len(feature_files)} pickles ({names}): select one with --list")
@@ -71,6 +78,8 @@ def _find_files(folder: Path) -> list[Path]:
 
 
 def _read_parts(path: Path) -> list[_Part]:
+    if is_lfs_pointer_file(path):
+        raise DatasetError(f"{path}: {LFS_HINT}")
     if path.suffix == ".npz":
         return _read_npz_parts(path)
     content = read_pickle(path)
@@ -156,7 +165,12 @@ def _format_id(value: Any, where: str) -> str:
 
 
 def _video(name: str) -> str:
-    return name.split("$_$")[0].split("[")[0]
+    """Return the video of an utterance: VIDEO$_$3, VIDEO[3], or VIDEO_3 where VIDEO is a YouTube id or a number."""
+    video = name.split("$_$")[0].split("[")[0]
+    if (clip := parse_clip_name(video)) is not None:
+        return clip.video
+    match = _NUMBERED.fullmatch(video)
+    return match[1] if match else video
 
 
 def _sentiment_scores(part: _Part, name: str) -> NDArray[np.float32]:
