@@ -130,6 +130,8 @@ def print_check(summary: dict[str, Any]) -> None:
         print_line(f"  LEAK: {finding['message']}")
     if not summary["leakage"]["leaks"]:
         print_line("the data state no splits: only the split cut here was tested" if is_cut else "no leaks found")
+        for line in summary["leakage"]["sensitivity"]:
+            print_line(f"  sensitivity: {line}")
 
 
 def _counts_text(counts: dict[str, int]) -> str:

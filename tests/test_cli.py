@@ -388,12 +388,14 @@ def test_random_split_of_actors_fails_the_leakage_gate(tmp_path: Path) -> None:
         id=[f"{actor}_{row:05d}" for row, actor in enumerate(actors)],
         label=[row % 6 for row in range(n)],
         actor=actors.tolist(),
+        recording=rng.integers(0, 91, n).tolist(),
         split=["test" if row % 4 == 0 else "train" for row in range(n)],
-        audio=drawn(n, seed=1),
+        audio=(rng.standard_normal((n, 9)) + rng.standard_normal((91, 9))[actors - 1001]).tolist(),
         visual=drawn(n, seed=2),
     )
     result = mmaudit("check", table, "--run", tmp_path / "run")
     assert result.exit_code == 3
+    assert "column 'recording': 91 of 91 test values also in train" in output_of(result)
     assert "91 of 91 test actors also in train" in output_of(result)
     summary = json.loads(mmaudit("check", table, "--run", tmp_path / "run", "--json").stdout)
     assert [finding["what"] for finding in summary["leakage"]["findings"]] == ["groups"]

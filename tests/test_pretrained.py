@@ -27,7 +27,7 @@ from mmaudit.audit.errors import ConfigError, Reason, UnusableError
 from mmaudit.audit.features import encode, pretrained
 from mmaudit.audit.features.encode import encode_dataset, read_arrow
 from mmaudit.audit.features.encoded_samples import read_status
-from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
+from mmaudit.audit.features.encoders import EncodedCell, check_encoder, encode_cell, preprocessing
 from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.features.pretrained import (
     encode_inputs,
@@ -136,8 +136,9 @@ def inputs(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, list[A
 
 def vector(models: Path, name: str, kind: str, loaded: Any) -> NDArray[np.float32]:
     encoded = encode_cell(loaded, modality(models, name, kind), MEDIA)
-    assert isinstance(encoded, np.ndarray)
-    return encoded
+    assert isinstance(encoded, EncodedCell)
+    assert encoded.fingerprint == b""
+    return encoded.vector
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -27,10 +27,10 @@ from ..hashing import digest
 from ..media.files import MediaConfig, MediaFile, Medium
 from ..storage import atomic_write, file_stamp
 from ..workers import Progress, fixed_threads, prefetch_map, run_tasks
-from .encoders import EncodedRows, Vector, encode_cell, encode_vectors, is_pretrained, preprocessing
+from .encoders import EncodedCell, EncodedRows, encode_cell, encode_vectors, is_pretrained, preprocessing
 from .pretrained import ModelInputs, encode_inputs, open_model
 
-EncodeResult = Vector | UnusableError
+EncodeResult = EncodedCell | UnusableError
 Stamps = Sequence[str | None]
 
 
@@ -66,8 +66,9 @@ class CachedVectors:
             table = read_arrow(path) if path.exists() else None
         except DatasetError:
             table = None
-        # Files from before 2026-11-29 have no stamps.
-        return cls(table=None if table is None or "stamp" not in table.column_names else table)
+        # Files from before 2026-11-29 have no stamps or no fingerprints.
+        is_current = table is not None and {"stamp", "fingerprint"} <= {*table.column_names}
+        return cls(table=table if is_current else None)
 
     @cached_property
     def row(self) -> dict[bytes, int]:
@@ -83,13 +84,14 @@ class CachedVectors:
         return {stamp: content for stamp, content in pairs if stamp is not None}
 
     def result(self, content: bytes) -> EncodeResult:
-        """Return the vector or the error of a content in `row`."""
+        """Return the vector and fingerprint, or the error, of a content in `row`."""
         assert self.table is not None
         row = self.row[content]
         vector = column_of(self.table, "vector")
         if vector[row].is_valid:
             start, end = vector.offsets[row].as_py(), vector.offsets[row + 1].as_py()
-            return np.asarray(vector.values[start:end].to_numpy())
+            thumbnail = self.table["fingerprint"][row].as_py() or b""
+            return EncodedCell(vector=np.asarray(vector.values[start:end].to_numpy()), fingerprint=thumbnail)
         return UnusableError(Reason(self.table["reason"][row].as_py()), self.table["detail"][row].as_py())
 
     def matches(self, **columns: Sequence[str | None] | None) -> bool:
@@ -118,13 +120,16 @@ def content_of(table: pa.Table) -> NDArray[np.bytes_]:
 
 def combine_results(content: Sequence[bytes], results: Sequence[EncodeResult], *, encoder: str) -> EncodedRows:
     """Combine the vector or error of each row; DatasetError if vectors differ in length."""
-    vectors = [result for result in results if not isinstance(result, UnusableError)]
+    vectors = [result.vector for result in results if not isinstance(result, UnusableError)]
     check_lengths({len(vector) for vector in vectors}, encoder)
     return EncodedRows(
         content=np.array(content, dtype="S32"),
         usable=np.array([not isinstance(result, UnusableError) for result in results], dtype=bool),
         vector=np.stack(vectors) if vectors else np.zeros((0, 0), np.float32),
         problem={row: result for row, result in enumerate(results) if isinstance(result, UnusableError)},
+        fingerprint=tuple(
+            None if isinstance(result, UnusableError) else result.fingerprint or None for result in results
+        ),
     )
 
 
@@ -138,7 +143,10 @@ def check_lengths(lengths: set[int], encoder: str) -> None:
 
 
 def encoded_table(ids: Sequence[str], stamps: Stamps, encoded: EncodedRows) -> pa.Table:
-    """Return the table of a cache file: sample_id, stamp, content, reason, detail, and vector (null if unusable)."""
+    """Return the table of a cache file: sample_id, stamp, content, reason, detail, vector and fingerprint.
+
+    The vector is null if the row is unusable; see `fingerprints` for the last column.
+    """
     lengths = np.where(encoded.usable, encoded.vector.shape[1], 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     vector = pa.LargeListArray.from_arrays(offsets, pa.array(encoded.vector.ravel()), mask=pa.array(~encoded.usable))
@@ -152,6 +160,7 @@ def encoded_table(ids: Sequence[str], stamps: Stamps, encoded: EncodedRows) -> p
             "reason": pa.array([error and error.reason.value for error in problems], pa.string()),
             "detail": pa.array([error and error.detail for error in problems], pa.string()),
             "vector": vector,
+            "fingerprint": pa.array(encoded.fingerprint or [None] * len(ids), pa.large_binary()),
         }
     )
 
@@ -333,7 +342,7 @@ def load_cell_content(dataset: Dataset, modality: Modality, value: Any) -> tuple
         return error, digest(str(error).encode()).encode()
 
 
-def _content_digest(loaded: str | Medium | Vector | Sequence[Sequence[Medium]]) -> str:
+def _content_digest(loaded: str | Medium | NDArray[np.float32] | Sequence[Sequence[Medium]]) -> str:
     if isinstance(loaded, np.ndarray):
         return digest(loaded.tobytes())  # as of vectors within the rows
     if isinstance(loaded, str):
@@ -383,7 +392,7 @@ def _run_model(tasks: Sequence[EncodeTask], modality: Modality, *, num_threads: 
         new: dict[int, EncodeResult] = {}
         inputs = _iter_new_inputs(islice(prepared, task.shard.num_rows), content, stamps, new)
         for row, vector in encode_inputs(name, modality.kind, inputs, media=task.media, device=device):
-            new[row] = vector
+            new[row] = EncodedCell(vector=vector)
         column, ids = shards.popleft()
         column.write(ids, stamps, content, [new])
         yield

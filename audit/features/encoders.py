@@ -34,6 +34,7 @@ from ..media.files import MediaConfig
 from ..media.pictures import decode_folders, decode_frames, decode_image
 from ..registry import Entry, Registry
 from .descriptors import audio_statistics, image_statistics, text_counts, video_statistics
+from .fingerprints import fingerprint
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
 
 Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
@@ -191,16 +192,30 @@ def preprocessing(modality: Modality, media: MediaConfig) -> str:
     return digest(repr(settings).encode())[:16]
 
 
-def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector | UnusableError:
-    """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedCell:
+    """The vector of a cell, and the fingerprint of the decoded medium; empty where there is none."""
+
+    vector: Vector
+    fingerprint: bytes = b""
+
+
+def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> EncodedCell | UnusableError:
+    """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised.
+
+    What decoders of encoders return may be anything, so that only media in mmaudit's own form have a fingerprint.
+    """
     if isinstance(loaded, UnusableError):
         return loaded
     if modality.kind == "features":
-        return _check_vector(loaded, modality)
+        vector = _check_vector(loaded, modality)
+        return vector if isinstance(vector, UnusableError) else EncodedCell(vector=vector)
     encoder = load_encoder(modality)
     try:
         decoded = (encoder.decode or _DECODERS[modality.kind])(loaded, media)
-        return np.asarray(encoder.encode(decoded, media))
+        has_own_form = encoder.decode in (None, _DECODE_IMAGE, _DECODE_VIDEO, _DECODE_FRAMES)
+        thumbnail = fingerprint(decoded, modality.kind, media) if has_own_form else b""
+        return EncodedCell(vector=np.asarray(encoder.encode(decoded, media)), fingerprint=thumbnail)
     except UnusableError as error:
         return error
 
@@ -291,13 +306,14 @@ class EncodedRows:
     """Encoded rows of one modality.
 
     content: digest of each row (n,), 32 hexadecimal digits. usable: bool (n,). vector: of the usable rows (u, d).
-    problem: the error of each other row.
+    problem: the error of each other row. fingerprint: of each row, None where there is none; () if no row has one.
     """
 
     content: NDArray[np.bytes_]
     usable: NDArray[np.bool_]
     vector: Vector
     problem: dict[int, UnusableError]
+    fingerprint: tuple[bytes | None, ...] = ()
 
 
 def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:

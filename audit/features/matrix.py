@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .encode import EncodeTask, column_of, read_arrow
-from .encoded_samples import Status
+
+if TYPE_CHECKING:
+    from .encoded_samples import Status
 
 RowIndex = NDArray[np.intp]
 CHUNK_BYTES = 32 << 20  # read at once: large enough for efficient matrix products
