@@ -55,10 +55,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leakage:
-    """All findings, notes on what could not be tested or is no leak by itself, and which copies the tests can find."""
+    """All findings, notes on what could not be tested or is no leak by itself, and which copies the tests can find.
+
+    `compared` are the pairs of splits, each as (reference, held out); without any, nothing was tested.
+    """
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    compared: tuple[tuple[str, str], ...] = ()
     sensitivity: tuple[str, ...] = ()
 
     @property
@@ -67,12 +71,13 @@ class Leakage:
         return bool(self.findings)
 
     def to_json(self) -> dict[str, object]:
-        """Return the findings, notes and sensitivity as plain lists and dicts."""
+        """Return the fields as plain lists and dicts."""
         findings = [asdict(finding) for finding in self.findings]
         return {
             "leaks": self.leaks,
             "findings": findings,
             "notes": list(self.notes),
+            "compared": [list(pair) for pair in self.compared],
             "sensitivity": list(self.sensitivity),
         }
 

@@ -137,12 +137,16 @@ def find_leakage(
     columns, column_notes = group_columns(samples, groups or {})
     alike = cache(partial(_likeness, samples, modality_contents, seed=seed))
     joint_keys = _joint_keys(modality_contents)
+    not_searched: set[str] = set()
     for pair_index, pair in enumerate(pairs):
         messages += _shared_ids(pair)
         messages += _same_samples(pair, modality_contents, joint_keys)
         for modality_index, modality_content in enumerate(modality_contents):
             messages += _same_contents(pair, modality_content, joint_keys, max_partners=config.max_partners)
-            messages += _near_duplicates(pair, modality_content, config=config, seed=seed)
+            near, is_searched = _near_duplicates(pair, modality_content, config=config, seed=seed)
+            messages += near
+            if not is_searched:
+                not_searched.add(modality_content.modality)
             num_done = pair_index * len(modality_contents) + modality_index + 1
             progress("leakage", num_done, len(pairs) * len(modality_contents))
         for column in columns:
@@ -151,7 +155,8 @@ def find_leakage(
     return Leakage(
         findings=tuple(message for message in messages if isinstance(message, Finding)),
         notes=tuple(message for message in messages if isinstance(message, str)),
-        sensitivity=_sensitivity(modality_contents) if pairs else (),
+        compared=tuple(pair.between for pair in pairs),
+        sensitivity=_sensitivity(modality_contents, not_searched) if pairs else (),
     )
 
 
@@ -164,10 +169,13 @@ _SENSITIVITY = {  # ours: of planted copies benchmarks/leaks.py finds this share
 }
 
 
-def _sensitivity(modality_contents: Sequence[ModalityContent]) -> tuple[str, ...]:
-    """Return what the search for near duplicates finds, one line for each modality."""
+def _sensitivity(modality_contents: Sequence[ModalityContent], not_searched: set[str]) -> tuple[str, ...]:
+    """Return which copies are found, one line for each modality; of those `not_searched` only equal ones."""
     lines = []
     for content in modality_contents:
+        if content.modality in not_searched:
+            lines.append(f"{content.modality}: equal contents only")
+            continue
         kind = "video" if content.kind == "frames" else content.kind
         if kind not in ("text", "features") and content.fingerprints is None:
             kind = "features"
@@ -289,11 +297,14 @@ def _same_contents(
 
 def _near_duplicates(
     pair: SplitPair, modality_content: ModalityContent, *, config: LeakageConfig, seed: int
-) -> Messages:
-    """Find held-out samples nearer to a reference sample than by chance; those of equal content are left out."""
+) -> tuple[Messages, bool]:
+    """Find held-out samples nearer to a reference sample than by chance; those of equal content are left out.
+
+    Also returns whether the search was possible.
+    """
     content, modality = modality_content.content, modality_content.modality
     if modality_content.inputs is None:
-        return []
+        return [], False
     search = search_near_duplicates(
         pair,
         content,
@@ -303,11 +314,11 @@ def _near_duplicates(
         seed=seed,
     )
     if search is None:
-        return []
+        return [], True
     reference, heldout = pair.between
     prefix = f"{modality}, near duplicates of {heldout} in {reference}"
     if isinstance(search, str):
-        return [f"{prefix}: not tested: {search}"]
+        return [f"{prefix}: not tested: {search}"], False
     messages = copy_findings(
         pair,
         "near duplicates",
@@ -325,4 +336,4 @@ def _near_duplicates(
         )
     if 0 < search.num_fingerprints < search.num_tested:
         messages.append(f"{prefix}: {search.num_fingerprints} of them were compared by fingerprint, too")
-    return messages
+    return messages, True

@@ -62,8 +62,10 @@ class CheckResult:
     @property
     def failed_gate(self) -> str:
         """Why the check failed, "" if there is no leak."""
-        findings = self.leakage.findings
-        return f"train and test overlap: {len(findings)} leaks found, listed above" if self.leakage.leaks else ""
+        if not self.leakage.leaks:
+            return ""
+        number = len(self.leakage.findings)
+        return f"train and test overlap: {number} {'leak' if number == 1 else 'leaks'} found, listed above"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
