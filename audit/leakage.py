@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dataset.samples import Samples
+from .features.cached_matrix import FeatureMatrix
 from .features.encode import EncodeTask
 from .features.encoded_samples import Status
 from .features.fingerprints import Fingerprints
-from .features.matrix import FeatureMatrix, Inputs
+from .features.matrix import Inputs
 from .findings import (
     BY_CHANCE,
     OTHER_LABEL,

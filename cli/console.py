@@ -81,10 +81,13 @@ def print_score(record: dict[str, Any]) -> None:
     width = _column_width((entry["name"] for entry in probe_report["probe_metrics"]), minimum=10)
     for entry in probe_report["probe_metrics"]:
         name, metric = _cell(entry["name"], width), probe_report["metric"]
-        print_line(
-            f"  {name}  {entry['value']:.3f}  {metric} out of fold, 95% [{entry['low']:.3f}, {entry['high']:.3f}]"
-        )
-    print_line(f"  {'chance':>{width}}  {probe_report['chance']:.3f}")
+        interval, calibration = f"95% [{entry['low']:.3f}, {entry['high']:.3f}]", entry["calibration"]
+        line = f"  {name}  {entry['value']:.3f}  {metric} out of fold, {interval}"
+        if calibration and calibration["ece_after"] is not None:
+            line += f"; ECE {calibration['ece_after']:.3f}, by chance {calibration['ece_floor']:.3f}"
+        print_line(line)
+    for name in ("majority", "uniform"):
+        print_line(f"  {name:>{width}}  {probe_report['chance'][name]:.3f}")
     print_line(f"  gap mixture: {record['gap_verdict']}")
     _print_stability(record)
     for warning in record["warnings"]:

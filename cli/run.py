@@ -319,7 +319,7 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
         raise RunError(f"{file} is damaged: its probe_report has no calibration for a modality; rescore")
 
 
-_ECE = ("ece_before", "ece_after")
+_ECE = ("ece_before", "ece_after", "ece_floor")
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -357,16 +357,16 @@ REPORT_FILES = ("report.html", "report.json", "figures")
 MADE_FROM_SCORES = ("finetune", "manifests", "recovery.json")
 
 _NUMBER, _NULL = (float, type(None)), type(None)
-_CALIBRATION = RequiredKeys(temperature=float, ece_before=_NUMBER, ece_after=_NUMBER, num_rows=int)
+_CALIBRATION = RequiredKeys(temperature=float, ece_before=_NUMBER, ece_after=_NUMBER, ece_floor=_NUMBER, num_rows=int)
 _GAIN = RequiredKeys(name=str, gain=float, low=float, high=float)
 _VALUE = RequiredKeys(name=str, value=float, low=float, high=float)
 _PROBE_REPORT = RequiredKeys(
     metric=str,
-    chance=float,
+    chance=RequiredKeys(uniform=float, majority=float),
     probe_metrics=[RequiredKeys(**_VALUE, loss=float, beats_prior=bool, calibration=(_CALIBRATION, _NULL))],
     gain_over_best=_GAIN,
     gains=[_GAIN],
-    controls=[RequiredKeys(**_VALUE, num_rows=int, chance=float, leaks=bool)],
+    controls=[RequiredKeys(**_VALUE, num_rows=int, majority=float, leaks=bool)],
 )
 _RECORD: Shape = RequiredKeys(
     schema=str,

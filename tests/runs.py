@@ -33,7 +33,7 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         "mixture": {},
     }
     gains = [{"name": name, "gain": 0.0, "low": 0.0, "high": 0.0} for name in ("audio", "visual")]
-    calibration = {"temperature": 1.0, "ece_before": 0.1, "ece_after": 0.0, "num_rows": 10}
+    calibration = {"temperature": 1.0, "ece_before": 0.1, "ece_after": 0.0, "ece_floor": 0.01, "num_rows": 10}
     probe_metrics = [
         {
             "name": name,
@@ -66,7 +66,7 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         "num_folds": 5,
         "probe_report": {
             "metric": "accuracy",
-            "chance": 0.5,
+            "chance": {"uniform": 0.5, "majority": 0.5},
             "probe_metrics": probe_metrics,
             "gain_over_best": gains[0],
             "gains": gains,

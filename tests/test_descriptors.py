@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -12,10 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.preprocessing import normalize
 
-from mmaudit.audit.errors import Reason, UnusableError
-from mmaudit.audit.features.descriptors import audio_statistics, image_statistics, text_counts, video_statistics
+from mmaudit.audit.features.descriptors import audio_statistics, image_statistics, video_statistics
 from mmaudit.audit.media.audio import log_mel
 from mmaudit.audit.media.files import MediaConfig
 
@@ -162,64 +157,3 @@ def test_motion_is_located_in_space_and_time() -> None:
     assert motion.argmax() in {2 * 16, 3 * 16}  # the upper left cell, in the third or fourth segment
     assert motion[:2].max() == 0
     assert motion[:, 2:, 2:].max() == 0
-
-
-@given(text=st.text())
-def test_case_and_whitespace_do_not_matter(text: str) -> None:
-    try:
-        counts = text_counts(text, CONFIG)
-    except UnusableError as error:
-        assert error.reason is Reason.EMPTY  # noqa: PT017
-        return
-    assert counts.shape == (1024,)
-    assert (counts >= 0).all()
-    np.testing.assert_array_equal(text_counts(f" {text.casefold()}\n!", CONFIG), counts)
-
-
-def test_words_of_any_script_are_counted() -> None:
-    def same(first: str, second: str) -> bool:
-        return bool((text_counts(first, CONFIG) == text_counts(second, CONFIG)).all())
-
-    assert same("GROSSE Straße, Ärger!", "große STRASSE ärger")
-    assert same("Жёлтый ДОМ", "жёлтый дом")
-    assert same("cafe\u0301", "caf\u00e9")
-    assert same("\uff28\uff45\uff4c\uff4c\uff4f", "hello")
-    assert not same("dog bites man", "man bites dog")
-    assert (text_counts("हिन्दी", CONFIG) > 0).sum() == 1  # vowel signs do not split it
-    assert (text_counts("我爱你", CONFIG) > 0).sum() == 5  # three words, two bigrams
-    repeated, once = text_counts("no yes no no no", CONFIG), text_counts("no yes", CONFIG)
-    assert repeated.max() / repeated[repeated > 0].min() == pytest.approx(
-        1 + np.log(4)
-    )  # relative to words with count 1
-    assert once.max() == pytest.approx(once[once > 0].min())
-
-
-@pytest.mark.parametrize("text", ["", "  \n", "?! ... --"])
-def test_text_without_words_is_empty(text: str) -> None:
-    with pytest.raises(UnusableError, match=f"no words in {len(text)} characters") as caught:
-        text_counts(text, CONFIG)
-    assert caught.value.reason is Reason.EMPTY
-
-
-def test_text_counts_do_not_depend_on_the_process() -> None:
-    program = (
-        "from mmaudit.audit.features.descriptors import text_counts; from mmaudit.audit.media.files import MediaConfig;"
-        "print(text_counts('The quick brown fox', MediaConfig()).nonzero()[0].tolist())"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert outputs == {f"{text_counts('The quick brown fox', CONFIG).nonzero()[0].tolist()}\n".encode()}
-
-
-def test_text_counts_equal_sklearn_without_idf() -> None:
-    counts = np.stack([text_counts(text, CONFIG) for text in ("a cat sat", "a dog sat there a dog", "birds")])
-    raw = np.where(counts > 0, 1.0, 0.0)
-    raw[1] = np.where(counts[1] == counts[1].max(), 1 + np.log(2), raw[1])  # "a", "dog" and "a dog" occur twice
-    np.testing.assert_allclose(counts, normalize(raw), atol=1e-6)

@@ -23,7 +23,7 @@ from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import DatasetError, Reason, UnusableError
 from mmaudit.audit.features import encode, encoders
-from mmaudit.audit.features.descriptors import text_counts
+from mmaudit.audit.features.cached_matrix import FeatureMatrix
 from mmaudit.audit.features.encode import (
     CachedVectors,
     EncodeResult,
@@ -38,12 +38,13 @@ from mmaudit.audit.features.encode import (
 )
 from mmaudit.audit.features.encoded_samples import lengths_of, problems_of, read_status
 from mmaudit.audit.features.encoders import EncodedCell, encode_vectors
-from mmaudit.audit.features.matrix import FeatureMatrix
+from mmaudit.audit.features.terms import count_terms, project_terms, text_terms
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
 
 MEDIA = MediaConfig(image_size=16)
+VECTORS = Modality(name="v", column="v", kind="features", encoder="e")
 SHARDS = DataConfig(shard_rows=5)
 
 
@@ -304,7 +305,9 @@ def test_vector_does_not_depend_on_other_rows(tmp_path: Path) -> None:
     matrix_of_all, _ = matrices(dataset_of_all, encode_all(dataset_of_all, tmp_path / "every"))
     matrix_of_some, _ = matrices(dataset_of_some, encode_all(dataset_of_some, tmp_path / "alone"))
     np.testing.assert_array_equal(matrix_of_all[[1, 2]], matrix_of_some)
-    np.testing.assert_array_equal(matrix_of_all, [text_counts(text, MEDIA) for text in texts if text != "..."])
+    terms = [text_terms(text, MEDIA) for text in texts if text != "..."]
+    counts = count_terms(np.concatenate(terms), np.array([len(row) for row in terms]))
+    np.testing.assert_array_equal(matrix_of_all, project_terms(counts, MEDIA.text_buckets))
 
 
 def test_modality_without_usable_sample_is_rejected(clips: Path, tmp_path: Path) -> None:
@@ -451,12 +454,12 @@ def test_written_results_are_read_back(
     path = tmp_path_factory.mktemp("cache") / "0.arrow"
     results, content = results_of(usable, dtype), digests(len(usable))
     ids = [f"s{row}" for row in range(len(usable))]
-    encoded = combine_results(content, results, encoder="e")
+    encoded = combine_results(content, results, modality=VECTORS)
     stamps = [None if row % 3 == 2 else f"stamp {row}" for row in range(len(usable))]
     write_arrow(encoded_table(ids, stamps, encoded), path)
     table = read_arrow(path)
     assert content_of(table).tolist() == content
-    assert table["vector"].type == pa.large_list(pa.from_numpy_dtype(encoded.vector.dtype))
+    assert table["vector"].type == pa.large_list(pa.from_numpy_dtype(encoded.values.dtype))
     assert [row for row, _, _ in problems_of(table)] == [row for row, is_usable in enumerate(usable) if not is_usable]
     assert lengths_of(table) == ({3} if any(usable) else set())
     cached = CachedVectors.of(path)
@@ -488,5 +491,6 @@ def test_missing_or_damaged_file_is_empty(tmp_path: Path) -> None:
 
 
 def test_vectors_of_different_lengths_are_rejected() -> None:
-    with pytest.raises(DatasetError, match="e returns vectors of 2 and of 3 numbers; vectors of a modality must have"):
-        combine_results(digests(2), [EncodedCell(vector=np.zeros(size, np.float32)) for size in (3, 2)], encoder="e")
+    cells = [EncodedCell(vector=np.zeros(size, np.float32)) for size in (3, 2)]
+    with pytest.raises(DatasetError, match="v: e returns vectors of 2 and of 3 numbers; vectors of a mod"):
+        combine_results(digests(2), cells, modality=VECTORS)

@@ -19,6 +19,7 @@ from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import Samples, read_samples
 from mmaudit.audit.errors import Quarantined, Reason, ScoreError
+from mmaudit.audit.features.cached_matrix import FeatureMatrix
 from mmaudit.audit.features.encode import encode_dataset
 from mmaudit.audit.features.encoded_samples import (
     EncodedSamples,
@@ -28,7 +29,6 @@ from mmaudit.audit.features.encoded_samples import (
     missing_in_source,
     select_usable,
 )
-from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
 

@@ -19,6 +19,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from mmaudit.audit import metrics
 from mmaudit.audit.metrics import (
     Floats,
+    ece_floor,
     expected_calibration_error,
     group_codes,
     mean_interval,
@@ -437,3 +438,25 @@ def test_multilabel_calibration_error_counts_every_label() -> None:
     probability = np.array([[0.9, 0.2], [0.6, 0.4]])
     label = np.array([[1, 0], [1, 0]])
     assert expected_calibration_error(probability, label) == pytest.approx((0.1 + 0.2 + 2 * 0.4) / 4)
+
+
+@pytest.mark.parametrize(("n", "sharpness"), [(60, 1.0), (700, 0.5), (700, 3.0), (5_000, 1.0)])
+@pytest.mark.parametrize("is_multilabel", [False, True])
+def test_ece_floor_is_the_mean_error_of_calibrated_probabilities(n: int, sharpness: float, is_multilabel: bool) -> None:
+    rng = np.random.default_rng(0)
+    logits = sharpness * rng.standard_normal((n, 4))
+    errors = []
+    if is_multilabel:
+        probability = 1 / (1 + np.exp(-logits))
+        for _ in range(200):
+            errors.append(expected_calibration_error(probability, (rng.random((n, 4)) < probability).astype(np.int32)))
+    else:
+        probability = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        for _ in range(200):
+            label = (logits + rng.gumbel(size=(n, 4))).argmax(axis=1)
+            errors.append(expected_calibration_error(probability, label))
+    assert ece_floor(probability, is_multilabel=is_multilabel) == pytest.approx(np.mean(errors), rel=0.08)
+
+
+def test_ece_floor_of_certain_predictions_is_zero() -> None:
+    assert ece_floor(np.eye(3, dtype=np.float32)) == 0

@@ -25,10 +25,10 @@ from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, Reason, UnusableError
 from mmaudit.audit.features import encode, pretrained
+from mmaudit.audit.features.cached_matrix import FeatureMatrix
 from mmaudit.audit.features.encode import encode_dataset, read_arrow
 from mmaudit.audit.features.encoded_samples import read_status
 from mmaudit.audit.features.encoders import EncodedCell, check_encoder, encode_cell, preprocessing
-from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.features.pretrained import (
     encode_inputs,
     find_model_folder,

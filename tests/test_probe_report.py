@@ -33,7 +33,7 @@ from mmaudit.audit.probes.probe_set import (
 )
 from mmaudit.audit.scores.probe_report import (
     ProbeReport,
-    chance_level,
+    chance_levels,
     compute_probe_report,
     to_metric,
 )
@@ -42,7 +42,7 @@ from mmaudit.audit.workers import no_progress
 
 Floats = NDArray[np.float32]
 N, K = 900, 3
-FREE = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None)
+FREE = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None, ece_floor=None)
 IDS = np.array([f"s{row:04d}" for row in range(N)], dtype=object)
 LABEL = (np.arange(N) % K).astype(np.int32)
 CLASSES = Target(task="classification", label=LABEL, num_outputs=K)
@@ -169,7 +169,7 @@ def test_regression_metrics_are_r2() -> None:
     rng = np.random.default_rng(1)
     predictions = [(target.values + rng.normal(0, sigma, (N, 1))).astype(np.float32) for sigma in (0.5, 4.0)]
     report = report_of(probe_set_of(target, *predictions))
-    assert (report.metric, report.chance) == ("R^2", 0)
+    assert (report.metric, report.chance) == ("R^2", {"uniform": 0, "majority": 0})
     for prediction, metric in zip(predictions, report.probe_metrics, strict=False):
         assert metric.value == pytest.approx(r2_score(target.values, prediction), abs=1e-4)
     assert report.probe_metrics[0].value > 0.9
@@ -186,20 +186,21 @@ def test_metric_is_over_samples_with_the_modality() -> None:
     assert np.isfinite([metric.low, metric.high, metric.loss]).all()
 
 
-def test_chance_is_the_rate_of_the_most_common_class() -> None:
+def test_chance_is_the_rate_of_the_most_common_class_and_of_uniform_guesses() -> None:
     rng = np.random.default_rng(0)
     label = rng.choice(4, 200, p=[0.1, 0.2, 0.6, 0.1]).astype(np.int32)
     target = Target(task="classification", label=label, num_outputs=4)
     dummy = DummyClassifier(strategy="most_frequent").fit(label[:, None], label)
-    assert chance_level(target) == pytest.approx(dummy.score(label[:, None], label))
+    assert chance_levels(target) == pytest.approx({"majority": dummy.score(label[:, None], label), "uniform": 0.25})
     labels = several()
     assert labels.values is not None
     often = labels.values.mean(axis=0) > 0.5
-    assert chance_level(labels) == pytest.approx((labels.values == often).mean(), abs=1e-6)
+    expected = {"majority": (labels.values == often).mean(), "uniform": 0.5}
+    assert chance_levels(labels) == pytest.approx(expected, abs=1e-6)
     ones = numbers()
     assert ones.values is not None
     squares = -np.square(ones.values - ones.values.mean())[:, 0]
-    assert to_metric(squares, ones).mean() == pytest.approx(chance_level(ones), abs=1e-4)
+    assert to_metric(squares, ones).mean() == pytest.approx(chance_levels(ones)["majority"], abs=1e-4)
 
 
 @pytest.mark.parametrize("target", [CLASSES, several(), numbers()], ids=lambda target: target.task)
@@ -224,8 +225,8 @@ def test_shuffled_labels_of_clean_data_are_at_chance(target: Target) -> None:
     assert [control.name for control in report.controls] == ["m0", "m1"]
     for control in report.controls:
         assert not control.leaks
-        assert control.low <= control.chance
-        assert abs(control.value - control.chance) < 0.06
+        assert control.low <= control.majority
+        assert abs(control.value - control.majority) < 0.06
     assert report_of(probe_set).controls == ()
 
 

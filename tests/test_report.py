@@ -71,20 +71,20 @@ def planted(
 
 def probe_report(names: tuple[str, ...], *, leaking: str | None = None) -> ProbeReport:
     """Return a probe report in which every probe has 0.5, and the control of `leaking` is above chance."""
-    calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034)
+    calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034, ece_floor=0.02)
     probe_metrics = [
         ModalityMetric(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, beats_prior=True, calibration=calibration)
         for name in (*names, "fused", "joint")
     ]
     gains = [Gain(name=name, gain=0.1, low=0.05, high=0.15) for name in names]
     controls = [
-        Control(name=name, num_rows=90, value=0.45 if name == leaking else 0.3, low=low, high=0.5, chance=0.33)
+        Control(name=name, num_rows=90, value=0.45 if name == leaking else 0.3, low=low, high=0.5, majority=0.33)
         for name in names
         for low in [0.4 if name == leaking else 0.2]
     ]
     return ProbeReport(
         metric="accuracy",
-        chance=0.3,
+        chance={"uniform": 0.25, "majority": 0.3},
         probe_metrics=tuple(probe_metrics),
         gain_over_best=gains[0],
         gains=tuple(gains),
@@ -701,9 +701,9 @@ def test_tables_and_figures_scroll_in_their_own_box_and_never_break_words(report
 
 def test_both_levels_of_guessing_are_named(reported: Run) -> None:
     numbers = read_json(reported.report_file.with_suffix(".json"), error=RunError)
-    assert numbers["chance"] == {"uniform": pytest.approx(1 / 3), "majority": 0.3}
+    assert numbers["chance"] == {"uniform": 0.25, "majority": 0.3}
     page = reported.report_file.read_text(encoding="utf-8")
-    assert '<tr><td>uniform</td><td class="n">33.3</td>' in page
+    assert '<tr><td>uniform</td><td class="n">25.0</td>' in page
     assert '<tr><td>majority</td><td class="n">30.0</td>' in page
     assert "chance" not in re.sub(r"by chance", "", page[page.index("</style>") :])
 
@@ -714,11 +714,12 @@ def test_both_levels_of_guessing_are_named(reported: Run) -> None:
 )
 def test_guessing_of_each_task(task: str, levels: dict[str, float]) -> None:
     record = run_record(config={"data": {"task": task}}, num_classes=4)
-    record["probe_report"]["chance"] = 0.6
+    record["probe_report"]["chance"] = {"uniform": levels["uniform"], "majority": 0.6}
     assert chance_levels(record) == levels
-    assert chance_levels(run_record(config={"data": {"task": "regression"}}) | {"probe_report": {"chance": 0.0}}) == {
-        "mean": 0.0
-    }
+    assert chance_levels(
+        run_record(config={"data": {"task": "regression"}})
+        | {"probe_report": {"chance": {"uniform": 0.0, "majority": 0.0}}}
+    ) == {"mean": 0.0}
 
 
 def test_a_weak_joint_probe_has_the_name_of_the_table(tmp_path: Path) -> None:

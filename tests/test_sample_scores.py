@@ -22,7 +22,7 @@ from mmaudit.audit.workers import no_progress
 
 Floats = NDArray[np.float32]
 N, K, ROUNDS = 40, 3, 2
-CALIBRATION = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None)
+CALIBRATION = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None, ece_floor=None)
 RNG = np.random.default_rng(0)
 LABEL = (np.arange(N) % K).astype(np.int32)
 CLASSES = Target(task="classification", label=LABEL, num_outputs=K)

@@ -463,7 +463,7 @@ def test_regression_is_predicted_by_the_informative_modality(tmp_path: Path) -> 
     columns, y = numbers_planted(300)
     data = rewrite(tmp_path / "d.parquet", columns)
     result = audit(data, tmp_path / "cache", config=DataConfig(task="regression"), probe=WHOLE)
-    assert (result.probe_report.metric, result.probe_report.chance) == ("R^2", 0)
+    assert (result.probe_report.metric, result.probe_report.chance["majority"]) == ("R^2", 0)
     signal, noise, fused, _ = result.probe_report.probe_metrics
     assert signal.value > 0.95
     assert -0.1 < noise.value < 0.05
@@ -502,7 +502,7 @@ def test_multilabel_is_predicted_by_the_informative_modality(tmp_path: Path) -> 
     signal, noise, fused, _ = result.probe_report.probe_metrics
     assert signal.value > 0.98
     assert fused.value > 0.98
-    assert noise.low <= result.probe_report.chance
+    assert noise.low <= result.probe_report.chance["majority"]
     assert abs(noise.value - 0.5) < 0.06
     assert not any(control.leaks for control in result.probe_report.controls)
     scores = result.scores

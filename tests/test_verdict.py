@@ -39,7 +39,7 @@ def numbers_of(lean: float, *, beats_prior: tuple[bool, ...] = (True, True), **c
         "probe_report": {
             "probe_metrics": [*probes, {"name": "fused", "beats_prior": True}],
             "metric": "accuracy",
-            "chance": 0.25,
+            "chance": {"uniform": 0.25, "majority": 0.25},
             "gain_over_best": {"name": "audio", "gain": 0.0, "low": -0.1, "high": 0.1},
             "controls": [],
         },

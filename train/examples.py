@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..audit.dataset.samples import Samples
 from ..audit.errors import ConfigError, ManifestError, choices
+from ..audit.features.cached_matrix import FeatureMatrix
 from ..audit.features.encode import EncodeTask
 from ..audit.features.encoded_samples import Status, missing_in_source, row_content
 from ..audit.features.encoders import input_shape, is_network
-from ..audit.features.matrix import FeatureMatrix, Inputs, chunks
+from ..audit.features.matrix import Inputs, chunks
 from ..audit.hashing import canonical_order
 from ..audit.workers import prefetch_map
 from ..rebalance.curriculum import RowIndex, with_validation

@@ -1,4 +1,4 @@
-"""Hand-made descriptors of audio, images, video and text.
+"""Hand-made descriptors of audio, images and video.
 
 All are pure functions that return float32 vectors whose length depends only on the config. The comments state how the
 constants were chosen: out-of-fold accuracy of logistic regression on spoken digits (a), MNIST (i) and videos of lips
@@ -8,9 +8,6 @@ saying digits (v).
 from __future__ import annotations
 
 import math
-import unicodedata
-import zlib
-from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
 
@@ -18,7 +15,6 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 
-from ..errors import Reason, UnusableError
 from ..media.audio import log_mel
 from ..media.files import MediaConfig
 
@@ -82,41 +78,6 @@ def _frame_descriptors(frames: NDArray[np.uint8]) -> tuple[Vector, Vector]:
     grey = pixels @ LUMA
     directions = _gradient_directions(grey, cells=FRAME_CELLS, directions=FRAME_DIRECTIONS)
     return grey, np.concatenate([directions, _colour_grid(pixels, 2)], axis=1)
-
-
-def text_counts(text: str, config: MediaConfig) -> Vector:
-    """Compute hashed words and bigrams (config.text_buckets,): 1 + log(count), or 0 if the count is 0; L2 norm 1.
-
-    The hash is CRC-32 of UTF-8, the same in every process (Python's hash is salted). Rare words get no extra weight:
-    the probe standardises every feature, and this way a row does not depend on other rows.
-    """
-    words = text_words(text)
-    terms = Counter([*words, *map(" ".join, pairwise(words))])
-    counts = np.zeros(config.text_buckets, dtype=np.float32)
-    for term, count in terms.items():
-        counts[zlib.crc32(term.encode("utf-8", "surrogatepass")) % config.text_buckets] += count
-    weights = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0)
-    return np.asarray(weights / np.linalg.norm(weights), dtype=np.float32)
-
-
-def text_words(text: str) -> list[str]:
-    """Return the runs of letters, marks and digits, normalised in case and width; UnusableError if there are none.
-
-    Each Chinese or Japanese character is a word. Marks belong to words: the vowel signs of Hindi are not letters, and
-    the usual pattern \\w+ would split words at them.
-    """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words = "".join(
-        f" {character} "
-        if "\u3040" <= character <= "\u9fff" and unicodedata.category(character) == "Lo"
-        else character
-        if unicodedata.category(character)[0] in "LMN"
-        else " "
-        for character in folded
-    ).split()
-    if not words:
-        raise UnusableError(Reason.EMPTY, f"no words in {len(text)} characters")
-    return words
 
 
 def _trim_silence(bands: Vector) -> Vector:

@@ -27,7 +27,7 @@ from ..hashing import digest
 from ..media.files import MediaConfig, MediaFile, Medium
 from ..storage import atomic_write, file_stamp
 from ..workers import Progress, fixed_threads, prefetch_map, run_tasks
-from .encoders import EncodedCell, EncodedRows, encode_cell, encode_vectors, is_pretrained, preprocessing
+from .encoders import EncodedCell, EncodedRows, encode_cell, encode_vectors, holds_terms, is_pretrained, preprocessing
 from .pretrained import ModelInputs, encode_inputs, open_model
 
 EncodeResult = EncodedCell | UnusableError
@@ -118,14 +118,16 @@ def content_of(table: pa.Table) -> NDArray[np.bytes_]:
     return np.frombuffer(column.buffers()[1], dtype="S32", count=len(column), offset=32 * column.offset)
 
 
-def combine_results(content: Sequence[bytes], results: Sequence[EncodeResult], *, encoder: str) -> EncodedRows:
+def combine_results(content: Sequence[bytes], results: Sequence[EncodeResult], *, modality: Modality) -> EncodedRows:
     """Combine the vector or error of each row; DatasetError if vectors differ in length."""
     vectors = [result.vector for result in results if not isinstance(result, UnusableError)]
-    check_lengths({len(vector) for vector in vectors}, encoder)
+    lengths = np.array([len(vector) for vector in vectors], dtype=np.intp)
+    check_lengths(set(lengths.tolist()), modality)
     return EncodedRows(
         content=np.array(content, dtype="S32"),
         usable=np.array([not isinstance(result, UnusableError) for result in results], dtype=bool),
-        vector=np.stack(vectors) if vectors else np.zeros((0, 0), np.float32),
+        values=np.concatenate(vectors) if vectors else np.zeros(0, np.float32),
+        lengths=lengths,
         problem={row: result for row, result in enumerate(results) if isinstance(result, UnusableError)},
         fingerprint=tuple(
             None if isinstance(result, UnusableError) else result.fingerprint or None for result in results
@@ -133,12 +135,12 @@ def combine_results(content: Sequence[bytes], results: Sequence[EncodeResult], *
     )
 
 
-def check_lengths(lengths: set[int], encoder: str) -> None:
-    """Raise DatasetError if there is more than one length."""
-    if len(lengths) > 1:
+def check_lengths(lengths: set[int], modality: Modality) -> None:
+    """Raise DatasetError if vectors of a modality have more than one length, unless they are terms of texts."""
+    if len(lengths) > 1 and not holds_terms(modality):
         raise DatasetError(
-            f"{encoder} returns vectors of {min(lengths)} and of {max(lengths)} numbers; vectors of a modality must "
-            "have the same length"
+            f"{modality.name}: {modality.encoder} returns vectors of {min(lengths)} and of {max(lengths)} numbers; "
+            "vectors of a modality must have the same length"
         )
 
 
@@ -147,9 +149,10 @@ def encoded_table(ids: Sequence[str], stamps: Stamps, encoded: EncodedRows) -> p
 
     The vector is null if the row is unusable; see `fingerprints` for the last column.
     """
-    lengths = np.where(encoded.usable, encoded.vector.shape[1], 0)
+    lengths = np.zeros(len(encoded.usable), dtype=np.int64)
+    lengths[encoded.usable] = encoded.lengths
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    vector = pa.LargeListArray.from_arrays(offsets, pa.array(encoded.vector.ravel()), mask=pa.array(~encoded.usable))
+    vector = pa.LargeListArray.from_arrays(offsets, pa.array(encoded.values), mask=pa.array(~encoded.usable))
     problems = [encoded.problem.get(row) for row in range(len(encoded.usable))]
     buffers = [None, pa.py_buffer(np.ascontiguousarray(encoded.content))]
     return pa.table(
@@ -278,7 +281,7 @@ class _Column:
         for modality, cache, results in zip(self.modalities, self.cached, new, strict=True):
             if not cache.is_current(ids, stamps, digests):
                 row_results = [results[n] if n in results else cache.result(key) for n, key in enumerate(content)]
-                encoded = combine_results(content, row_results, encoder=f"{modality.name}: {modality.encoder}")
+                encoded = combine_results(content, row_results, modality=modality)
                 write_arrow(encoded_table(ids, stamps, encoded), self.task.file(modality))
 
 

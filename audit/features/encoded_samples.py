@@ -103,7 +103,7 @@ def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDAr
     if not usable.any():
         first = problem[0]
         raise DatasetError(f"no sample has a usable {modality.name}; the first: {first[1].value}, {first[2]}")
-    check_lengths(lengths, f"{modality.name}: {modality.encoder}")
+    check_lengths(lengths, modality)
     status = Status(
         modality=modality, usable=usable, content=content, recurs=np.zeros(num_rows, bool), problem=tuple(problem)
     )

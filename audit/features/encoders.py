@@ -33,11 +33,12 @@ from ..media.audio import decode_audio, network_spectrogram, network_steps
 from ..media.files import MediaConfig
 from ..media.pictures import decode_folders, decode_frames, decode_image
 from ..registry import Entry, Registry
-from .descriptors import audio_statistics, image_statistics, text_counts, video_statistics
+from .descriptors import audio_statistics, image_statistics, video_statistics
 from .fingerprints import fingerprint
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
+from .terms import text_terms
 
-Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
+Vector = NDArray[Any]  # float32; uint8 for the pixels of a network's input, uint32 for the terms of a text
 EncodeFunction = Callable[[Any, MediaConfig], Any]
 
 ENCODERS = Registry(
@@ -170,6 +171,11 @@ def is_pretrained(modality: Modality) -> bool:
 def is_network(modality: Modality) -> bool:
     """Return whether the probe of a modality trains a network; its feature vectors are then the network's inputs."""
     return modality.encoder == "resnet18"
+
+
+def holds_terms(modality: Modality) -> bool:
+    """Return whether the vectors of a modality are hashed terms of texts, whose number differs from text to text."""
+    return modality.kind == "text" and modality.encoder == "statistics"
 
 
 def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
@@ -305,13 +311,15 @@ def _source_file(module: ModuleType) -> Path:
 class EncodedRows:
     """Encoded rows of one modality.
 
-    content: digest of each row (n,), 32 hexadecimal digits. usable: bool (n,). vector: of the usable rows (u, d).
-    problem: the error of each other row. fingerprint: of each row, None where there is none; () if no row has one.
+    content: digest of each row (n,), 32 hexadecimal digits. usable: bool (n,). values: the vectors of the usable rows
+    one after another, of these lengths (u,). problem: the error of each other row. fingerprint: of each row, None where
+    there is none; () if no row has one.
     """
 
     content: NDArray[np.bytes_]
     usable: NDArray[np.bool_]
-    vector: Vector
+    values: Vector
+    lengths: NDArray[np.intp]
     problem: dict[int, UnusableError]
     fingerprint: tuple[bytes | None, ...] = ()
 
@@ -334,7 +342,8 @@ def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
             problem[row] = _not_finite_error(num_not_finite[row], modality)
     content = _row_digests(flat, np.where(valid, start, 0), np.where(valid, end, 0))
     vector = _usable_vectors(flat, start, usable, int(modality.length or 0))
-    return EncodedRows(content=content, usable=usable, vector=vector, problem=problem)
+    lengths = np.full(len(vector), vector.shape[1], dtype=np.intp)
+    return EncodedRows(content=content, usable=usable, values=vector.ravel(), lengths=lengths, problem=problem)
 
 
 def _check_vector(vector: NDArray[np.float32], modality: Modality) -> NDArray[np.float32] | UnusableError:
@@ -404,7 +413,7 @@ STATISTICS = {
     "image": Encoder(name="image-statistics", version=1, encode=image_statistics),
     "video": Encoder(name="video-statistics", version=3, encode=video_statistics),
     "frames": Encoder(name="frames-statistics", version=1, encode=video_statistics),
-    "text": Encoder(name="text-counts", version=2, encode=text_counts),
+    "text": Encoder(name="text-terms", version=1, encode=text_terms),
 }
 RESNET18 = {
     "audio": Encoder(name="network-sound", version=2, encode=_flat_spectrogram),

@@ -1,18 +1,20 @@
-"""Feature matrices on disk, read in chunks."""
+"""Features of the rows of probes and networks, read in chunks: in memory, or those of several modalities together.
+
+Texts are stored as hashed terms. `read` returns them as vectors of a fixed length, as for all other modalities;
+`read_terms` as sparse rows, and `Numbers` is the inputs without them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, hstack
 
-from .encode import EncodeTask, column_of, read_arrow
-
-if TYPE_CHECKING:
-    from .encoded_samples import Status
+from .terms import project_terms, weigh_terms
 
 RowIndex = NDArray[np.intp]
 CHUNK_BYTES = 32 << 20  # read at once: large enough for efficient matrix products
@@ -33,19 +35,76 @@ class Inputs(Protocol):
         """Read these rows, in this order: (len(rows), d)."""
 
 
+@runtime_checkable
+class TextInputs(Inputs, Protocol):
+    """Inputs that may hold hashed terms of texts, as sparse rows next to d features."""
+
+    @property
+    def num_numbers(self) -> int:
+        """Number of features without those of texts."""
+
+    def read_numbers(self, rows: RowIndex) -> NDArray[Any]:
+        """Read the features of these rows without those of texts: (len(rows), num_numbers)."""
+
+    def read_terms(self, rows: RowIndex) -> csr_array | None:
+        """Read the weights of terms of these rows, see weigh_terms: (len(rows), t); None without texts."""
+
+    def in_memory(self, rows: RowIndex) -> Inputs:
+        """Read these rows into memory."""
+
+    def reading_order(self, rows: RowIndex) -> RowIndex:
+        """Return the order (b,) in which these rows are read sequentially from their files."""
+
+
+def has_terms(inputs: Inputs) -> bool:
+    """Return whether the inputs hold hashed terms of texts."""
+    return read_terms(inputs, np.zeros(0, np.intp)) is not None
+
+
+def read_terms(inputs: Inputs, rows: RowIndex) -> csr_array | None:
+    """Read the weights of terms of these rows: (len(rows), t), empty in rows without text; None without texts."""
+    return inputs.read_terms(rows) if isinstance(inputs, TextInputs) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """The features of inputs without those of texts."""
+
+    inputs: Inputs
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, n."""
+        return self.inputs.num_rows
+
+    @property
+    def num_features(self) -> int:
+        """Number of features, d."""
+        return self.inputs.num_numbers if isinstance(self.inputs, TextInputs) else self.inputs.num_features
+
+    def read(self, rows: RowIndex) -> NDArray[Any]:
+        """Read these rows, in this order: (len(rows), d)."""
+        return self.inputs.read_numbers(rows) if isinstance(self.inputs, TextInputs) else self.inputs.read(rows)
+
+
 def chunks(inputs: Inputs, rows: RowIndex | None = None, *, max_bytes: int = CHUNK_BYTES) -> Iterator[RowIndex]:
     """Yield the rows, by default all, in chunks of at most `max_bytes` of float32 features, but at least 256 rows."""
     rows = np.arange(inputs.num_rows) if rows is None else rows
-    size = max(256, max_bytes // (4 * inputs.num_features))
+    size = max(256, max_bytes // (4 * max(1, inputs.num_features)))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
 def reading_order(inputs: Inputs, rows: RowIndex) -> RowIndex:
     """Return the order (b,) in which these rows are read sequentially from their files."""
-    if isinstance(inputs, JointInputs):
-        return reading_order(inputs.parts[0], rows)
-    return np.argsort(inputs.row[rows] if isinstance(inputs, FeatureMatrix) else rows, kind="stable")
+    if isinstance(inputs, Numbers):
+        return reading_order(inputs.inputs, rows)
+    return inputs.reading_order(rows) if isinstance(inputs, TextInputs) else np.argsort(rows, kind="stable")
+
+
+def in_memory(inputs: Inputs, rows: RowIndex) -> Inputs:
+    """Read rows of the inputs into memory."""
+    return inputs.in_memory(rows) if isinstance(inputs, TextInputs) else MatrixInputs(matrix=inputs.read(rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,101 +131,97 @@ class MatrixInputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TermInputs:
+    """Counts of the hashed terms of n texts (n, NUM_TERMS) in memory.
+
+    present (n,): the rows that have a text. Dense vectors have these `columns` of `num_buckets`; None: all.
+    """
+
+    counts: csr_array
+    present: NDArray[np.bool_]
+    num_buckets: int
+    columns: RowIndex | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, n."""
+        return int(self.counts.shape[0])
+
+    @property
+    def num_features(self) -> int:
+        """Number of features of the dense vectors, d."""
+        return self.num_buckets if self.columns is None else len(self.columns)
+
+    @property
+    def num_numbers(self) -> int:
+        """Number of features without those of texts: none."""
+        return 0
+
+    def read(self, rows: RowIndex) -> NDArray[Any]:
+        """Read these rows, in this order: (len(rows), d)."""
+        vectors = project_terms(self.counts[rows], self.num_buckets)
+        vectors[~self.present[rows]] = np.nan
+        return vectors if self.columns is None else vectors[:, self.columns]
+
+    def read_numbers(self, rows: RowIndex) -> NDArray[Any]:
+        """Read no features of these rows: (len(rows), 0)."""
+        return np.zeros((len(rows), 0), np.float32)
+
+    def read_terms(self, rows: RowIndex) -> csr_array | None:
+        """Read the weights of terms of these rows: (len(rows), NUM_TERMS)."""
+        return weigh_terms(self.counts[rows])
+
+    def in_memory(self, rows: RowIndex) -> Inputs:
+        """Return these rows."""
+        return replace(self, counts=self.counts[rows], present=self.present[rows])
+
+    def reading_order(self, rows: RowIndex) -> RowIndex:
+        """Return the order (b,) in which these rows are read sequentially."""
+        return np.argsort(rows, kind="stable")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WindowInputs:
     """Consecutive rows in memory, from `first`, of n rows; only these can be read."""
 
     num_rows: int
     first: int
-    matrix: NDArray[Any]
+    inputs: Inputs
 
     @classmethod
     def of(cls, inputs: Inputs, rows: RowIndex) -> WindowInputs:
         """Read consecutive rows of `inputs` into memory."""
-        return cls(num_rows=inputs.num_rows, first=int(rows[0]), matrix=inputs.read(rows))
+        return cls(num_rows=inputs.num_rows, first=int(rows[0]), inputs=in_memory(inputs, rows))
 
     @property
     def num_features(self) -> int:
         """Number of features, d."""
-        return int(self.matrix.shape[1])
+        return self.inputs.num_features
+
+    @property
+    def num_numbers(self) -> int:
+        """Number of features without those of texts."""
+        return Numbers(inputs=self.inputs).num_features
 
     def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
-        return MatrixInputs(matrix=self.matrix).read(rows - self.first)
+        return self.inputs.read(rows - self.first)
 
+    def read_numbers(self, rows: RowIndex) -> NDArray[Any]:
+        """Read the features of these rows without those of texts."""
+        return Numbers(inputs=self.inputs).read(rows - self.first)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FeatureMatrix:
-    """One modality of n samples in the feature cache; rows without the modality read as NaN.
+    def read_terms(self, rows: RowIndex) -> csr_array | None:
+        """Read the weights of terms of these rows."""
+        return read_terms(self.inputs, rows - self.first)
 
-    row: dataset row of each sample (n,). shard_starts: first dataset row of each shard, and the end (s + 1,).
-    columns: the columns that are read, (d,); None: all.
-    """
+    def in_memory(self, rows: RowIndex) -> Inputs:
+        """Return these rows."""
+        return in_memory(self.inputs, rows - self.first)
 
-    tasks: tuple[EncodeTask, ...]
-    status: Status
-    row: RowIndex
-    shard_starts: RowIndex
-    num_features: int
-    columns: RowIndex | None = None
-
-    @classmethod
-    def of(cls, tasks: Sequence[EncodeTask], status: Status, row: RowIndex) -> FeatureMatrix:
-        """Open the vectors of these dataset rows, of which at least one must be usable."""
-        shard_starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)])
-        opened = cls(tasks=tuple(tasks), status=status, row=row, shard_starts=shard_starts, num_features=0)
-        first = row[np.argmax(status.usable[row])]
-        shard = int(np.searchsorted(shard_starts, first, side="right")) - 1
-        vector = read_arrow(tasks[shard].file(status.modality))["vector"][int(first - shard_starts[shard])]
-        return replace(opened, num_features=len(vector))
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows, n."""
-        return len(self.row)
-
-    @property
-    def present(self) -> NDArray[np.bool_]:
-        """Mask (n,) of the samples that have this modality."""
-        return np.asarray(self.status.usable[self.row])
-
-    def take(self, rows: RowIndex) -> FeatureMatrix:
-        """Return the matrix of these rows, in this order."""
-        return replace(self, row=self.row[rows])
-
-    def select_columns(self, columns: RowIndex) -> FeatureMatrix:
-        """Return the matrix of the same rows with these of its columns, (c,), in this order."""
-        selected = columns if self.columns is None else self.columns[columns]
-        return replace(self, columns=selected, num_features=len(selected))
-
-    def read(self, rows: RowIndex) -> NDArray[Any]:
-        """Read these rows, in this order: (len(rows), d)."""
-        dataset_rows = self.row[rows]
-        shard = np.searchsorted(self.shard_starts, dataset_rows, side="right") - 1
-        order = np.argsort(shard, kind="stable")
-        features: NDArray[Any] | None = None
-        for positions in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1) if len(rows) else []:
-            part = self._read_shard(int(shard[positions[0]]), dataset_rows[positions])
-            if features is None:
-                features = np.empty((len(rows), self.num_features), dtype=part.dtype)
-            elif features.dtype != part.dtype:  # missing rows are NaN, which uint8 cannot represent
-                features = features.astype(np.float32)
-            features[positions] = part
-        return np.zeros((0, self.num_features), np.float32) if features is None else features
-
-    def _read_shard(self, shard: int, dataset_rows: RowIndex) -> NDArray[Any]:
-        task, start = self.tasks[shard], int(self.shard_starts[shard])
-        # No copy: often only a few rows are read.
-        vector = column_of(read_arrow(task.file(self.status.modality)), "vector")
-        shard_usable = self.status.usable[start : start + task.shard.num_rows]
-        usable_vectors = vector.flatten().to_numpy().reshape(int(shard_usable.sum()), -1)  # flatten skips nulls
-        is_usable = shard_usable[dataset_rows - start]
-        vectors = usable_vectors[(np.cumsum(shard_usable) - 1)[dataset_rows - start][is_usable]]
-        vectors = vectors if self.columns is None else vectors[:, self.columns]
-        if is_usable.all():
-            return np.asarray(vectors)
-        part = np.full((len(dataset_rows), self.num_features), np.nan, np.float32)
-        part[is_usable] = vectors
-        return part
+    def reading_order(self, rows: RowIndex) -> RowIndex:
+        """Return the order (b,) in which these rows are read sequentially."""
+        return np.argsort(rows, kind="stable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,15 +241,42 @@ class JointInputs:
         """Number of features, d."""
         return sum(part.num_features for part in self.parts)
 
+    @property
+    def num_numbers(self) -> int:
+        """Number of features without those of texts."""
+        return sum(Numbers(inputs=part).num_features for part in self.parts)
+
     def mask(self, parts: frozenset[int]) -> JointInputs:
         """Return the same rows with these parts masked."""
         return replace(self, masked=parts)
 
     def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
-        features = np.full((len(rows), self.num_features), np.nan, np.float32)
+        return self._concatenate(self.parts, rows)
+
+    def read_numbers(self, rows: RowIndex) -> NDArray[Any]:
+        """Read the features of these rows without those of texts."""
+        return self._concatenate([Numbers(inputs=part) for part in self.parts], rows)
+
+    def read_terms(self, rows: RowIndex) -> csr_array | None:
+        """Read the weights of terms of these rows, the texts of several modalities side by side."""
+        terms = [read_terms(part, rows[:0] if index in self.masked else rows) for index, part in enumerate(self.parts)]
+        texts = [part for part in terms if part is not None]
+        padded = [part if part.shape[0] else csr_array((len(rows), part.shape[1]), dtype=np.float32) for part in texts]
+        return hstack(padded, format="csr") if padded else None
+
+    def in_memory(self, rows: RowIndex) -> Inputs:
+        """Read these rows into memory."""
+        return replace(self, parts=tuple(in_memory(part, rows) for part in self.parts))
+
+    def reading_order(self, rows: RowIndex) -> RowIndex:
+        """Return the order (b,) in which these rows are read sequentially from the files of the first part."""
+        return reading_order(self.parts[0], rows)
+
+    def _concatenate(self, parts: Sequence[Inputs], rows: RowIndex) -> NDArray[Any]:
+        features = np.full((len(rows), sum(part.num_features for part in parts)), np.nan, np.float32)
         end = 0
-        for index, part in enumerate(self.parts):
+        for index, part in enumerate(parts):
             start, end = end, end + part.num_features
             if index not in self.masked:
                 features[:, start:end] = part.read(rows)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .cached_matrix import FeatureMatrix
 from .encode import EncodeTask
-from .matrix import FeatureMatrix, Inputs, RowIndex, chunks
+from .matrix import Inputs, RowIndex, chunks
 
 if TYPE_CHECKING:
     from .encoded_samples import Status

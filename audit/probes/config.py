@@ -29,7 +29,8 @@ class ProbeConfig:
         thorough: Also audit both halves of six random bisections of the samples, one repeat each, for an interval of
             the headline that holds for other samples; about as long as all the rest.
         max_rows: Rows that all probes together train on; all rows are scored.
-        l2_penalties: L2 penalties to choose from: 1 / (C n) in scikit-learn's terms for n rows.
+        l2_penalties: L2 penalties to choose from: 1 / (C n) in scikit-learn's terms for n rows. The largest leaves no
+            feature at all: the probe then predicts the class frequencies.
         gaussian: With few rows, mix a Gaussian model of the classes into the logistic one; not of an mlp.
         choice_rows: Rows on which l2 is chosen; the probe itself trains on max_rows.
         max_steps: Largest number of L-BFGS steps of a fit.
@@ -55,7 +56,7 @@ class ProbeConfig:
     halves: bool = True
     thorough: bool = False
     max_rows: int = 200_000
-    l2_penalties: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    l2_penalties: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0, 1e4)
     gaussian: bool = True
     choice_rows: int = 8_000
     max_steps: int = 300

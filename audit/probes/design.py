@@ -19,11 +19,13 @@ import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from ..dataset.labels import Target
-from ..features.matrix import Inputs, RowIndex, chunks, reading_order
+from ..features.matrix import Inputs, Numbers, RowIndex, chunks, read_terms, reading_order
 from .cross_fit import first_rows
+from .term_units import TermUnits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +112,7 @@ class Units:
 
     def read(self, inputs: Inputs, rows: RowIndex) -> Iterator[tuple[slice, Tensor]]:
         """Yield standardised rows a chunk at a time, each with the slice of `rows` that it holds."""
-        position, chunk_rows = 0, max(256, _CHUNK_BYTES // (4 * inputs.num_features))
+        position, chunk_rows = 0, max(256, _CHUNK_BYTES // (4 * max(1, inputs.num_features)))
         for chunk in chunks(inputs, rows):
             values = as_tensor(inputs.read(chunk), self.centre)
             for first in range(0, len(values), chunk_rows):
@@ -124,15 +126,23 @@ class Design:
     """Standardised rows in the dtype of their matrix products, prepared once for any number of fits.
 
     rows (n, d). basis (d, d) holds the eigenvectors of the covariance of Z, None where there are too many features;
-    curvature (d,) its eigenvalues. The penalty of a fit and the rows are both in units of the standard deviation, so
-    that the Hessian is diagonal along these axes. With robust scaling alone, 200 steps left a fit of 120 pictures,
-    whose features are mostly 0, far from its minimum, at a point that depended on rounding.
+    curvature (d + t,) its eigenvalues, and the mean squares of the terms. terms (n, t) are those of texts in units of
+    `term_units`: None without texts, where t is 0. The penalty of a fit and the rows are both in units of the standard
+    deviation, so that the Hessian is diagonal along these axes. With robust scaling alone, 200 steps left a fit of 120
+    pictures, whose features are mostly 0, far from its minimum, at a point that depended on rounding.
     """
 
     rows: Tensor
     units: Units
     basis: Tensor | None
     curvature: Tensor
+    terms: csr_array | None = None
+    term_units: TermUnits | None = None
+
+    @property
+    def num_features(self) -> int:
+        """Number of features, d + t."""
+        return len(self.curvature)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,21 +151,41 @@ class Design:
 
     def take(self, rows: Tensor) -> Design:
         """Return the design with a subset of its rows."""
-        return replace(self, rows=self.rows[rows])
+        terms = None if self.terms is None else self.terms[rows.cpu().numpy()]
+        return replace(self, rows=self.rows[rows], terms=terms)
+
+    def weights_for_products(self, weight: Tensor) -> tuple[Tensor, NDArray[Any]]:
+        """Return weights (d + t, c) in the forms that `multiply` takes: of the rows, and of the terms."""
+        d = self.rows.shape[1]
+        return weight[:d].to(self.rows.dtype), weight[d:].cpu().numpy()
+
+    def multiply(self, rows: slice, weights: tuple[Tensor, NDArray[Any]]) -> Tensor:
+        """Multiply a slice of the rows (b, d + t) with weights of `weights_for_products`: (b, c)."""
+        product = (self.rows[rows] @ weights[0]).to(self.dtype)
+        return product if self.terms is None else product.add_(torch.from_numpy(self.terms[rows] @ weights[1]))
+
+    def multiply_transposed(self, rows: slice, residual: Tensor) -> Tensor:
+        """Multiply the transpose of a slice of the rows (b, d + t) with a residual (b, c): (d + t, c)."""
+        x = self.rows[rows]
+        product = x.T @ residual.to(x.dtype)
+        if self.terms is None:
+            return product
+        return torch.cat([product.to(self.dtype), torch.from_numpy(self.terms[rows].T @ residual.numpy())])
 
     def to_axes(self, weight: Tensor) -> Tensor:
-        """Transform weights (q, d, k) from features to principal axes."""
+        """Transform weights (q, d + t, k) from features to principal axes; those of terms stay as they are."""
         return weight if self.basis is None else _product(self.basis.T, weight)
 
     def from_axes(self, weight: Tensor) -> Tensor:
-        """Transform weights (q, d, k) from principal axes to features."""
+        """Transform weights (q, d + t, k) from principal axes to features."""
         return weight if self.basis is None else _product(self.basis, weight)
 
 
 def _product(basis: Tensor, weight: Tensor) -> Tensor:
-    """Multiply basis (d, d) with q weights (q, d, k) in one product, which takes half the time of q products."""
-    q, d, k = weight.shape
-    return (basis @ weight.transpose(0, 1).reshape(d, q * k)).view(d, q, k).transpose(0, 1)
+    """Multiply basis (d, d) with q weights (q, d + t, k) in one product, which takes half the time of q products."""
+    (q, _, k), d = weight.shape, len(basis)
+    product = (basis @ weight[:, :d].transpose(0, 1).reshape(d, q * k)).view(d, q, k).transpose(0, 1)
+    return product if weight.shape[1] == d else torch.cat([product, weight[:, d:]], dim=1)
 
 
 def read_design(
@@ -183,6 +213,19 @@ def read_design(
     return Design(rows=standardised, units=units, basis=basis, curvature=curvature)
 
 
+def read_text_design(inputs: Inputs, rows: RowIndex, *, products: torch.dtype, max_terms: int) -> Design:
+    """Read rows (n,) of the inputs as `read_design` does, with texts as sparse rows of at most `max_terms` terms."""
+    design = read_design(Numbers(inputs=inputs), rows, products=products)
+    order = reading_order(inputs, rows)
+    parts = [read_terms(inputs, chunk) for chunk in chunks(inputs, rows[order])]
+    weights = vstack(parts, format="csr")[np.argsort(order)]
+    term_units = TermUnits.of(weights, max_terms=max_terms)
+    terms = term_units.standardise(weights)
+    mean_square = torch.from_numpy(terms.power(2).sum(axis=0) / len(rows)).to(design.curvature)
+    curvature = torch.cat([design.curvature, mean_square])
+    return replace(design, terms=terms, term_units=term_units, curvature=curvature)
+
+
 def _spread(inputs: Inputs, rows: RowIndex, units: Units) -> Tensor:
     """Compute the standard deviation (d,) of rows in these units; 1 where a feature is constant up to rounding."""
     total = torch.zeros_like(units.centre, dtype=torch.float64)
@@ -206,6 +249,8 @@ def robust_units(sample: Tensor) -> Units:
     Where most rows are equal, the scale is the standard deviation; of a constant feature it is 1. The units change the
     path of the optimiser, not the solution, so that a sample of the rows is enough.
     """
+    if sample.shape[1] == 0:  # texts alone
+        return Units(centre=sample.new_zeros(0), scale=sample.new_ones(0), spread=sample.new_ones(0))
     low, centre, high = torch.nanquantile(sample, sample.new_tensor([1 / 6, 1 / 2, 5 / 6]), dim=0)
     centre = centre.nan_to_num(nan=0.0)  # a feature that is NaN in all these rows
     width = (high - low) / 2
@@ -218,7 +263,7 @@ def robust_units(sample: Tensor) -> Units:
 
 def _axes(sample: Tensor, num_rows: int) -> tuple[Tensor | None, Tensor]:
     """Compute the axes (d, d) and curvature (d,) from a sample (s, d) of `num_rows` standardised rows."""
-    if sample.shape[1] > _MAX_FEATURES_FOR_AXES:
+    if not 0 < sample.shape[1] <= _MAX_FEATURES_FOR_AXES:
         return None, torch.ones_like(sample[0])
     values, basis = _decompose(sample.T @ sample / len(sample))
     values = values.clamp_min(0)

@@ -13,10 +13,9 @@ rows; the bias is not penalised. In scikit-learn's terms C = 1 / (l2 * rows), al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,153 +23,9 @@ from torch.nn import functional
 
 from ..workers import parallel_map
 from .design import Design, TorchTarget
+from .lbfgs import Minimum, SelectActive, minimize
 
-_MEMORY = 10  # pairs of steps and gradient changes that are remembered
-_HALVINGS = 20
-_MIN_LOSS_SCALE = 1e-2  # gains are relative to the loss, or to this where the loss is smaller
-_MAX_SNAPSHOTS = 8
-
-
-# Called after each step with the indices (c,) of the active losses and their theta; returns the mask (c,) to continue.
-SelectActive = Callable[[Tensor, Tensor], Tensor]
-
-
-class Problem(Protocol):
-    """p losses of parameters theta (p, a, b), each of its own slice."""
-
-    @property
-    def rounding(self) -> float:
-        """Relative increase of a loss that rounding alone may cause."""
-
-    def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the losses (p,) and their gradients (p, a, b)."""
-
-    def precondition(self, gradient: Tensor) -> Tensor:
-        """Apply the inverse of an initial estimate of the Hessians to p gradients."""
-
-    def take(self, which: Tensor) -> Problem:
-        """Return the problem of a subset of the losses."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Minimum:
-    """Final theta (p, a, b) of p losses, and snapshots of theta after steps 1, 2, 4, ... and the last."""
-
-    theta: Tensor
-    num_steps: int
-    snapshots: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A step, the change of the gradient over it, raw and preconditioned, and the curvature: step times change."""
-
-    step: Tensor
-    change: Tensor
-    conditioned: Tensor
-    curvature: Tensor
-
-    def take(self, which: Tensor) -> _Pair:
-        return _Pair(self.step[which], self.change[which], self.conditioned[which], self.curvature[which])
-
-
-def minimize(
-    problem: Problem,
-    start: Tensor,
-    *,
-    max_steps: int,
-    tolerance: float,
-    patience: int,
-    select_active: SelectActive | None = None,
-) -> Minimum:
-    """Minimise p losses from `start` (p, a, b) by batched L-BFGS.
-
-    A loss leaves the batch when `patience` consecutive steps, not counting the first, lower it by less than
-    `tolerance`, relatively, or when `select_active`, called with the indices (c,) of the active losses and their theta
-    (c, a, b), returns False for it.
-    """
-    final_theta, theta = start.clone(), start
-    active = torch.arange(len(start), device=start.device)
-    loss, gradient = problem.loss_and_gradient(theta)
-    conditioned = problem.precondition(gradient)
-    stalls = torch.full_like(active, -1)  # -1: the first step, whose length is a rough guess, does not count
-    history: list[_Pair] = []
-    snapshots: list[Tensor] = []
-    for step in range(1, max_steps + 1):
-        direction = -_two_loops(gradient, conditioned, history)
-        theta_next, loss_next, gradient_next = _search(problem, theta, loss, gradient, direction)
-        conditioned_next = problem.precondition(gradient_next)
-        step_taken, change = theta_next - theta, gradient_next - gradient
-        pair = _Pair(step_taken, change, conditioned_next - conditioned, _inner(step_taken, change))
-        history = [*history[1 - _MEMORY :], pair]
-        stalls = torch.where(loss - loss_next > tolerance * loss.abs().clamp_min(_MIN_LOSS_SCALE), 0, stalls + 1)
-        theta, loss, gradient, conditioned = theta_next, loss_next, gradient_next, conditioned_next
-        final_theta[active] = theta
-        running = stalls < patience
-        if select_active is not None:
-            running &= select_active(active, theta)
-        last = step == max_steps or not bool(running.any())
-        if last or step & (step - 1) == 0:
-            snapshots = [*snapshots[: _MAX_SNAPSHOTS - 1], final_theta.clone()]
-        if last:
-            break
-        if not bool(running.all()):
-            problem, active, history = problem.take(running), active[running], [pair.take(running) for pair in history]
-            theta, loss, stalls = theta[running], loss[running], stalls[running]
-            gradient, conditioned = gradient[running], conditioned[running]
-    return Minimum(theta=final_theta, num_steps=step, snapshots=tuple(snapshots))
-
-
-def _search(
-    problem: Problem, theta: Tensor, loss: Tensor, gradient: Tensor, direction: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Step along each direction, halving the step until the Armijo condition holds; a step of 0 if it never does.
-
-    The loss may rise by `problem.rounding`, since rounding can hide a decrease.
-    """
-    slope = (gradient * direction).sum(dim=(1, 2))
-    length = torch.ones_like(loss)
-    for _ in range(_HALVINGS):
-        theta_next = theta + length[:, None, None] * direction
-        loss_next, gradient_next = problem.loss_and_gradient(theta_next)
-        sufficient = loss_next <= loss + 1e-4 * length * slope + problem.rounding * loss.abs()  # False for NaN
-        if bool(sufficient.all()):
-            return theta_next, loss_next, gradient_next
-        length = torch.where(sufficient, length, length / 2)
-    theta_next = theta + torch.where(sufficient, length, 0.0)[:, None, None] * direction
-    return theta_next, *problem.loss_and_gradient(theta_next)
-
-
-def _two_loops(gradient: Tensor, conditioned: Tensor, history: list[_Pair]) -> Tensor:
-    """Apply the L-BFGS inverse Hessian of the history to p gradients at once (Nocedal & Wright, algorithm 7.4).
-
-    The initial inverse Hessian is linear and costly, so that it is applied to each gradient once, outside the loops.
-    """
-    direction = gradient
-    alphas = []
-    for pair in reversed(history):
-        alpha = _ratio(_inner(pair.step, direction), pair.curvature)
-        direction = direction - alpha * pair.change
-        conditioned = conditioned - alpha * pair.conditioned
-        alphas.append(alpha)
-    if history:  # the initial estimate is too large where predictions are confident; rescale it by the last pair
-        last = history[-1]
-        rescale = last.curvature / _inner(last.change, last.conditioned)
-        conditioned = conditioned * torch.where(last.curvature > 0, rescale, 1.0)
-    for pair, alpha in zip(history, reversed(alphas), strict=True):
-        conditioned = conditioned + (alpha - _ratio(_inner(pair.change, conditioned), pair.curvature)) * pair.step
-    return conditioned
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=(1, 2), keepdim=True)
-
-
-def _ratio(numerator: Tensor, curvature: Tensor) -> Tensor:
-    """Divide by the curvature; 0 where it is not positive, as after a step of 0."""
-    return torch.where(curvature > 0, numerator / torch.where(curvature > 0, curvature, 1.0), 0.0)
-
-
+_MAX_STACKED = 1 << 23  # numbers of all models fitted at once: 32 MiB, of which L-BFGS keeps about thirty
 _CHUNK_LOGITS = 1 << 20  # 4 MiB of float32, still in the cache when the product reads them (1 MiB costs 15% more)
 _MIN_CHUNK = 512
 _MIN_ROWS = 128
@@ -194,10 +49,15 @@ class GlmLoss:
         """Build the losses over the rows of masks (n, p)."""
         return cls(design=design, torch_target=torch_target, weights=masks.to(design.dtype) / masks.sum(dim=0))
 
+    def take_masks(self, masks: Tensor) -> GlmLoss:
+        """Return the losses over a subset of the masks."""
+        return replace(self, weights=self.weights[:, masks])
+
     def compute(self, theta: Tensor, column: Tensor, *, with_gradient: bool = True) -> tuple[Tensor, Tensor]:
         """Compute losses (q,) and gradients of models theta (q, d + 1, k), model i over the rows of mask column[i]."""
         q, k, p = len(theta), theta.shape[2], self.weights.shape[1]
-        if q > p and not bool(theta.any()):  # at 0, models with the same rows have the same loss
+        if q > p and not bool(theta[:, :-1].any()) and torch.equal(theta, theta[column]):
+            # At the start, models with the same rows have the same loss.
             columns_at_zero = torch.arange(p, device=column.device)
             loss, gradient = self.compute(theta[:p], columns_at_zero, with_gradient=with_gradient)
             return loss[column], gradient[column]
@@ -216,19 +76,20 @@ class GlmLoss:
         """Sum losses (c,) and gradients (c, d + 1, k) of c models over chunks of rows; weights (n, c) of each model."""
         design, values, task = self.design, self.torch_target.values, self.torch_target.task
         c, d, k = len(theta), theta.shape[1] - 1, theta.shape[2]
-        weight = theta[:, :-1].to(design.rows.dtype).transpose(0, 1).flatten(1)
-        is_zero = not bool(theta.any())  # skips a product of zeros, half of the cost of the first step
+        model_weights = design.weights_for_products(theta[:, :-1].transpose(0, 1).flatten(1))
+        is_zero = not bool(theta[:, :-1].any())  # skips a product of zeros, half of the cost of the first step
         loss, by_weight, by_bias = theta.new_zeros(c), theta.new_zeros(d, c * k), theta.new_zeros(c, k)
 
         def sum_chunk(chunk: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-            x, chunk_weights = design.rows[slice(*chunk)], weights[slice(*chunk)]
-            logits = theta.new_zeros(len(x), c, k) if is_zero else (x @ weight).to(theta.dtype).view(len(x), c, k)
-            losses, residual = loss_and_residual(logits.add_(theta[:, -1]), values[slice(*chunk)], task=task)
-            total = (losses * chunk_weights).sum(dim=0)
+            rows, num_rows = slice(*chunk), chunk[1] - chunk[0]
+            product = theta.new_zeros(num_rows, c * k) if is_zero else design.multiply(rows, model_weights)
+            logits = product.view(num_rows, c, k).add_(theta[:, -1])
+            losses, residual = loss_and_residual(logits, values[rows], task=task)
+            total = (losses * weights[rows]).sum(dim=0)
             if not with_gradient:
                 return total, by_weight, by_bias
-            residual *= chunk_weights[:, :, None]
-            return total, x.T @ residual.flatten(1).to(x.dtype), residual.sum(dim=0)
+            residual *= weights[rows][:, :, None]
+            return total, design.multiply_transposed(rows, residual.flatten(1)), residual.sum(dim=0)
 
         # Chunks are added in order, so that the sum does not depend on the number of threads.
         for chunk_loss, chunk_by_weight, chunk_by_bias in parallel_map(sum_chunk, run):
@@ -250,9 +111,11 @@ def fit_glm(
 ) -> Minimum:
     """Fit q models from zero weights, model i with penalty l2[i] on the rows of mask i % p.
 
-    The fitted theta is (q, d + 1, k): weights of the design's features, then the bias.
+    The fitted theta is (q, d + 1, k): weights of the design's features, then the bias, which starts at that of a model
+    without features: a very large penalty then gives the class frequencies, however few steps are taken.
     """
-    start = l2.new_zeros(len(l2), loss.design.rows.shape[1] + 1, loss.torch_target.num_outputs)
+    start = l2.new_zeros(len(l2), loss.design.num_features + 1, loss.torch_target.num_outputs)
+    start[:, -1] = prior_bias(loss).repeat(len(l2) // loss.weights.shape[1], 1)
     return minimize(
         GlmProblem.of(loss, l2),
         start,
@@ -261,6 +124,32 @@ def fit_glm(
         patience=patience,
         select_active=select_active,
     )
+
+
+def probe_batches(loss: GlmLoss, *, models_per_probe: int = 1) -> Sequence[Tensor]:
+    """Split p probes into batches that are fitted at once, of at most _MAX_STACKED numbers, but at least one probe."""
+    size = models_per_probe * (loss.design.num_features + 1) * loss.torch_target.num_outputs
+    probes = torch.arange(loss.weights.shape[1], device=loss.weights.device)
+    return torch.split(probes, max(1, _MAX_STACKED // size))
+
+
+def prior_bias(loss: GlmLoss) -> Tensor:
+    """Compute the bias (p, k) of models without features: the log frequencies or odds, or the mean, of their targets.
+
+    A class or label without rows, or one that all rows have, counts as half a row.
+    """
+    weights, torch_target = loss.weights.double().cpu(), loss.torch_target
+    values = torch_target.values.cpu()
+    half_row = 0.5 / (weights > 0).sum(dim=0).clamp_min(1)[:, None]
+    if torch_target.task == "classification":
+        frequency = weights.new_zeros(torch_target.num_outputs, weights.shape[1]).index_add_(0, values, weights)
+        bias = torch.maximum(frequency.T, half_row).log()
+    elif torch_target.task == "multilabel":
+        rate = weights.T @ values.double()
+        bias = torch.minimum(torch.maximum(rate, half_row), 1 - half_row).logit()
+    else:
+        bias = weights.T @ values.double()
+    return bias.to(loss.weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +165,7 @@ class GlmProblem:
     def of(cls, loss: GlmLoss, l2: Tensor) -> GlmProblem:
         """Build the problem in which model i has penalty l2[i] and the rows of mask i % p."""
         column = torch.arange(len(l2), device=loss.weights.device) % loss.weights.shape[1]
-        return cls(loss=loss, l2=l2, column=column, penalty=l2[:, None] * _own_variance(loss)[column])
+        return cls(loss=loss, l2=l2, column=column, penalty=l2[:, None] * _own_units(loss)[column])
 
     @property
     def rounding(self) -> float:
@@ -302,7 +191,9 @@ class GlmProblem:
         # At 0 the covariance of the one-hot target is 1/k of the identity, up to a common shift of all logits.
         by_task = {"classification": 1 / gradient.shape[2], "multilabel": 1 / 4, "regression": 1.0}
         curvature, design = by_task[self.loss.torch_target.task], self.loss.design
-        metric = curvature * design.curvature + self.l2[:, None]
+        num_numbers = design.rows.shape[1]  # of standardised ones the variance within a mask is near 1
+        penalty = torch.cat([self.l2[:, None].expand(-1, num_numbers), self.penalty[:, num_numbers:]], dim=1)
+        metric = curvature * design.curvature + penalty
         weight = design.from_axes(design.to_axes(gradient[:, :-1]) / metric[:, :, None])
         return torch.cat([weight, gradient[:, -1:] / curvature], dim=1)
 
@@ -341,6 +232,15 @@ def loss_and_residual(logits: Tensor, torch_target: Tensor, *, task: str) -> tup
         return (functional.softplus(logits) - values * logits).sum(dim=2), logits.sigmoid_().sub_(values)
     residual = logits.sub_(values)
     return residual.square().sum(dim=2) / 2, residual
+
+
+def _own_units(loss: GlmLoss) -> Tensor:
+    """Compute the factors (p, d) of l2 that give each weight the units of the rows of each mask."""
+    design, variance = loss.design, _own_variance(loss)
+    if design.terms is None or design.term_units is None:
+        return variance
+    penalty = design.term_units.penalty(design.terms, (loss.weights > 0).numpy())
+    return torch.cat([variance, torch.from_numpy(penalty).to(variance)], dim=1)
 
 
 def _own_variance(loss: GlmLoss) -> Tensor:

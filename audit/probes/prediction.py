@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit, log_expit, softmax
+from scipy.special import expit, log_expit, logit, softmax
 from torch import Tensor
 
 from ..dataset.labels import Target
@@ -130,6 +130,32 @@ def _entropy(probability: Floats) -> Floats:
     return -probability * _log(probability)
 
 
+def class_prior(target: Target, fold: NDArray[np.integer[Any]], fits: NDArray[np.bool_]) -> Floats | None:
+    """Compute the prior (f, k) of each fold: log frequencies of classes, or log odds of labels, in the other folds.
+
+    fold (n,), fits (n,): the rows that count. A class without rows, or a label of none or all, counts as half a row.
+    None of a regression.
+    """
+    num_folds = int(fold.max()) + 1
+    if target.task == "regression":
+        return None
+    counts = np.zeros((num_folds, target.num_outputs))
+    if target.values is None:
+        np.add.at(counts, (fold[fits], target.label[fits]), 1)
+    else:
+        np.add.at(counts, fold[fits], target.values[fits])
+    num_rows = np.bincount(fold[fits], minlength=num_folds)
+    others = np.maximum(num_rows.sum() - num_rows, 1)[:, None]
+    rate = np.maximum(counts.sum(axis=0) - counts, 0.5) / others
+    prior = np.log(rate) if target.values is None else logit(np.minimum(rate, 1 - 0.5 / others))
+    return np.asarray(prior, dtype=np.float32)
+
+
+def scale_logits(logits: Floats, scale: Floats, anchor: Floats) -> Floats:
+    """Divide logits (r, b, k) by a temperature (b,), relative to the logits of an anchor (b, k)."""
+    return np.asarray(anchor + (logits - anchor) / scale[:, None])
+
+
 def fuse_predictions(predictions: list[Prediction], target: Target, *, min_scale: float = 1.0) -> Prediction:
     """Fuse the predictions of m modalities, NaN where missing, into one without a fused probe.
 
@@ -164,14 +190,20 @@ _MIN_SPREAD = 1e-6
 
 
 def fit_temperature(
-    logits: AnyFloats, target: Target, fold: NDArray[np.integer[Any]], fits: NDArray[np.bool_]
+    logits: AnyFloats,
+    target: Target,
+    fold: NDArray[np.integer[Any]],
+    fits: NDArray[np.bool_],
+    *,
+    anchor: Floats | None = None,
 ) -> NDArray[np.float64]:
     """Fit the temperature of each repeat and fold, by which its logits are divided: (r, f), above 1 if overconfident.
 
     logits (r, n, k) are out of fold, fold (r, n). T of fold j minimises the cross entropy of the rows with `fits` (n,)
-    of other folds (Guo et al. 2017), so that it does not depend on labels of fold j. Of more than 20,000 rows an evenly
-    spaced sample is used. Of a regression: the standard deviation of the residuals instead, in units of the target.
-    A fold without rows in other folds has 1.
+    of other folds (Guo et al. 2017), so that it does not depend on labels of fold j. Logits are divided relative to the
+    `anchor` (f, k) of fold j, see scale_logits; by default 0, the logits of uniform probabilities. Of more than 20,000
+    rows an evenly spaced sample is used. Of a regression: the standard deviation of the residuals instead, in units of
+    the target. A fold without rows in other folds has 1.
     """
     sample = np.flatnonzero(fits)
     sample = sample[np.linspace(0, len(sample) - 1, min(len(sample), _MAX_ROWS)).astype(np.intp)]
@@ -183,7 +215,8 @@ def fit_temperature(
         if target.task == "regression" and target.values is not None:
             scale[index, usable] = _spread(repeat_logits.astype(np.float64), target.values, weight[:, usable])
         else:
-            scale[index, usable] = _temperature(repeat_logits, target, weight[:, usable])
+            anchors = np.zeros((num_folds, logits.shape[2]), np.float32) if anchor is None else anchor[:num_folds]
+            scale[index, usable] = _temperature(repeat_logits, anchors[usable], target, weight[:, usable])
     return scale
 
 
@@ -192,7 +225,7 @@ def _spread(logits: AnyFloats, values: AnyFloats, weight: AnyFloats) -> AnyFloat
     return np.asarray(np.maximum(np.sqrt(error @ weight / weight.sum(axis=0)), _MIN_SPREAD))
 
 
-def _temperature(outputs: AnyFloats, target: Target, weight: AnyFloats) -> AnyFloats:
+def _temperature(outputs: AnyFloats, anchors: Floats, target: Target, weight: AnyFloats) -> AnyFloats:
     """Find the zero of the derivative of the cross entropy by 1/T with bracketed Newton steps: (f,).
 
     The cross entropy is convex in 1/T. Each fold starts at 1, so that folds do not influence each other.
@@ -200,14 +233,20 @@ def _temperature(outputs: AnyFloats, target: Target, weight: AnyFloats) -> AnyFl
     logits = torch.from_numpy(outputs.astype(np.float32, copy=False))
     torch_target = torch.from_numpy(target.label.astype(np.int64) if target.values is None else np.array(target.values))
     weights = [torch.from_numpy(fold_weight.astype(np.float32)) for fold_weight in weight.T]
-    return 1 / np.array([_fit_sharpness(logits, torch_target, fold_weight) for fold_weight in weights])
+    return 1 / np.array(
+        [
+            _fit_sharpness(logits - offset, offset, torch_target, fold_weight)
+            for fold_weight, offset in zip(weights, torch.from_numpy(anchors), strict=True)
+        ]
+    )
 
 
-def _fit_sharpness(logits: Tensor, torch_target: Tensor, weight: Tensor) -> float:
+def _fit_sharpness(logits: Tensor, offset: Tensor, torch_target: Tensor, weight: Tensor) -> float:
     low, high = _SHARPNESS
     sharpness = 1.0
     for _ in range(_MAX_STEPS):
-        slope, curvature = (float(values @ weight) for values in _chunked_derivatives(sharpness, logits, torch_target))
+        derivatives = _chunked_derivatives(sharpness, logits, offset, torch_target)
+        slope, curvature = (float(values @ weight) for values in derivatives)
         low, high = (sharpness, high) if slope < 0 else (low, sharpness)
         newton = sharpness - slope / curvature if curvature > 0 else low
         previous, sharpness = sharpness, newton if low < newton < high else math.sqrt(low * high)
@@ -216,12 +255,15 @@ def _fit_sharpness(logits: Tensor, torch_target: Tensor, weight: Tensor) -> floa
     return sharpness
 
 
-def _chunked_derivatives(sharpness: float, logits: Tensor, torch_target: Tensor) -> list[Tensor]:
-    """Compute `_derivatives` at 1/T = sharpness in chunks of rows, so that intermediate results stay in the cache."""
+def _chunked_derivatives(sharpness: float, logits: Tensor, offset: Tensor, torch_target: Tensor) -> list[Tensor]:
+    """Compute `_derivatives` at 1/T = sharpness, with the offset (k,) added, in chunks of rows that fit the cache."""
     num_rows = max(1, _CHUNK_LOGITS // logits.shape[1])
     slices = (slice(start, start + num_rows) for start in range(0, len(logits), num_rows))
-    chunks = ((logits[rows], torch_target[rows]) for rows in slices)
-    return [torch.cat(columns) for columns in zip(*(_derivatives(x * sharpness, x, y) for x, y in chunks), strict=True)]
+    chunks = (
+        _derivatives(torch.add(offset, logits[rows], alpha=sharpness), logits[rows], torch_target[rows])
+        for rows in slices
+    )
+    return [torch.cat(columns) for columns in zip(*chunks, strict=True)]
 
 
 def _derivatives(scaled: Tensor, logits: Tensor, torch_target: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dataset.labels import Target
+from ..features.cached_matrix import FeatureMatrix
 from ..features.encoders import is_network
-from ..features.matrix import FeatureMatrix, Inputs, JointInputs, RowIndex, WindowInputs
-from ..metrics import Floats, expected_calibration_error
+from ..features.matrix import Inputs, JointInputs, RowIndex, WindowInputs
+from ..metrics import Floats, cross_entropy, ece_floor, expected_calibration_error
 from ..parsing import check_choices
 from ..workers import fixed_threads
 from .config import ProbeConfig
@@ -21,11 +22,12 @@ from .linear import LinearProbe, fit_linear
 from .mlp import MlpProbe, fit_mlp
 from .prediction import (
     Prediction,
+    class_prior,
     correctness,
     fit_temperature,
     likelihoods,
     predict,
-    target_probability,
+    scale_logits,
 )
 
 KINDS = ("auto", "linear", "mlp")
@@ -76,14 +78,16 @@ Fit = Callable[[Inputs, Target, Sequence[CrossFit]], Probe]
 class Calibration:
     """Calibration of a probe on `num_rows` out-of-fold rows, before and after temperature scaling.
 
-    temperature: the mean over the folds; of a regression, the residuals' standard deviation. ece in [0, 1], 0 = the
-    confidence in the predicted class equals its accuracy; None of a regression.
+    temperature: the mean over the folds, 1 where it does not lower the loss; of a regression, the residuals' standard
+    deviation. ece in [0, 1], 0 = the confidence in the predicted class equals its accuracy; ece_floor: its expectation
+    for perfectly calibrated probabilities of as many rows, see ece_floor; None of a regression.
     """
 
     num_rows: int
     temperature: float
     ece_before: float | None
     ece_after: float | None
+    ece_floor: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +95,8 @@ class CalibratedProbe:
     """The cross-fitted probes of one modality, or of the concatenated features of all.
 
     present (n,): the samples that have the modality. scale (n,): the temperature of each sample, or the standard
-    deviation of residuals, fitted to the mean of the repeats on samples of other folds of the first repeat.
+    deviation of residuals, fitted to the mean of the repeats on samples of other folds of the first repeat. anchor
+    (f, k): the logits relative to which each of these folds, fold (n,), is scaled; None without temperatures.
     """
 
     name: str
@@ -100,6 +105,8 @@ class CalibratedProbe:
     probe: Probe
     scale: Floats
     calibration: Calibration
+    anchor: Floats | None = None
+    fold: NDArray[np.int16] | None = None
 
     @property
     def mean_scale(self) -> float:
@@ -122,16 +129,23 @@ class CalibratedProbe:
 
     def predict(self, rows: RowIndex, target: Target, *, min_scale: float = 1.0) -> Prediction:
         """Predict these samples, whose targets are given."""
-        return predict(self.probe.logits(rows), self.scale[rows], target, min_scale=min_scale)
+        return predict(*self._calibrate(self.probe.logits(rows), rows), target, min_scale=min_scale)
+
+    def _calibrate(self, outputs: Floats, rows: RowIndex) -> tuple[Floats, Floats]:
+        """Return outputs (r, b, k) and the scale (b,) that is left to apply: 1 where they are scaled."""
+        if self.anchor is None or self.fold is None:
+            return outputs, self.scale[rows]
+        scaled = scale_logits(outputs, self.scale[rows], self.anchor[self.fold[rows]])
+        return scaled, np.ones(len(rows), np.float32)
 
     def confidence_by_epoch(self, rows: RowIndex, target: Target, *, min_scale: float = 1.0) -> Floats:
         """Compute the confidence (e, b) in the target after each recorded epoch of training, in the first repeat."""
-        logits = self.probe.logits_by_epoch(rows)
-        return likelihoods(logits, self.scale[rows], target, min_scale=min_scale)
+        outputs, scale = self._calibrate(self.probe.logits_by_epoch(rows), rows)
+        return likelihoods(outputs, scale, target, min_scale=min_scale)
 
     def correctness(self, rows: RowIndex, target: Target, *, inputs: Inputs) -> Floats:
         """Compute the accuracy or label accuracy of each sample, (b,), with other inputs."""
-        return correctness(self.probe.logits(rows, inputs=inputs), self.scale[rows], target)
+        return correctness(*self._calibrate(self.probe.logits(rows, inputs=inputs), rows), target)
 
 
 def fit_in_parallel(inputs: Sequence[Inputs]) -> bool:
@@ -153,17 +167,80 @@ def fit_calibrated_probe(
     first = own_cross_fits[0]
     max_rows = min(CALIBRATION_ROWS, max(_MIN_CALIBRATION_ROWS, _CALIBRATION_LOGITS // target.num_outputs))
     rows = first_rows(np.flatnonzero(first.fits), first.key, max_rows=max_rows)
-    logits, labels = probe.logits(rows), target.take(rows)
-    unmasked = np.ones(len(rows), bool)
-    by_fold = fit_temperature(logits.mean(axis=0)[None], labels, first.fold[None, rows], unmasked)[0].astype(np.float32)
-    num_missing = first.num_folds - len(by_fold)  # folds without calibration rows
-    scale = np.append(by_fold, np.full(num_missing, by_fold.mean(), np.float32))[first.fold]
-    calibration = Calibration(num_rows=len(rows), temperature=float(by_fold.mean()), ece_before=None, ece_after=None)
-    if target.task != "regression":
-        scales = (np.ones(len(rows), np.float32), scale[rows])
-        before, after = (_error(target_probability(logits, values, labels), labels) for values in scales)
-        calibration = replace(calibration, ece_before=before, ece_after=after)
-    return CalibratedProbe(name=name, inputs=inputs, present=present, probe=probe, scale=scale, calibration=calibration)
+    unscaled = CalibratedProbe(
+        name=name,
+        inputs=inputs,
+        present=present,
+        probe=probe,
+        scale=np.ones(len(target), np.float32),
+        calibration=Calibration(num_rows=len(rows), temperature=1.0, ece_before=None, ece_after=None, ece_floor=None),
+    )
+    return _calibrated(unscaled, target, first, rows)
+
+
+def _calibrated(unscaled: CalibratedProbe, target: Target, cross_fit: CrossFit, rows: RowIndex) -> CalibratedProbe:
+    """Fit the scale of each fold on these rows of the other folds.
+
+    Classes and labels keep a temperature of 1 unless the fitted ones lower the loss of these rows, of which each is
+    scaled without its own fold. Of 1,440 clips by actor, four folds agreed on .76 and the fifth needed 1.6: the loss
+    rose from 1.196 to 1.232. That one decision is all that the labels of a fold have to do with its own scale.
+    """
+    logits, labels, fold = unscaled.probe.logits(rows), target.take(rows), cross_fit.fold
+    prior = class_prior(target, fold, cross_fit.fits)
+    temperature, anchor = _fit_scale(logits.mean(axis=0), labels, fold[rows], prior)
+    num_missing = cross_fit.num_folds - len(temperature)  # folds without calibration rows
+    by_fold = np.append(temperature, np.full(num_missing, temperature.mean())).astype(np.float32)
+    scaled = replace(unscaled, scale=by_fold[fold], anchor=anchor, fold=None if anchor is None else fold)
+    calibration = replace(unscaled.calibration, temperature=float(by_fold.mean()))
+    if anchor is None:
+        return replace(scaled, calibration=calibration)
+    before, after = (_loss(probe.predict(rows, labels)) for probe in (unscaled, scaled))
+    better = scaled if after < before else unscaled
+    probabilities = [probe.predict(rows, labels).probability for probe in (unscaled, better)]
+    ece_before, ece_after = (_error(probability, labels) for probability in probabilities)
+    calibration = replace(
+        calibration,
+        temperature=calibration.temperature if better is scaled else 1.0,
+        ece_before=ece_before,
+        ece_after=ece_after,
+        ece_floor=ece_floor(probabilities[1], is_multilabel=labels.values is not None),
+    )
+    return replace(better, calibration=calibration)
+
+
+def _fit_scale(
+    logits: Floats, labels: Target, fold: NDArray[np.int16], prior: Floats | None
+) -> tuple[NDArray[np.float64], Floats | None]:
+    """Fit the temperature of each fold (f,) and choose its anchor (f, k), both on the rows (b, k) of the other folds.
+
+    The anchor is the prior or uniform probabilities, whichever gives those rows the lower loss. A probe of noise
+    becomes the prior; of tweets, whose texts without a known word are not those of the average class, the uniform
+    anchor has the lower loss. Of a regression there is no anchor.
+    """
+    every_row = np.ones(len(labels), bool)
+    temperature = fit_temperature(logits[None], labels, fold[None], every_row)[0]
+    if prior is None:
+        return temperature, None
+    relative = fit_temperature(logits[None], labels, fold[None], every_row, anchor=prior)[0]
+    anchor, ones = np.zeros_like(prior), np.ones(len(labels), np.float32)
+    for own in range(len(temperature)):
+        others = np.flatnonzero(fold != own)
+        losses = [
+            _loss(predict(_scaled(logits[others], scale, centre), ones[others], labels.take(others)))
+            for scale, centre in ((temperature[own], anchor[own]), (relative[own], prior[own]))
+        ]
+        if losses[1] < losses[0]:
+            temperature[own], anchor[own] = relative[own], prior[own]
+    return temperature, anchor
+
+
+def _scaled(logits: Floats, scale: float, anchor: Floats) -> Floats:
+    """Return logits (1, b, k) divided by one temperature relative to one anchor (k,)."""
+    return scale_logits(logits[None], np.full(len(logits), scale, np.float32), anchor[None])
+
+
+def _loss(prediction: Prediction) -> float:
+    return float(cross_entropy(prediction.confidence).mean())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dataset.labels import Target
-from ..features.matrix import FeatureMatrix, Inputs, MatrixInputs, RowIndex
+from ..features.cached_matrix import FeatureMatrix
+from ..features.matrix import Inputs, RowIndex, in_memory
 from ..hashing import hash_rank
 from ..metrics import Floats, Groups, cross_entropy, group_codes, mean_interval, share_interval
 from ..probes.cross_fit import CrossFit
@@ -54,31 +55,35 @@ class Gain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """Metric of a probe fitted to shuffled labels, with a 99.9% interval. Above chance, there is a leak of labels."""
+    """Metric of a probe fitted to shuffled labels, with a 99.9% interval, and that of their most common class.
+
+    Above the latter, there is a leak of labels.
+    """
 
     name: str
     num_rows: int
     value: float
     low: float
     high: float
-    chance: float
+    majority: float
 
     @property
     def leaks(self) -> bool:
-        """Whether the lower end of the 99.9% interval is above chance."""
-        return bool(self.low > self.chance)
+        """Whether the lower end of the 99.9% interval is above the rate of the most common class."""
+        return bool(self.low > self.majority)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
     """Dataset-level results: the metric of each modality and of all together, the gain of each, and the controls.
 
-    chance: the metric of always predicting the most common class, labels, or the mean. All modalities together are
-    "fused", the fusion of the probabilities, from which gains are computed, and "joint", a probe of all features.
+    chance: the metric of predictions without features, `majority` and `uniform`, see chance_levels. All modalities
+    together are "fused", the fusion of the probabilities, from which gains are computed, and "joint", a probe of all
+    features.
     """
 
     metric: str
-    chance: float
+    chance: dict[str, float]
     probe_metrics: tuple[ModalityMetric, ...]
     gain_over_best: Gain  # of the fusion over the best single modality, which it names; see gain_over_best()
     gains: tuple[Gain, ...]
@@ -127,7 +132,7 @@ def compute_probe_report(
     in_parallel = fit_in_parallel([calibrated.inputs for calibrated in control_probes])
     return ProbeReport(
         metric=METRICS[target.task],
-        chance=chance_level(target),
+        chance=chance_levels(target),
         probe_metrics=tuple(metrics),
         gain_over_best=over_best,
         gains=tuple(
@@ -137,15 +142,19 @@ def compute_probe_report(
     )
 
 
-def chance_level(target: Target) -> float:
-    """Compute the metric of always predicting the most common class or labels; 0 for the R^2 of the mean."""
+def chance_levels(target: Target) -> dict[str, float]:
+    """Compute the metric without features: of always the most common class or labels, and of guessing uniformly.
+
+    `majority` is above `uniform` where classes are not equally frequent. Both are 0 for a number: the R^2 of the mean.
+    """
     if target.task == "classification":
-        return float(np.bincount(target.label).max() / len(target))
+        most_common = float(np.bincount(target.label).max() / len(target))
+        return {"uniform": 1 / target.num_outputs, "majority": most_common}
     if target.task == "multilabel":
         assert target.values is not None
         rate = target.values.mean(axis=0)
-        return float(np.maximum(rate, 1 - rate).mean())
-    return 0.0
+        return {"uniform": 0.5, "majority": float(np.maximum(rate, 1 - rate).mean())}
+    return {"uniform": 0.0, "majority": 0.0}
 
 
 def to_metric(correct: Floats, target: Target) -> Floats:
@@ -168,7 +177,7 @@ def _modality_metric(
     present = np.flatnonzero(~np.isnan(values))
     groups, losses = None if groups is None else groups[present], cross_entropy(confidence[present])
     interval = _interval(values[present], groups)
-    beats_prior = interval["low"] > chance_level(target)
+    beats_prior = interval["low"] > chance_levels(target)["majority"]
     if not beats_prior and target.task == "classification":
         label = target.label[present]
         prior = -np.log(np.bincount(label)[label] / len(label))
@@ -233,9 +242,9 @@ def _control(
     logits = fit(_take(calibrated, rows), shuffled_target, [folds]).logits(np.arange(len(rows)))
     values = to_metric(predict(logits, np.ones(len(rows), np.float32), shuffled_target).correct, shuffled_target)
     margin = 3.29 * (float(values.std(ddof=1)) / np.sqrt(len(rows)))
-    value, chance = float(values.mean()), chance_level(shuffled_target)
+    value, majority = float(values.mean()), chance_levels(shuffled_target)["majority"]
     interval = {"value": value, "low": float(value - margin), "high": float(value + margin)}
-    return Control(name=calibrated.name, num_rows=len(rows), chance=chance, **interval)
+    return Control(name=calibrated.name, num_rows=len(rows), majority=majority, **interval)
 
 
 def _control_data(rows: RowIndex, target: Target, cross_fit: CrossFit) -> tuple[RowIndex, Target]:
@@ -256,4 +265,4 @@ def _take(calibrated: CalibratedProbe, rows: RowIndex) -> Inputs:
     inputs = calibrated.inputs
     if isinstance(calibrated.probe, NetworkProbe) and isinstance(inputs, FeatureMatrix):
         return replace(inputs, row=inputs.row[rows])
-    return MatrixInputs(matrix=inputs.read(rows))
+    return in_memory(inputs, rows)

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from ..dataset.labels import Target
 from ..dataset.modalities import Modality
 from ..errors import Quarantined
+from ..features.cached_matrix import FeatureMatrix
 from ..features.encode import EncodeTask
 from ..features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
 from ..features.encoders import input_shape, is_network
-from ..features.matrix import FeatureMatrix, Inputs, RowIndex
+from ..features.matrix import Inputs, RowIndex
 from ..hashing import canonical_order
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig

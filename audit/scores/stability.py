@@ -16,8 +16,9 @@ from scipy.special import stdtrit
 from ..dataset.labels import Target
 from ..dataset.samples import Samples
 from ..errors import ScoreError
+from ..features.cached_matrix import FeatureMatrix
 from ..features.encoders import is_network
-from ..features.matrix import FeatureMatrix, RowIndex
+from ..features.matrix import RowIndex
 from ..hashing import hash_rank
 from ..metrics import BALANCED_WITHIN, Floats, discrepancy, is_dominated
 from ..probes.config import ProbeConfig

@@ -88,10 +88,10 @@ def chance_levels(record: Mapping[str, Any]) -> dict[str, float]:
 
     Of several labels, each is guessed by itself. The guess of a regression is the mean of the target.
     """
-    task, majority = record["config"]["data"]["task"], record["probe_report"]["chance"]
-    if task == "regression":
-        return {"mean": majority}
-    return {"uniform": 0.5 if task == "multilabel" else 1 / max(record["num_classes"], 1), "majority": majority}
+    chance = record["probe_report"]["chance"]
+    if record["config"]["data"]["task"] == "regression":
+        return {"mean": chance["majority"]}
+    return {"uniform": chance["uniform"], "majority": chance["majority"]}
 
 
 def render(numbers: Numbers, figures: dict[str, bytes]) -> str:

@@ -228,7 +228,11 @@ def _weak_probes(numbers: Section) -> list[str]:
     probe_report = numbers["probe_report"]
     weak = [probe["name"] for probe in probe_report["probe_metrics"] if not probe["beats_prior"]]
     guess = "always guessing the majority class"
-    guess = f"{guess} ({percent(probe_report['chance'])})" if probe_report["metric"] != "R^2" else "guessing the mean"
+    guess = (
+        f"{guess} ({percent(probe_report['chance']['majority'])})"
+        if probe_report["metric"] != "R^2"
+        else "guessing the mean"
+    )
     warnings = [
         f"The probe on {name} is not shown to be better than {guess}: either {name} holds no information on these "
         f"labels, or the probe cannot use it. Its discrepancies mean little."
@@ -248,8 +252,8 @@ def _leaks(numbers: Section) -> list[str]:
     known = [f"LEAK: {leak['message']}." for leak in numbers["label_leaks"]]
     return known + [
         f"LEAK: a probe on {control['name']} fitted on shuffled labels has an accuracy of {percent(control['value'])} "
-        f"on held-out samples, above the majority class ({percent(control['chance'])}). The labels leak from elsewhere "
-        f"than the samples: do not trust the scores."
+        f"on held-out samples, above the majority class ({percent(control['majority'])}). The labels leak from "
+        f"elsewhere than the samples: do not trust the scores."
         for control in numbers["probe_report"]["controls"]
         if control["leaks"]
     ]

@@ -1,0 +1,153 @@
+"""Feature matrices in the feature cache on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from .encode import EncodeTask, column_of, read_arrow
+from .encoders import holds_terms
+from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs
+from .terms import count_terms, keep_buckets, weigh_terms
+
+if TYPE_CHECKING:
+    from .encoded_samples import Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureMatrix:
+    """One modality of n samples in the feature cache; rows without the modality read as NaN.
+
+    row: dataset row of each sample (n,). shard_starts: first dataset row of each shard, and the end (s + 1,).
+    columns: the columns that are read, (d,); None: all. Of hashed terms these are the buckets of their dense vectors.
+    """
+
+    tasks: tuple[EncodeTask, ...]
+    status: Status
+    row: RowIndex
+    shard_starts: RowIndex
+    num_features: int
+    columns: RowIndex | None = None
+
+    @classmethod
+    def of(cls, tasks: Sequence[EncodeTask], status: Status, row: RowIndex) -> FeatureMatrix:
+        """Open the vectors of these dataset rows, of which at least one must be usable."""
+        shard_starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)])
+        opened = cls(tasks=tuple(tasks), status=status, row=row, shard_starts=shard_starts, num_features=0)
+        first = row[np.argmax(status.usable[row])]
+        if opened.has_terms:
+            return replace(opened, num_features=tasks[0].media.text_buckets)
+        shard = int(np.searchsorted(shard_starts, first, side="right")) - 1
+        vector = read_arrow(tasks[shard].file(status.modality))["vector"][int(first - shard_starts[shard])]
+        return replace(opened, num_features=len(vector))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, n."""
+        return len(self.row)
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """Mask (n,) of the samples that have this modality."""
+        return np.asarray(self.status.usable[self.row])
+
+    def take(self, rows: RowIndex) -> FeatureMatrix:
+        """Return the matrix of these rows, in this order."""
+        return replace(self, row=self.row[rows])
+
+    def select_columns(self, columns: RowIndex) -> FeatureMatrix:
+        """Return the matrix of the same rows with these of its columns, (c,), in this order."""
+        selected = columns if self.columns is None else self.columns[columns]
+        return replace(self, columns=selected, num_features=len(selected))
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether the modality is stored as hashed terms of texts."""
+        return holds_terms(self.status.modality)
+
+    @property
+    def num_numbers(self) -> int:
+        """Number of features without those of texts."""
+        return 0 if self.has_terms else self.num_features
+
+    def read_numbers(self, rows: RowIndex) -> NDArray[Any]:
+        """Read the features of these rows without those of texts."""
+        return np.zeros((len(rows), 0), np.float32) if self.has_terms else self.read(rows)
+
+    def read_terms(self, rows: RowIndex) -> csr_array | None:
+        """Read the weights of terms of these rows: (len(rows), NUM_TERMS); None if it has none."""
+        return weigh_terms(self.read_counts(rows)) if self.has_terms else None
+
+    def in_memory(self, rows: RowIndex) -> Inputs:
+        """Read these rows into memory."""
+        if self.has_terms:
+            present, num_buckets = self.present[rows], self._num_buckets
+            counts = self.read_counts(rows)
+            return TermInputs(counts=counts, present=present, num_buckets=num_buckets, columns=self.columns)
+        return MatrixInputs(matrix=self.read(rows))
+
+    def reading_order(self, rows: RowIndex) -> RowIndex:
+        """Return the order (b,) in which these rows are read sequentially from their files."""
+        return np.argsort(self.row[rows], kind="stable")
+
+    def read_counts(self, rows: RowIndex) -> csr_array:
+        """Read how often each term occurs in these rows: (len(rows), NUM_TERMS), empty where missing."""
+        codes, lengths = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
+        order = np.zeros(0, np.intp)
+        for shard, positions, dataset_rows in self._by_shard(rows):
+            vector = column_of(read_arrow(self.tasks[shard].file(self.status.modality)), "vector")
+            offsets = vector.offsets.to_numpy()
+            start = offsets[dataset_rows - self.shard_starts[shard]]
+            lengths.append(offsets[dataset_rows - self.shard_starts[shard] + 1] - start)
+            skipped = np.repeat(start - np.cumsum(lengths[-1]) + lengths[-1], lengths[-1])
+            codes.append(vector.values.to_numpy()[skipped + np.arange(len(skipped))])
+            order = np.concatenate([order, positions])
+        counts = count_terms(np.concatenate(codes), np.concatenate(lengths))[np.argsort(order)]
+        return counts if self.columns is None else keep_buckets(counts, self._num_buckets, self.columns)
+
+    @property
+    def _num_buckets(self) -> int:
+        """Length of the dense vectors of hashed terms."""
+        return self.tasks[0].media.text_buckets
+
+    def _by_shard(self, rows: RowIndex) -> Iterator[tuple[int, RowIndex, RowIndex]]:
+        """Yield each shard with the positions in `rows` that it holds, and their dataset rows."""
+        dataset_rows = self.row[rows]
+        shard = np.searchsorted(self.shard_starts, dataset_rows, side="right") - 1
+        order = np.argsort(shard, kind="stable")
+        for positions in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1) if len(rows) else []:
+            yield int(shard[positions[0]]), positions, dataset_rows[positions]
+
+    def read(self, rows: RowIndex) -> NDArray[Any]:
+        """Read these rows, in this order: (len(rows), d)."""
+        if self.has_terms:
+            return self.in_memory(rows).read(np.arange(len(rows)))
+        features: NDArray[Any] | None = None
+        for shard, positions, dataset_rows in self._by_shard(rows):
+            part = self._read_shard(shard, dataset_rows)
+            if features is None:
+                features = np.empty((len(rows), self.num_features), dtype=part.dtype)
+            elif features.dtype != part.dtype:  # missing rows are NaN, which uint8 cannot represent
+                features = features.astype(np.float32)
+            features[positions] = part
+        return np.zeros((0, self.num_features), np.float32) if features is None else features
+
+    def _read_shard(self, shard: int, dataset_rows: RowIndex) -> NDArray[Any]:
+        task, start = self.tasks[shard], int(self.shard_starts[shard])
+        # No copy: often only a few rows are read.
+        vector = column_of(read_arrow(task.file(self.status.modality)), "vector")
+        shard_usable = self.status.usable[start : start + task.shard.num_rows]
+        usable_vectors = vector.flatten().to_numpy().reshape(int(shard_usable.sum()), -1)  # flatten skips nulls
+        is_usable = shard_usable[dataset_rows - start]
+        vectors = usable_vectors[(np.cumsum(shard_usable) - 1)[dataset_rows - start][is_usable]]
+        vectors = vectors if self.columns is None else vectors[:, self.columns]
+        if is_usable.all():
+            return np.asarray(vectors)
+        part = np.full((len(dataset_rows), self.num_features), np.nan, np.float32)
+        part[is_usable] = vectors
+        return part
