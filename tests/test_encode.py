@@ -26,9 +26,7 @@ from mmaudit.audit.features import encode, encoders
 from mmaudit.audit.features.cached_matrix import FeatureMatrix
 from mmaudit.audit.features.encode import (
     CachedVectors,
-    EncodeResult,
     EncodeTask,
-    combine_results,
     content_of,
     encode_dataset,
     encoded_table,
@@ -37,8 +35,8 @@ from mmaudit.audit.features.encode import (
     write_arrow,
 )
 from mmaudit.audit.features.encoded_samples import lengths_of, problems_of, read_status
-from mmaudit.audit.features.encoders import EncodedCell, encode_vectors
 from mmaudit.audit.features.terms import count_terms, project_terms, text_terms
+from mmaudit.audit.features.vectors import EncodedCell, EncodeResult, combine_results, encode_vectors
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress

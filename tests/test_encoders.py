@@ -35,17 +35,15 @@ from mmaudit.audit.features.encoders import (
     ENCODERS,
     RESNET18,
     STATISTICS,
-    EncodedCell,
-    EncodedRows,
     call_function,
     check_encoder,
     encode_cell,
-    encode_vectors,
     encoder_location,
     input_shape,
     load_function,
     preprocessing,
 )
+from mmaudit.audit.features.vectors import EncodedCell, EncodedRows, encode_vectors
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media.audio import decode_audio, network_spectrogram
 from mmaudit.audit.media.files import MediaConfig

@@ -28,7 +28,7 @@ from mmaudit.audit.features import encode, pretrained
 from mmaudit.audit.features.cached_matrix import FeatureMatrix
 from mmaudit.audit.features.encode import encode_dataset, read_arrow
 from mmaudit.audit.features.encoded_samples import read_status
-from mmaudit.audit.features.encoders import EncodedCell, check_encoder, encode_cell, preprocessing
+from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
 from mmaudit.audit.features.pretrained import (
     encode_inputs,
     find_model_folder,
@@ -36,6 +36,7 @@ from mmaudit.audit.features.pretrained import (
     model_version,
     open_model,
 )
+from mmaudit.audit.features.vectors import EncodedCell
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.pictures import read_frames, read_picture

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from .encode import EncodeTask, column_of, read_arrow
-from .encoders import holds_terms
 from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs
-from .terms import count_terms, keep_buckets, weigh_terms
+from .terms import count_terms, holds_terms, keep_buckets, weigh_terms
 
 if TYPE_CHECKING:
     from .encoded_samples import Status

@@ -27,10 +27,10 @@ from ..hashing import digest
 from ..media.files import MediaConfig, MediaFile, Medium
 from ..storage import atomic_write, file_stamp
 from ..workers import Progress, fixed_threads, prefetch_map, run_tasks
-from .encoders import EncodedCell, EncodedRows, encode_cell, encode_vectors, holds_terms, is_pretrained, preprocessing
+from .encoders import encode_cell, is_pretrained, preprocessing
 from .pretrained import ModelInputs, encode_inputs, open_model
+from .vectors import EncodedCell, EncodedRows, EncodeResult, combine_results, encode_vectors
 
-EncodeResult = EncodedCell | UnusableError
 Stamps = Sequence[str | None]
 
 
@@ -116,32 +116,6 @@ def content_of(table: pa.Table) -> NDArray[np.bytes_]:
     """Return the content digests of the rows (n,), dtype S32."""
     column = column_of(table, "content")
     return np.frombuffer(column.buffers()[1], dtype="S32", count=len(column), offset=32 * column.offset)
-
-
-def combine_results(content: Sequence[bytes], results: Sequence[EncodeResult], *, modality: Modality) -> EncodedRows:
-    """Combine the vector or error of each row; DatasetError if vectors differ in length."""
-    vectors = [result.vector for result in results if not isinstance(result, UnusableError)]
-    lengths = np.array([len(vector) for vector in vectors], dtype=np.intp)
-    check_lengths(set(lengths.tolist()), modality)
-    return EncodedRows(
-        content=np.array(content, dtype="S32"),
-        usable=np.array([not isinstance(result, UnusableError) for result in results], dtype=bool),
-        values=np.concatenate(vectors) if vectors else np.zeros(0, np.float32),
-        lengths=lengths,
-        problem={row: result for row, result in enumerate(results) if isinstance(result, UnusableError)},
-        fingerprint=tuple(
-            None if isinstance(result, UnusableError) else result.fingerprint or None for result in results
-        ),
-    )
-
-
-def check_lengths(lengths: set[int], modality: Modality) -> None:
-    """Raise DatasetError if vectors of a modality have more than one length, unless they are terms of texts."""
-    if len(lengths) > 1 and not holds_terms(modality):
-        raise DatasetError(
-            f"{modality.name}: {modality.encoder} returns vectors of {min(lengths)} and of {max(lengths)} numbers; "
-            "vectors of a modality must have the same length"
-        )
 
 
 def encoded_table(ids: Sequence[str], stamps: Stamps, encoded: EncodedRows) -> pa.Table:

@@ -18,14 +18,13 @@ from ..errors import DatasetError, Quarantined, Reason, ScoreError, UnusableErro
 from ..hashing import digest
 from .encode import (
     EncodeTask,
-    check_lengths,
     column_of,
     content_of,
     load_cell_content,
     read_arrow,
 )
-from .encoders import encode_vectors
 from .recurring import recurring_rows
+from .vectors import check_lengths, encode_vectors
 
 _DATA_CHANGED = "the data changed while they were read: run the command again"
 

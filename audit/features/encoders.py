@@ -7,7 +7,6 @@ encoders of installed packages, which add them by entry points of the group `mma
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -21,11 +20,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..arrow import flat_vectors
-from ..dataset.cells import null_error
 from ..dataset.modalities import Modality
 from ..errors import ConfigError, Reason, UnusableError, choices
 from ..hashing import digest
@@ -37,8 +33,8 @@ from .descriptors import audio_statistics, image_statistics, video_statistics
 from .fingerprints import fingerprint
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
 from .terms import text_terms
+from .vectors import EncodedCell, Vector, check_vector
 
-Vector = NDArray[Any]  # float32; uint8 for the pixels of a network's input, uint32 for the terms of a text
 EncodeFunction = Callable[[Any, MediaConfig], Any]
 
 ENCODERS = Registry(
@@ -58,7 +54,6 @@ _DECODERS: dict[str, EncodeFunction] = {
     "frames": decode_folders,
     "text": lambda text, media: text,
 }
-_CHECK_NUMBERS = 1 << 24  # numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,11 +168,6 @@ def is_network(modality: Modality) -> bool:
     return modality.encoder == "resnet18"
 
 
-def holds_terms(modality: Modality) -> bool:
-    """Return whether the vectors of a modality are hashed terms of texts, whose number differs from text to text."""
-    return modality.kind == "text" and modality.encoder == "statistics"
-
-
 def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
     """Return the input shape of `resnet18` for a sample: (mel bands, time steps), (h, w, 3) or (f, h, w, 3).
 
@@ -198,14 +188,6 @@ def preprocessing(modality: Modality, media: MediaConfig) -> str:
     return digest(repr(settings).encode())[:16]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedCell:
-    """The vector of a cell, and the fingerprint of the decoded medium; empty where there is none."""
-
-    vector: Vector
-    fingerprint: bytes = b""
-
-
 def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> EncodedCell | UnusableError:
     """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised.
 
@@ -214,7 +196,7 @@ def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> EncodedC
     if isinstance(loaded, UnusableError):
         return loaded
     if modality.kind == "features":
-        vector = _check_vector(loaded, modality)
+        vector = check_vector(loaded, modality)
         return vector if isinstance(vector, UnusableError) else EncodedCell(vector=vector)
     encoder = load_encoder(modality)
     try:
@@ -305,88 +287,6 @@ def _source_file(module: ModuleType) -> Path:
     if source is None:
         raise ConfigError(f"module {module.__name__!r} has no source file: use the module that defines the function")
     return Path(source)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedRows:
-    """Encoded rows of one modality.
-
-    content: digest of each row (n,), 32 hexadecimal digits. usable: bool (n,). values: the vectors of the usable rows
-    one after another, of these lengths (u,). problem: the error of each other row. fingerprint: of each row, None where
-    there is none; () if no row has one.
-    """
-
-    content: NDArray[np.bytes_]
-    usable: NDArray[np.bool_]
-    values: Vector
-    lengths: NDArray[np.intp]
-    problem: dict[int, UnusableError]
-    fingerprint: tuple[bytes | None, ...] = ()
-
-
-def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
-    """Check a column of feature vectors, which are used unchanged; a million rows take a few seconds."""
-    flat, offsets, valid = flat_vectors(column)
-    start, end = offsets[:-1], offsets[1:]
-    not_finite = _not_finite_positions(flat)
-    num_not_finite = np.searchsorted(not_finite, end) - np.searchsorted(not_finite, start)
-    fits = valid & (end - start == modality.length)
-    usable = fits & (num_not_finite == 0)
-    problem = {}
-    for row in np.flatnonzero(~usable).tolist():
-        if not valid[row]:
-            problem[row] = null_error(modality.column)
-        elif not fits[row]:
-            problem[row] = _length_error(end[row] - start[row], modality)
-        else:
-            problem[row] = _not_finite_error(num_not_finite[row], modality)
-    content = _row_digests(flat, np.where(valid, start, 0), np.where(valid, end, 0))
-    vector = _usable_vectors(flat, start, usable, int(modality.length or 0))
-    lengths = np.full(len(vector), vector.shape[1], dtype=np.intp)
-    return EncodedRows(content=content, usable=usable, values=vector.ravel(), lengths=lengths, problem=problem)
-
-
-def _check_vector(vector: NDArray[np.float32], modality: Modality) -> NDArray[np.float32] | UnusableError:
-    """Return a vector (d,) that was loaded from a file, or why it cannot be used."""
-    if len(vector) != modality.length:
-        return _length_error(len(vector), modality)
-    num_not_finite = int((~np.isfinite(vector)).sum())
-    return _not_finite_error(num_not_finite, modality) if num_not_finite else vector
-
-
-def _length_error(length: int, modality: Modality) -> UnusableError:
-    return UnusableError(Reason.WRONG_LENGTH, f"{length} numbers; most rows have {modality.length}")
-
-
-def _not_finite_error(count: int, modality: Modality) -> UnusableError:
-    return UnusableError(Reason.NOT_FINITE, f"{count} of {modality.length} numbers are not finite")
-
-
-def _not_finite_positions(flat: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Return the positions of non-finite numbers, by block: a full mask would take a quarter of the numbers' memory."""
-    starts = range(0, len(flat), _CHECK_NUMBERS)
-    positions = [start + np.flatnonzero(~np.isfinite(flat[start : start + _CHECK_NUMBERS])) for start in starts]
-    return np.concatenate([np.zeros(0, np.intp), *positions])
-
-
-def _row_digests(flat: NDArray[np.float32], start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.bytes_]:
-    """Return hashing.digest of each row's bytes (n,), without copying them."""
-    view = memoryview(np.ascontiguousarray(flat).view(np.uint8).data)
-    digests = np.empty(len(start), dtype="S32")
-    for row, (first, last) in enumerate(zip((4 * start).tolist(), (4 * end).tolist(), strict=True)):
-        hasher = hashlib.blake2b((last - first).to_bytes(8, "little"), digest_size=16)
-        hasher.update(view[first:last])
-        digests[row] = hasher.hexdigest().encode()
-    return digests
-
-
-def _usable_vectors(
-    flat: NDArray[np.float32], start: NDArray[np.int64], usable: NDArray[np.bool_], length: int
-) -> NDArray[np.float32]:
-    if usable.all() and len(usable) and start[-1] - start[0] == length * (len(usable) - 1):
-        return np.asarray(flat[start[0] : start[0] + length * len(usable)]).reshape(len(usable), length)
-    positions = start[usable][:, None] + np.arange(length)
-    return np.asarray(flat[positions], dtype=np.float32)
 
 
 def _decode_for_network(decode: EncodeFunction, loaded: Any, media: MediaConfig) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from ..dataset.modalities import Modality
 from ..errors import Reason, UnusableError
 from ..media.files import MediaConfig
 
@@ -43,6 +44,11 @@ class _Spacing(dict[int, str]):
 
 
 _SPACING = _Spacing()
+
+
+def holds_terms(modality: Modality) -> bool:
+    """Return whether the vectors of a modality are hashed terms of texts, whose number differs from text to text."""
+    return modality.kind == "text" and modality.encoder == "statistics"
 
 
 def text_terms(text: str, config: MediaConfig) -> NDArray[np.uint32]:

@@ -176,7 +176,7 @@ class MediaConfig:
         image_size: Side of a picture in pixels; pictures are stretched to squares. Not of pretrained networks.
         num_frames: Frames of a video, evenly spaced over the clip; pretrained networks of clips state their own number.
         frame_size: Side of a video frame in pixels; frames are stretched to squares.
-        text_buckets: Buckets of hashed words and word pairs of `statistics`.
+        text_buckets: Length of the vectors of texts that networks read; probes read the hashed terms themselves.
         max_clipped: Share of the samples of a sound that may be at full scale; 1 allows all of them.
         network_seconds: Duration of sound for `resnet18`; clips of CREMA-D last 2 to 3 s.
         network_mel_bins: Mel bands for `resnet18`.
