@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MAX_LOSS_RATIO = 2.0  # a trial goes on while its excess loss is at most this many times the gain of its last step
 _TOLERANCE = 4e-2  # enough to rank the penalties; with few rows, a tighter tolerance fits noise
 _MAX_STEPS = 10
+_USUAL = 0.3  # the largest l2 that all probes try: stronger ones suit noise, and take a fifth of a probe's time
 _MARGIN = 1e-5  # ten times the rounding error of a mean loss: of two losses this close, the larger l2 is chosen
 
 
@@ -29,8 +30,8 @@ def choose_l2(
     """Choose for each of p probes the l2 with the lowest loss on the rows that it holds out, (p,).
 
     It is chosen on the first rows by key, and of many outputs on a subset, and scaled like scikit-learn's C, the
-    variance of a prior: for a mean over s times as many rows it is s times smaller. Without held-out rows it is the
-    middle one of the candidates.
+    variance of a prior: for a mean over s times as many rows it is s times smaller. Only probes for which the largest
+    usual candidate is the best compare those above _USUAL. Without held-out rows it is the middle candidate.
     """
     path = sorted(config.l2_penalties, reverse=True)
     torch_target, is_chosen = _choice_data(torch_target, key[fit_rows.rows], max_rows=config.choice_rows)
@@ -41,14 +42,20 @@ def choose_l2(
     train_loss, holdout_loss = (
         _loss_over(design, torch_target, is_chosen, mask) for mask in (train_only, choice_rows.holdout_mask)
     )
-    penalties = design.curvature.new_tensor(path)
-    l2 = torch.cat(
-        [
-            _compare_l2(train_loss.take_masks(probes), holdout_loss.take_masks(probes), penalties)
-            for probes in probe_batches(train_loss, models_per_probe=len(path))
-        ]
-    )
+    usual = [l2 for l2 in path if l2 <= _USUAL] or path
+    l2 = _compare_in_batches(train_loss, holdout_loss, usual)
+    noisy = (l2 == usual[0]).nonzero().squeeze(1)
+    if len(usual) < len(path) and len(noisy):
+        stronger = path[: len(path) - len(usual) + 2]  # two of the usual ones, to interpolate between
+        l2[noisy] = _compare_in_batches(train_loss.take_masks(noisy), holdout_loss.take_masks(noisy), stronger)
     return l2 * torch.from_numpy(train_only.sum(axis=0) / fit_rows.train_mask.sum(axis=0)).to(l2)
+
+
+def _compare_in_batches(train_loss: GlmLoss, holdout_loss: GlmLoss, path: list[float]) -> Tensor:
+    """Compare the penalties, batch by batch of the probes: the best l2 of each, (p,)."""
+    penalties = train_loss.design.curvature.new_tensor(path)
+    batches = probe_batches(train_loss, models_per_probe=len(path))
+    return torch.cat([_compare_l2(train_loss.take_masks(b), holdout_loss.take_masks(b), penalties) for b in batches])
 
 
 def _choice_data(
