@@ -8,30 +8,40 @@ n is the number of samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset.columns import SPLITS
 from .dataset.samples import Samples
 from .features.cached_matrix import FeatureMatrix
 from .features.encode import EncodeTask
 from .features.encoded_samples import Status
+from .features.fingerprints import Fingerprints
 from .features.matrix import Inputs
+from .findings import (
+    BY_CHANCE,
+    OTHER_LABEL,
+    Finding,
+    Leakage,
+    Links,
+    Messages,
+    SplitPair,
+    copy_findings,
+    is_present,
+    link_findings,
+    pair_splits,
+)
+from .group_overlap import GroupColumn, group_columns, shared_groups
+from .hashing import canonical_order
+from .likeness import likeness
 from .media.files import kind_of_path
-from .near_duplicates import MIN_FEATURES, MIN_ROWS, Links, SplitPair, is_present, search_near_duplicates
+from .near_duplicates import MIN_ROWS, search_near_duplicates
 from .parsing import check_ranges
 from .workers import Progress, fixed_threads, no_progress
 
-GROUP_NAMES = (
-    *("actor", "speaker", "subject", "participant", "person", "identity", "user", "patient", "session", "recording"),
-    *("video", "video_id", "movie", "source", "song", "group"),
-)
-EXAMPLES = 5
-
-_PAIRS = (("train", "test"), ("train", "validation"), ("validation", "test"))
 _DATA_EXTENSIONS = {".npy", ".npz", ".pt", ".pth", ".h5", ".mat", ".pkl", ".txt", ".json", ".csv", ".parquet"}
 
 
@@ -68,13 +78,23 @@ class LeakageConfig:
 class ModalityContent:
     """One modality of n samples: `content` (n,) holds digests, None where missing, and `inputs` the features.
 
-    `recurs`: equal contents occur by chance, as short texts do, and are then notes, not findings.
+    `fingerprints` are those of the media, if it has them.
+
+    `recurs` (n,): equal contents occur by chance, as short texts do, and are then notes, not findings. `kind` is that
+    of the modality: nearly equal texts are notes, and so are equal vectors of samples with different labels.
     """
 
     modality: str
     content: NDArray[np.object_]
+    recurs: NDArray[np.bool_]
+    kind: str = "features"
     inputs: Inputs | None = None
-    recurs: bool = False
+    fingerprints: Fingerprints | None = None
+
+    @property
+    def other_label(self) -> str:
+        """Why copies with another label are no leak; "" if they are: a file or text in both splits always is."""
+        return OTHER_LABEL if self.kind == "features" else ""
 
     @classmethod
     def of(cls, status: Status, tasks: Sequence[EncodeTask]) -> ModalityContent:
@@ -83,49 +103,11 @@ class ModalityContent:
         return cls(
             modality=modality.name,
             content=np.where(status.usable, status.content.astype(str).astype(object), np.array(None)),
+            recurs=status.recurs,
+            kind=modality.kind,
             inputs=FeatureMatrix.of(tasks, status, np.arange(len(status.usable))),
-            recurs=modality.kind == "text" or (modality.length or MIN_FEATURES) < MIN_FEATURES,
+            fingerprints=Fingerprints.of(tasks, modality),
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One kind of leak between two splits. `what`: ids, content, near duplicates or groups.
-
-    `name` is the modality or the group column; "sample" for ids, and for contents equal in every modality.
-    `count` of `of` samples or groups of between[1] are shared; `samples` is the number of its samples affected.
-    `examples` are pairs of ids (of between[1], of between[0]), or (group, group).
-    """
-
-    what: str
-    name: str
-    between: tuple[str, str]
-    count: int
-    of: int
-    samples: int
-    examples: tuple[tuple[str, str], ...]
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leakage:
-    """All findings, and notes on what could not be tested or is no leak by itself."""
-
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def leaks(self) -> bool:
-        """Return whether anything is shared: every finding is a leak."""
-        return bool(self.findings)
-
-    def to_json(self) -> dict[str, object]:
-        """Return the findings and notes as plain lists and dicts."""
-        findings = [asdict(finding) for finding in self.findings]
-        return {"leaks": self.leaks, "findings": findings, "notes": list(self.notes)}
-
-
-Messages = list[Finding | str]  # findings, and notes
 
 
 @fixed_threads()
@@ -152,56 +134,54 @@ def find_leakage(
         Findings, each of which is a leak, and notes.
     """
     config = config or LeakageConfig()
-    pairs, messages = _pair_splits(samples)
-    columns, column_notes = _group_columns(samples, groups or {})
+    pairs, messages = pair_splits(samples)
+    columns, column_notes = group_columns(samples, groups or {})
+    alike = cache(partial(_likeness, samples, modality_contents, seed=seed))
     joint_keys = _joint_keys(modality_contents)
+    not_searched: set[str] = set()
     for pair_index, pair in enumerate(pairs):
         messages += _shared_ids(pair)
         messages += _same_samples(pair, modality_contents, joint_keys)
         for modality_index, modality_content in enumerate(modality_contents):
             messages += _same_contents(pair, modality_content, joint_keys, max_partners=config.max_partners)
-            messages += _near_duplicates(pair, modality_content, config=config, seed=seed)
+            near, is_searched = _near_duplicates(pair, modality_content, config=config, seed=seed)
+            messages += near
+            if not is_searched:
+                not_searched.add(modality_content.modality)
             num_done = pair_index * len(modality_contents) + modality_index + 1
             progress("leakage", num_done, len(pairs) * len(modality_contents))
-        messages += [finding for name, column in columns.items() if (finding := _shared_groups(pair, name, column))]
+        for column in columns:
+            messages += shared_groups(pair, column, alike)
     messages += column_notes if pairs else []
     return Leakage(
         findings=tuple(message for message in messages if isinstance(message, Finding)),
         notes=tuple(message for message in messages if isinstance(message, str)),
+        compared=tuple(pair.between for pair in pairs),
+        sensitivity=_sensitivity(modality_contents, not_searched) if pairs else (),
     )
 
 
-def group_columns(names: Sequence[str]) -> list[str]:
-    """Return the names of columns that usually hold groups: actor, Speaker, subject_id.
-
-    `names` must not include the id or a modality, since a column called video may be one.
-    """
-    folded = {name: name.casefold() for name in names}
-    return [name for name in names if {folded[name], folded[name].removesuffix("_id")} & set(GROUP_NAMES)]
-
-
-def _pair_splits(samples: Samples) -> tuple[list[SplitPair], Messages]:
-    order = np.array(sorted(range(len(samples)), key=samples.sample_id.__getitem__), dtype=np.intp)
-    rows = {name: order[samples.split[order] == name] for name in SPLITS}
-    ids = samples.sample_id
-    pairs = [
-        SplitPair(between=pair, reference_rows=rows[pair[0]], heldout_rows=rows[pair[1]], sample_id=ids)
-        for pair in _PAIRS
-        if len(rows[pair[0]]) and len(rows[pair[1]])
-    ]
-    consequence = "only the other splits are compared" if pairs else "nothing to compare"
-    return pairs, [f"no {name} split: {consequence}" for name in ("train", "test") if not len(rows[name])]
+_SENSITIVITY = {  # ours: of planted copies benchmarks/leaks.py finds this share or more, see docs/log.md
+    "image": "8 of 10 copies saved again, brightened, shifted by a pixel or cropped by 10%; none mirrored or turned",
+    "video": "8 of 10 copies saved again, and where scenes differ those brightened or cropped by 10%; none mirrored",
+    "audio": "8 of 10 copies saved again, made quieter, trimmed or played faster by 5%; none noisy, no steady tones",
+    "text": "equal texts; similar ones are notes",
+    "features": "9 of 10 copies with noise of 1% of each number's spread",
+}
 
 
-def _finding(pair: SplitPair, what: str, name: str, links: Links, *, of: int, description: str) -> Messages:
-    """Return a list of one finding with examples, or an empty list without links."""
-    if not links:
-        return []
-    sample_id, between, count = pair.sample_id, pair.between, len(links)
-    examples = tuple((sample_id[row], sample_id[match]) for row, match in list(links.items())[:EXAMPLES])
-    message = f"{count} of {of} {description}: {examples[0][0]} and {examples[0][1]}"
-    numbers = {"count": count, "of": of, "samples": count}
-    return [Finding(what=what, name=name, between=between, examples=examples, message=message, **numbers)]
+def _sensitivity(modality_contents: Sequence[ModalityContent], not_searched: set[str]) -> tuple[str, ...]:
+    """Return which copies are found, one line for each modality; of those `not_searched` only equal ones."""
+    lines = []
+    for content in modality_contents:
+        if content.modality in not_searched:
+            lines.append(f"{content.modality}: equal contents only")
+            continue
+        kind = "video" if content.kind == "frames" else content.kind
+        if kind not in ("text", "features") and content.fingerprints is None:
+            kind = "features"
+        lines.append(f"{content.modality}: {_SENSITIVITY[kind]}")
+    return (*lines, "whether features know the labels is tested by mmaudit score")
 
 
 def _shared_ids(pair: SplitPair) -> Messages:
@@ -226,9 +206,13 @@ def _shared_ids(pair: SplitPair) -> Messages:
     reference, heldout = pair.between
     num_ids = len(pair.heldout_rows)
     description = f"{heldout} ids also in {reference}, up to case, extension or folder"
-    messages = _finding(pair, "ids", "sample", links, of=num_ids, description=description)
+    findings = link_findings(pair, "ids", "sample", links, of=num_ids, description=description)
     description = f"{heldout} ids have the file name of a {reference} id in another folder; not counted as duplicates"
-    return messages + _as_notes(_finding(pair, "ids", "sample", folder_links, of=num_ids, description=description))
+    note = [
+        finding.message
+        for finding in link_findings(pair, "ids", "sample", folder_links, of=num_ids, description=description)
+    ]
+    return [*findings, *note]
 
 
 def _path_suffixes(name: str) -> list[str]:
@@ -240,13 +224,15 @@ def _path_suffixes(name: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def _as_notes(messages: Messages, *, reason: str = "") -> Messages:
-    return [f"{message.message}{reason}" if isinstance(message, Finding) else message for message in messages]
-
-
-def _recurring(messages: Messages, *, recurs: bool) -> Messages:
-    """Return findings as notes where equal contents occur by chance."""
-    return _as_notes(messages, reason="; not a leak by itself: such contents recur by chance") if recurs else messages
+def _likeness(
+    samples: Samples, modality_contents: Sequence[ModalityContent], column: GroupColumn, *, seed: int
+) -> float | None:
+    """Return how alike samples of the same value are, as z; see `likeness`."""
+    inputs = [
+        (content.inputs, is_present(content.content)) for content in modality_contents if content.inputs is not None
+    ]
+    values, order = column.values, canonical_order(samples.sample_id)
+    return likeness(inputs, values, samples.label, order=order, seed=seed)
 
 
 def _joint_keys(modality_contents: Sequence[ModalityContent]) -> NDArray[np.object_]:
@@ -256,10 +242,18 @@ def _joint_keys(modality_contents: Sequence[ModalityContent]) -> NDArray[np.obje
 
 
 def _link_equal(pair: SplitPair, keys: NDArray[np.object_]) -> tuple[Links, int]:
-    """Link held-out rows to the first reference row of equal key (n,), None where missing; count those with a key."""
-    first_row = {keys[row]: row for row in reversed(pair.reference_rows.tolist()) if keys[row] is not None}
+    """Link held-out rows to a reference row of equal key (n,), None where missing; count those with a key.
+
+    The first such row of the same label, if there is one, else the first.
+    """
+    labels = [0] * len(keys) if pair.label is None else pair.label.tolist()
+    first_row: dict[object, int] = {}
+    for row in reversed(pair.reference_rows.tolist()):
+        if keys[row] is not None:
+            first_row[keys[row]] = first_row[keys[row], labels[row]] = row
     present_rows = [row for row in pair.heldout_rows.tolist() if keys[row] is not None]
-    return {row: first_row[keys[row]] for row in present_rows if keys[row] in first_row}, len(present_rows)
+    links = {row: first_row.get((keys[row], labels[row]), first_row.get(keys[row], -1)) for row in present_rows}
+    return {row: match for row, match in links.items() if match >= 0}, len(present_rows)
 
 
 def _same_samples(
@@ -269,25 +263,31 @@ def _same_samples(
     if len(modality_contents) < 2:
         return []  # `_same_contents` finds the same
     is_complete = np.logical_and.reduce([is_present(modality.content) for modality in modality_contents])
+    recurs = np.logical_and.reduce([modality.recurs for modality in modality_contents])
     links, num_complete = _link_equal(pair, np.where(is_complete, joint_keys, np.array(None)))
-    description = f"{pair.between[1]} samples also in {pair.between[0]}, equal in every modality"
-    messages = _finding(pair, "content", "sample", links, of=num_complete, description=description)
-    return _recurring(messages, recurs=all(modality.recurs for modality in modality_contents))
+    description = f"{pair.between[1]} samples equal in every modality to a {pair.between[0]} sample"
+    copies = partial(copy_findings, pair, "content", "sample", of=num_complete, description=description)
+    return copies(_where(links, ~recurs)) + copies(_where(links, recurs), note=BY_CHANCE)
+
+
+def _where(links: Links, mask: NDArray[np.bool_]) -> Links:
+    return {row: match for row, match in links.items() if mask[row]}
 
 
 def _same_contents(
     pair: SplitPair, modality_content: ModalityContent, joint_keys: NDArray[np.object_], *, max_partners: int
 ) -> Messages:
     """Find contents of one modality in both splits; one with many different partners is a placeholder, and a note."""
-    content, modality = modality_content.content, modality_content.modality
+    content, modality, recurs = modality_content.content, modality_content.modality, modality_content.recurs
     shared, num_present = _link_equal(pair, content)
     partners: dict[str, set[str]] = {}
     for row in pair.reference_rows.tolist():
         partners.setdefault(content[row], set()).add(joint_keys[row])
     links = {row: match for row, match in shared.items() if len(partners[content[row]]) <= max_partners}
     description = f"{pair.between[1]} samples with the same {modality} as a {pair.between[0]} sample"
-    messages = _finding(pair, "content", modality, links, of=num_present, description=description)
-    messages = _recurring(messages, recurs=modality_content.recurs)
+    copies = partial(copy_findings, pair, "content", modality, of=num_present, description=description)
+    messages = copies(_where(links, ~recurs), other=modality_content.other_label)
+    messages += copies(_where(links, recurs), note=BY_CHANCE)
     if len(shared) > len(links):
         messages.append(
             f"{modality}: {len(shared) - len(links)} {pair.between[1]} samples have content that occurs with more "
@@ -296,74 +296,45 @@ def _same_contents(
     return messages
 
 
-def _shared_groups(pair: SplitPair, name: str, column: NDArray[np.object_]) -> Finding | None:
-    """Find groups that occur in both splits."""
-    reference_groups = {value for value in column[pair.reference_rows] if value is not None}
-    heldout_groups = {value for value in column[pair.heldout_rows] if value is not None}
-    shared_groups = sorted(reference_groups & heldout_groups)
-    if not shared_groups:
-        return None
-    between, count, of = pair.between, len(shared_groups), len(heldout_groups)
-    message = f"{count} of {of} {between[1]} {_plural(name)} also in {between[0]}"
-    examples = tuple((value, value) for value in shared_groups[:EXAMPLES])
-    samples = sum(value in reference_groups for value in column[pair.heldout_rows])
-    numbers = {"count": count, "of": of, "samples": samples}
-    return Finding(what="groups", name=name, between=between, examples=examples, message=message, **numbers)
-
-
-def _plural(name: str) -> str:
-    """Return the plural of a column name: actors, identities, classes, and videos for video_id."""
-    word = name.casefold().removesuffix("_id").replace("_", " ")
-    if word.endswith("y") and word[-2:-1] not in "aeiou":
-        return f"{word[:-1]}ies"
-    return f"{word}es" if word.endswith(("s", "x", "ch", "sh")) else f"{word}s"
-
-
-def _group_columns(
-    samples: Samples, groups: Mapping[str, NDArray[np.object_]]
-) -> tuple[dict[str, NDArray[np.object_]], Messages]:
-    """Return the distinct columns that hold groups, and notes on the columns that do not."""
-    columns = dict(groups)
-    if samples.group is not None:  # samples without a group have their id there
-        columns.setdefault("group", np.where(samples.group == samples.sample_id, np.array(None), samples.group))
-    group_columns: dict[str, NDArray[np.object_]] = {}
-    seen_partitions: set[bytes] = set()
-    messages: Messages = []
-    for name in sorted(columns, key="group".__eq__):  # the least specific name last
-        values = columns[name].tolist()
-        column = np.array([None if value is None or value != value else str(value) for value in values], dtype=object)
-        code_of_value = {value: index for index, value in enumerate(dict.fromkeys(column.tolist()))}
-        partition = np.array([-1 if value is None else code_of_value[value] for value in column]).tobytes()
-        num_distinct, num_present = len(code_of_value.keys() - {None}), int(is_present(column).sum())
-        if num_distinct < 2 or num_distinct == num_present:
-            reason = "has a different value in every row" if num_distinct > 1 else f"has {num_distinct} distinct values"
-            messages.append(f"column {name!r} {reason}: not used as groups")
-        elif partition not in seen_partitions:
-            group_columns[name] = column
-        seen_partitions.add(partition)
-    return group_columns, messages
-
-
 def _near_duplicates(
     pair: SplitPair, modality_content: ModalityContent, *, config: LeakageConfig, seed: int
-) -> Messages:
-    """Find held-out samples nearer to a reference sample than by chance; those of equal content are left out."""
+) -> tuple[Messages, bool]:
+    """Find held-out samples nearer to a reference sample than by chance; those of equal content are left out.
+
+    Also returns whether the search was possible.
+    """
     content, modality = modality_content.content, modality_content.modality
     if modality_content.inputs is None:
-        return []
-    search = search_near_duplicates(pair, content, modality_content.inputs, config=config, seed=seed)
+        return [], False
+    search = search_near_duplicates(
+        pair,
+        content,
+        modality_content.inputs,
+        fingerprints=modality_content.fingerprints,
+        config=config,
+        seed=seed,
+    )
     if search is None:
-        return []
+        return [], True
     reference, heldout = pair.between
     prefix = f"{modality}, near duplicates of {heldout} in {reference}"
     if isinstance(search, str):
-        return [f"{prefix}: not tested: {search}"]
-    description = f"{heldout} samples with nearly the same {modality} as a {reference} sample"
-    messages = _finding(pair, "near duplicates", modality, search.links, of=search.num_tested, description=description)
-    messages = _recurring(messages, recurs=modality_content.recurs)
+        return [f"{prefix}: not tested: {search}"], False
+    messages = copy_findings(
+        pair,
+        "near duplicates",
+        modality,
+        search.links,
+        of=search.num_tested,
+        description=f"{heldout} samples with nearly the same {modality} as a {reference} sample",
+        note=BY_CHANCE if modality_content.kind == "text" else "",
+        other=modality_content.other_label,
+    )
     if search.num_searched < search.num_reference or search.num_tested < search.num_heldout:
         messages.append(
             f"{prefix}: {search.num_tested} of {search.num_heldout} {heldout} samples were compared with "
             f"{search.num_searched} of {search.num_reference} {reference} samples"
         )
-    return messages
+    if 0 < search.num_fingerprints < search.num_tested:
+        messages.append(f"{prefix}: {search.num_fingerprints} of them were compared by fingerprint, too")
+    return messages, True

@@ -12,49 +12,54 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .features.fingerprints import Fingerprints
 from .features.matrix import Inputs, RowIndex, chunks
+from .features.recurring import MIN_FEATURES
+from .findings import Links, SplitPair, is_present
 from .hashing import hash_rank
+from .near_media import max_tested, near_media
 from .workers import parallel_map
 
 if TYPE_CHECKING:
     from .leakage import LeakageConfig
 
-MIN_FEATURES = 8  # shorter vectors are near, or equal, by chance
 MIN_ROWS = 20  # fewer rows do not suffice to estimate the dimension of the features
 PROJECTED_DIM = 64  # dimensions of the projection: it keeps distances to 9% (Johnson and Lindenstrauss, 1984)
 REFERENCE_ROWS = 2048  # rows from which scale and dimension are estimated
 DIMENSION_QUANTILE = 0.2  # share of rows that may be copies of copies before the dimension is underestimated
+SUM_ERROR = 1e-2  # of probabilities: softmax in float16 stays below
 QUERY_BLOCK, ROW_BLOCK = 1024, 16_384  # 64 MiB of distances at once
 
 Matrix = NDArray[np.float32]
-Links = dict[int, int]  # tested row -> reference row that it repeats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitPair:
-    """Rows of a reference split and of the split held out from it, both sorted by id."""
-
-    between: tuple[str, str]
-    reference_rows: RowIndex
-    heldout_rows: RowIndex
-    sample_id: NDArray[np.object_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearSearch:
-    """Near duplicates between two splits, in the order of the held-out rows, and the numbers of rows compared."""
+    """Near duplicates between two splits, in the order of the held-out rows, and the numbers of rows compared.
+
+    `num_fingerprints` held-out rows were compared by fingerprint, 0 where there are none.
+    """
 
     links: Links
     num_tested: int
+    num_fingerprints: int
     num_heldout: int
     num_searched: int
     num_reference: int
 
 
 def search_near_duplicates(
-    pair: SplitPair, content: NDArray[np.object_], inputs: Inputs, *, config: LeakageConfig, seed: int
+    pair: SplitPair,
+    content: NDArray[np.object_],
+    inputs: Inputs,
+    *,
+    fingerprints: Fingerprints | None = None,
+    config: LeakageConfig,
+    seed: int,
 ) -> NearSearch | str | None:
     """Search the near duplicates of held-out rows, without those of equal content (n,), None where missing.
+
+    Rows are compared by their features and, if media have them, by their fingerprints.
 
     Returns the reason if the search is not possible, and None if there is nothing to search.
     """
@@ -69,12 +74,20 @@ def search_near_duplicates(
     min_rows = max(MIN_ROWS, config.neighbours + 1)
     if len(searched) < min_rows:
         return f"{len(searched)} samples, at least {min_rows} needed"
+    if (ratios := LogRatioInputs.of(inputs, searched[:REFERENCE_ROWS])) is not None:
+        inputs, tested, searched = ratios, ratios.testable(tested), ratios.testable(searched)
+        if len(tested) == 0 or len(searched) < min_rows:
+            return f"its vectors are probabilities, of which fewer than {MIN_FEATURES} are not 0"
     links = near_links(inputs, searched, tested, config=config, seed=seed)
+    if fingerprints is not None:
+        copies = near_media(fingerprints, searched, tested, neighbours=config.neighbours)
+        links = copies if isinstance(links, str) else links | copies
     if isinstance(links, str):
         return links
     return NearSearch(
         links={row: links[row] for row in pair.heldout_rows.tolist() if row in links},
         num_tested=len(tested),
+        num_fingerprints=0 if fingerprints is None else min(len(tested), max_tested(len(searched))),
         num_heldout=len(heldout_rows),
         num_searched=len(searched),
         num_reference=len(reference_rows),
@@ -85,11 +98,6 @@ def _draw(pair: SplitPair, rows: RowIndex, *, max_rows: int, seed: int) -> RowIn
     """Return the first `max_rows` rows in the order of hash(seed, id)."""
     hashes = hash_rank(pair.sample_id[rows], seed=seed, purpose="near duplicates")
     return rows[np.argsort(hashes, kind="stable")][:max_rows]
-
-
-def is_present(values: NDArray[np.object_]) -> NDArray[np.bool_]:
-    """Return which values (n,) are not None."""
-    return np.array([value is not None for value in values.tolist()], dtype=bool)
 
 
 def near_links(
@@ -103,7 +111,7 @@ def near_links(
     Distances are computed in the features' own units and in units of each feature's spread; either may be small. Of
     pictures saved again as JPEG the first finds .94 and the second .01, of sounds shifted by 5 ms .21 and .93.
     """
-    projections = _projections(inputs, reference[:REFERENCE_ROWS], seed=seed)
+    projections = _projections(inputs, reference[:REFERENCE_ROWS], seed=seed, min_features=MIN_FEATURES)
     if not projections:
         return f"too few of its {inputs.num_features} features vary; {MIN_FEATURES} are needed"
     links: Links = {}
@@ -123,6 +131,49 @@ def near_links(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogRatioInputs:
+    """Centred log ratios of probabilities, log p - mean log p; zeros count as half the smallest probability.
+
+    Confident probabilities crowd in the corners of the simplex, where the distances of clean rows are small by chance:
+    of 10 clean sets of 10 probabilities each, 10 had near duplicates by distances of probabilities and none by these
+    (Aitchison, 1982, The Statistical Analysis of Compositional Data).
+    """
+
+    inputs: Inputs
+    smallest: float
+
+    @classmethod
+    def of(cls, inputs: Inputs, rows: RowIndex) -> LogRatioInputs | None:
+        """Return the log ratios of features that are probabilities in all these rows: from 0, with the sum 1."""
+        if not len(rows):
+            return None
+        features = inputs.read(rows).astype(np.float64)
+        if not (features >= 0).all() or not np.allclose(features.sum(axis=1), 1, atol=SUM_ERROR):
+            return None
+        return cls(inputs=inputs, smallest=float(features[features > 0].min()) / 2)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, n."""
+        return self.inputs.num_rows
+
+    @property
+    def num_features(self) -> int:
+        """Number of features, d."""
+        return self.inputs.num_features
+
+    def testable(self, rows: RowIndex) -> RowIndex:
+        """Return those of these rows that have enough probabilities that are not 0."""
+        parts = [(self.inputs.read(batch) > 0).sum(axis=1) >= MIN_FEATURES for batch in chunks(self.inputs, rows)]
+        return np.asarray(rows[np.concatenate([np.zeros(0, bool), *parts])])
+
+    def read(self, rows: RowIndex) -> Matrix:
+        """Read the log ratios of these rows, in this order: (len(rows), d)."""
+        logs = np.log(np.maximum(self.inputs.read(rows).astype(np.float64), self.smallest))
+        return np.asarray(logs - logs.mean(axis=1, keepdims=True), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Projection:
     """Affine projection of features (b, d) to (b, p): (x - mean) @ weights."""
 
@@ -135,15 +186,23 @@ class _Projection:
         return np.concatenate([np.zeros((0, self.weights.shape[1]), np.float32), *parts])
 
 
-def _projections(inputs: Inputs, rows: RowIndex, *, seed: int) -> list[_Projection]:
+def project(inputs: Inputs, rows: RowIndex, *, seed: int) -> Matrix | None:
+    """Return features (b, p) of these rows in units of their spread, in at most 64 dimensions; None if none varies."""
+    projections = _projections(inputs, rows[:REFERENCE_ROWS], seed=seed, min_features=1)
+    return projections[1].read(inputs, rows) if projections else None
+
+
+def _projections(inputs: Inputs, rows: RowIndex, *, seed: int, min_features: int) -> list[_Projection]:
     """Build a projection of the features in their own units and one in units of their spread over these rows.
 
-    An empty list where fewer than MIN_FEATURES vary.
+    An empty list where fewer than `min_features` vary.
     """
+    if not len(rows):
+        return []
     features = inputs.read(rows).astype(np.float64)
     mean, spread = features.mean(axis=0), features.std(axis=0)
     varies = spread > 1e-6 * np.abs(features).max(axis=0)
-    if varies.sum() < MIN_FEATURES:
+    if varies.sum() < min_features:
         return []
     if varies.sum() <= PROJECTED_DIM:
         basis = np.eye(len(spread))[:, varies]

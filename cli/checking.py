@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..audit.dataset.columns import SPLITS
-from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.not_read import NotRead
 from ..audit.dataset.samples import Samples, read_samples
 from ..audit.downloads.ingest import Ingested
 from ..audit.downloads.ingest import ingest as ingest_download
 from ..audit.errors import Quarantined
 from ..audit.features.encoded_samples import collect_encoded, select_usable
-from ..audit.leakage import Leakage, ModalityContent, find_leakage, group_columns
+from ..audit.findings import Leakage
+from ..audit.group_overlap import read_group_columns
+from ..audit.leakage import ModalityContent, find_leakage
 from ..audit.locks import write_lock
 from .config import RunConfig, load_config
 from .progress import progress_bars
@@ -62,8 +62,10 @@ class CheckResult:
     @property
     def failed_gate(self) -> str:
         """Why the check failed, "" if there is no leak."""
-        findings = self.leakage.findings
-        return f"train and test overlap: {len(findings)} leaks found, listed above" if self.leakage.leaks else ""
+        if not self.leakage.leaks:
+            return ""
+        number = len(self.leakage.findings)
+        return f"train and test overlap: {number} {'leak' if number == 1 else 'leaks'} found, listed above"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
@@ -187,7 +189,7 @@ def check(
         leakage = find_leakage(
             samples,
             [ModalityContent.of(status, tasks) for status in encoded.statuses],
-            groups={name: _column(dataset, name) for name in _group_columns(dataset)},
+            groups=read_group_columns(dataset),
             config=config.leakage,
             seed=config.seed,
             progress=report_progress,
@@ -205,16 +207,6 @@ def check(
         leakage=leakage,
         not_read=dataset.not_read,
     )
-
-
-def _group_columns(dataset: Dataset) -> list[str]:
-    """Return the columns that may hold groups, the group column among them."""
-    used_columns = {modality.column for modality in dataset.modalities} | {dataset.columns.label}
-    used_columns |= set(dataset.columns.id) if len(dataset.columns.id) == 1 else set()  # parts of an id may be groups
-    columns = group_columns([name for name in dataset.schema.names if name not in used_columns])
-    if dataset.columns.group and dataset.columns.group not in columns:
-        columns = [dataset.columns.group, *columns]
-    return columns
 
 
 def _class_counts(samples: Samples) -> dict[str, int]:
@@ -247,9 +239,3 @@ def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:
         )
         for example in [min(rows, key=lambda row: (row.sample_id, row.detail))]
     ]
-
-
-def _column(dataset: Dataset, name: str) -> NDArray[np.object_]:
-    """Read a column as strings (n,), null as None."""
-    cells = [cell for shard in dataset.shards for cell in shard.read([name])[name].to_pylist()]
-    return np.array([None if cell is None else str(cell) for cell in cells], dtype=object)

@@ -132,7 +132,17 @@ def print_check(summary: dict[str, Any]) -> None:
     for finding in summary["leakage"]["findings"]:
         print_line(f"  LEAK: {finding['message']}")
     if not summary["leakage"]["leaks"]:
-        print_line("the data state no splits: only the split cut here was tested" if is_cut else "no leaks found")
+        print_line(_verdict_without_leaks(summary))
+        for line in summary["leakage"]["sensitivity"]:
+            print_line(f"  sensitivity: {line}")
+
+
+def _verdict_without_leaks(summary: dict[str, Any]) -> str:
+    if not summary["leakage"]["compared"]:
+        return "leaks were not tested: there are no two splits to compare"
+    if summary["split_source"] == "cut":
+        return "the data state no splits: only the split cut here was tested"
+    return "no leaks found"
 
 
 def _counts_text(counts: dict[str, int]) -> str:

@@ -27,6 +27,7 @@ from .run import RUN_SCHEMA, Run
 
 if TYPE_CHECKING:
     from ..audit.dataset.dataset import DataConfig, Dataset
+    from ..audit.label_leaks import LabelLeak
     from ..audit.scores.mixture import Mixture
     from ..audit.scores.score_dataset import Audit
 
@@ -229,12 +230,19 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
         "probe_report": audit.probe_report.to_json(),
         "gap_verdict": _verdict(audit.mixture),
         "class_check": audit.class_check.to_json(),
+        "label_leaks": [asdict(leak) for leak in _label_leaks(dataset, audit)],
         "margin_check": audit.margin_check.to_json(),
         "balanced_side": audit.balanced_side,
         "halves": None if audit.halves is None else audit.halves.to_json(),
         "bisections": None if audit.bisections is None else audit.bisections.to_json(),
         "seconds": seconds,
     }
+
+
+def _label_leaks(dataset: Dataset, audit: Audit) -> list[LabelLeak]:
+    from ..audit.label_leaks import find_label_leaks
+
+    return find_label_leaks(audit.scores, kinds={modality.name: modality.kind for modality in dataset.modalities})
 
 
 def score_provenance(record: dict[str, Any]) -> dict[str, Any]:

@@ -393,6 +393,7 @@ _RECORD: Shape = RequiredKeys(
     probe_report=_PROBE_REPORT,
     gap_verdict=str,
     class_check=RequiredKeys(verdict=str),
+    label_leaks=[RequiredKeys(what=str, modality=str, message=str)],
     margin_check=RequiredKeys(num_permutations=int, num_bimodal=(int, _NULL), survives=bool),
     balanced_side=(RequiredKeys(n=int, all_correct=float, all_wrong=float), _NULL),
     halves=(RequiredKeys(num_rows=int, reason=str, reliability=[RequiredKeys(modality=str, r=float, z=float)]), _NULL),

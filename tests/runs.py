@@ -74,6 +74,7 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         },
         "gap_verdict": "",
         "class_check": {"verdict": ""},
+        "label_leaks": [],
         "margin_check": {"num_permutations": 20, "num_bimodal": None, "survives": False},
         "balanced_side": None,
         "halves": {"num_rows": 0, "reason": "", "reliability": [{"modality": "audio", "r": 0.5, "z": 9.0}]},

@@ -115,7 +115,20 @@ def test_score_prints_the_headline_and_the_warnings_of_the_report(capsys: pytest
 def check_summary(**changes: Any) -> dict[str, Any]:
     summary: dict[str, Any] = {"source": "d", "input": 9, "usable": 8, "modalities": [], "unusable": []}
     summary |= {"task": "classification", "classes": {"dog": 5, "cat": 4}, "splits": {"train": 7, "test": 2}}
-    return summary | {"split_source": "data", "leakage": {"notes": [], "findings": [], "leaks": False}} | changes
+    return (
+        summary
+        | {
+            "split_source": "data",
+            "leakage": {
+                "notes": [],
+                "findings": [],
+                "leaks": False,
+                "compared": [["train", "test"]],
+                "sensitivity": [],
+            },
+        }
+        | changes
+    )
 
 
 def test_check_states_classes_and_splits(capsys: pytest.CaptureFixture[str]) -> None:

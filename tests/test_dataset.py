@@ -313,3 +313,8 @@ def test_id_of_media_files_stays_a_modality(clips: Path) -> None:
     assert [modality.column for modality in dataset.modalities] == ["audio_file_name", "image_file_name"]
     rows = dataset.read(dataset.shards[0])
     assert dataset.sample_ids(rows, dataset.shards[0])[0] == "0.wav"
+
+
+def test_id_that_looks_like_a_path_is_no_modality(tmp_path: Path) -> None:
+    data = table(tmp_path / "d.parquet", id=["x/clip_0.wav", "x/clip_1.wav"], label=[0, 1], **VECTORS)
+    assert modalities(open_dataset(data)) == [f"{name}={name}:features" for name in VECTORS]

@@ -36,7 +36,7 @@ from mmaudit.audit.features.encode import (
 )
 from mmaudit.audit.features.encoded_samples import lengths_of, problems_of, read_status
 from mmaudit.audit.features.terms import count_terms, project_terms, text_terms
-from mmaudit.audit.features.vectors import EncodeResult, combine_results, encode_vectors
+from mmaudit.audit.features.vectors import EncodedCell, EncodeResult, combine_results, encode_vectors
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
@@ -437,7 +437,9 @@ def digests(count: int) -> list[bytes]:
 
 def results_of(usable: list[bool], dtype: type) -> list[EncodeResult]:
     return [
-        np.arange(row, row + 3, dtype=dtype) if is_usable else UnusableError(Reason.EMPTY, f"row {row}")
+        EncodedCell(vector=np.arange(row, row + 3, dtype=dtype), fingerprint=bytes([row]) if row % 2 else b"")
+        if is_usable
+        else UnusableError(Reason.EMPTY, f"row {row}")
         for row, is_usable in enumerate(usable)
     ]
 
@@ -465,9 +467,10 @@ def test_written_results_are_read_back(
             assert isinstance(cached_result, UnusableError)
             assert (cached_result.reason, cached_result.detail) == (expected.reason, expected.detail)
         else:
-            assert isinstance(cached_result, np.ndarray)
-            assert cached_result.dtype == dtype
-            np.testing.assert_array_equal(cached_result, expected)
+            assert isinstance(cached_result, EncodedCell)
+            assert cached_result.vector.dtype == dtype
+            assert cached_result.fingerprint == expected.fingerprint
+            np.testing.assert_array_equal(cached_result.vector, expected.vector)
     assert b"0" * 32 not in cached.row
     assert cached.content_of_stamp == {stamp: key for stamp, key in zip(stamps, content, strict=True) if stamp}
     assert cached.is_current(ids, stamps, encoded.content)
@@ -486,5 +489,6 @@ def test_missing_or_damaged_file_is_empty(tmp_path: Path) -> None:
 
 
 def test_vectors_of_different_lengths_are_rejected() -> None:
+    cells = [EncodedCell(vector=np.zeros(size, np.float32)) for size in (3, 2)]
     with pytest.raises(DatasetError, match="v: e returns vectors of 2 and of 3 numbers; vectors of a mod"):
-        combine_results(digests(2), [np.zeros(3, np.float32), np.zeros(2, np.float32)], modality=VECTORS)
+        combine_results(digests(2), cells, modality=VECTORS)

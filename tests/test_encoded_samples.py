@@ -47,6 +47,7 @@ def status_of(name: str, cells: Sequence[str | None]) -> Status:
         modality=Modality(name=name, column=name, kind="audio"),
         usable=np.array([cell not in (None, BROKEN) for cell in cells]),
         content=np.array([(cell or "null").ljust(32, ".") for cell in cells], dtype="S32"),  # digests have equal length
+        recurs=np.zeros(len(cells), dtype=bool),
         problem=tuple(problems),
     )
 
@@ -140,6 +141,7 @@ def test_missing_file_counts_as_damaged_not_as_null() -> None:
         modality=encoded.statuses[0].modality,
         usable=np.array([True, False]),
         content=encoded.statuses[0].content,
+        recurs=encoded.statuses[0].recurs,
         problem=(missing_file,),
     )
     assert not missing_in_source(status).any()
@@ -155,6 +157,7 @@ def test_clip_without_a_track_lacks_the_modality() -> None:
         modality=Modality(name="a", column="a", kind="audio"),
         usable=np.array([True, False, True]),
         content=np.full(3, b"c" * 32),
+        recurs=np.zeros(3, bool),
         problem=((1, Reason.NO_TRACK, "no audio stream; streams in the file: video"),),
     )
     assert missing_in_source(without_sound).tolist() == [False, True, False]

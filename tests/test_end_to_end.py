@@ -59,6 +59,7 @@ def stop_when(words: list[str], *, ready: Any, with_signal: int) -> int:
         process.kill()
 
 
+@pytest.mark.slow  # quicker twins: tests/test_scoring.py and tests/test_methods.py
 def test_interrupted_score_resumes_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
     undisturbed, resumed = tmp_path / "whole", tmp_path / "broken"
     options = [*SCORE, "--set", "data.shard_rows=1"]  # 400 files: after two, a second of encoding remains
@@ -81,6 +82,7 @@ def test_interrupted_score_resumes_to_the_same_bytes(data: Path, tmp_path: Path)
         assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
+@pytest.mark.slow  # quicker twins: tests/test_scoring.py and tests/test_methods.py
 def test_killed_finetune_resumes_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run("score", data, "--run", folder, *SCORE)

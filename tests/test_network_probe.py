@@ -90,7 +90,13 @@ Fitted = tuple[Bytes, Target, Probe]
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [(SOUND, np.float32), (PICTURE, np.uint8), (PICTURE, np.float32), (FRAMES, np.uint8)]
+    ("shape", "dtype"),
+    [
+        (SOUND, np.float32),
+        pytest.param(PICTURE, np.uint8, marks=pytest.mark.slow),
+        pytest.param(PICTURE, np.float32, marks=pytest.mark.slow),
+        (FRAMES, np.uint8),
+    ],
 )
 def test_planted_signal_is_found_out_of_fold(shape: tuple[int, ...], dtype: Any) -> None:
     rows, target = planted(shape, dtype=dtype)

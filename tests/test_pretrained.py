@@ -36,6 +36,7 @@ from mmaudit.audit.features.pretrained import (
     model_version,
     open_model,
 )
+from mmaudit.audit.features.vectors import EncodedCell
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.pictures import read_frames, read_picture
@@ -136,8 +137,9 @@ def inputs(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, list[A
 
 def vector(models: Path, name: str, kind: str, loaded: Any) -> NDArray[np.float32]:
     encoded = encode_cell(loaded, modality(models, name, kind), MEDIA)
-    assert isinstance(encoded, np.ndarray)
-    return encoded
+    assert isinstance(encoded, EncodedCell)
+    assert encoded.fingerprint == b""
+    return encoded.vector
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

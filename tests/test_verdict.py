@@ -49,6 +49,7 @@ def numbers_of(lean: float, *, beats_prior: tuple[bool, ...] = (True, True), **c
         "margin_check": {"num_permutations": 20, "num_bimodal": 20, "survives": True},
         "halves": {"num_rows": 300, "reason": "", "reliability": [{"modality": "audio", "r": 0.57, "z": 21.0}]},
         "bisections": None,
+        "label_leaks": [],
         **changes,
     }
 

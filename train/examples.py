@@ -169,7 +169,7 @@ def load_examples(
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
     rows = _find_rows(ids, samples.sample_id)
     names = np.array(samples.class_names, dtype=object)[samples.label[rows]]
-    content = row_content(statuses)[rows]
+    content = row_content([status.content for status in statuses])[rows]
     for field_name, column, current in (
         ("content", "content", content),
         ("label", "label_name", names),

@@ -191,6 +191,12 @@ def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool)
 def check_files(root: Path, *, allow_outside: bool) -> FileChecks:
     """Return checks of the files that cells name, for the inference of kinds; outside `root` no file is opened."""
 
+    def exists(name: str) -> bool:
+        try:
+            return resolve(name, root=root, allow_outside=allow_outside).exists()
+        except (DatasetError, UnusableError, OSError):
+            return False
+
     def holds_pictures(name: str) -> bool:
         try:
             folder = resolve(name, root=root, allow_outside=allow_outside)
@@ -205,7 +211,7 @@ def check_files(root: Path, *, allow_outside: bool) -> FileChecks:
         except (DatasetError, UnusableError, OSError, *BROKEN):
             return None
 
-    return FileChecks(holds_pictures=holds_pictures, array_shape=array_shape)
+    return FileChecks(exists=exists, holds_pictures=holds_pictures, array_shape=array_shape)
 
 
 def resolve(name: str, *, root: Path, allow_outside: bool) -> Path:

@@ -23,6 +23,7 @@ from .columns import Columns, compose_ids, find_columns, text_roles
 from .formats import Plan, Shard, plan_source
 from .labels import TASKS
 from .modalities import (
+    FileChecks,
     Modality,
     check_modalities,
     choose_encoders,
@@ -289,12 +290,19 @@ def _find_modalities(
     files = check_files(plan.root, allow_outside=config.allow_outside)
     if config.modality:
         return tuple(parse_modality(text, sample, files=files) for text in config.modality), ()
-    media_ids = [name for name in columns.id if holds_files(sample, sample.schema.field(name))]
+    media_ids = [name for name in columns.id if _names_files(sample, name, files)]
     excluded = [name for name in columns.names if name not in media_ids]  # a column of media files may be the id, too
     modalities = infer_modalities(sample, excluded=excluded, files=files)
     not_read = (*plan.not_read, *find_not_read(sample, modalities, roles=columns.names, files=files))
     log_not_read(not_read)
     return tuple(modalities), not_read
+
+
+def _names_files(sample: pa.Table, column: str, files: FileChecks) -> bool:
+    """Return whether a column holds paths of which one at least is there: ids may look like paths of no file."""
+    if not holds_files(sample, sample.schema.field(column)):
+        return False
+    return any(isinstance(cell, str) and files.exists(cell) for cell in sample[column].to_pylist())
 
 
 def _drop_silent_audio(dataset: Dataset, sample: pa.Table) -> list[Modality]:

@@ -66,9 +66,11 @@ class Modality:
 class FileChecks:
     """Checks of files that cells name; see cells.check_files. The defaults open no file.
 
-    holds_pictures: whether a path is a folder of images. array_shape: shape of a .npy file, None if it is not readable.
+    exists: whether there is such a file or folder. holds_pictures: whether a path is a folder of images. array_shape:
+    shape of a .npy file, None if it is not readable.
     """
 
+    exists: Callable[[str], bool] = lambda path: False
     holds_pictures: Callable[[str], bool] = lambda folder: False
     array_shape: Callable[[str], tuple[int, ...] | None] = lambda path: None
 

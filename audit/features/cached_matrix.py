@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from .encode import EncodeTask, column_of, read_arrow
-from .encoded_samples import Status
 from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs
 from .terms import count_terms, holds_terms, keep_buckets, weigh_terms
+
+if TYPE_CHECKING:
+    from .encoded_samples import Status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ from ..storage import atomic_write, file_stamp
 from ..workers import Progress, fixed_threads, prefetch_map, run_tasks
 from .encoders import encode_cell, is_pretrained, preprocessing
 from .pretrained import ModelInputs, encode_inputs, open_model
-from .vectors import EncodedRows, EncodeResult, Vector, combine_results, encode_vectors
+from .vectors import EncodedCell, EncodedRows, EncodeResult, combine_results, encode_vectors
 
 Stamps = Sequence[str | None]
 
@@ -66,8 +66,9 @@ class CachedVectors:
             table = read_arrow(path) if path.exists() else None
         except DatasetError:
             table = None
-        # Files from before 2026-11-29 have no stamps.
-        return cls(table=None if table is None or "stamp" not in table.column_names else table)
+        # Files from before 2026-11-29 have no stamps or no fingerprints.
+        is_current = table is not None and {"stamp", "fingerprint"} <= {*table.column_names}
+        return cls(table=table if is_current else None)
 
     @cached_property
     def row(self) -> dict[bytes, int]:
@@ -83,13 +84,14 @@ class CachedVectors:
         return {stamp: content for stamp, content in pairs if stamp is not None}
 
     def result(self, content: bytes) -> EncodeResult:
-        """Return the vector or the error of a content in `row`."""
+        """Return the vector and fingerprint, or the error, of a content in `row`."""
         assert self.table is not None
         row = self.row[content]
         vector = column_of(self.table, "vector")
         if vector[row].is_valid:
             start, end = vector.offsets[row].as_py(), vector.offsets[row + 1].as_py()
-            return np.asarray(vector.values[start:end].to_numpy())
+            thumbnail = self.table["fingerprint"][row].as_py() or b""
+            return EncodedCell(vector=np.asarray(vector.values[start:end].to_numpy()), fingerprint=thumbnail)
         return UnusableError(Reason(self.table["reason"][row].as_py()), self.table["detail"][row].as_py())
 
     def matches(self, **columns: Sequence[str | None] | None) -> bool:
@@ -117,7 +119,10 @@ def content_of(table: pa.Table) -> NDArray[np.bytes_]:
 
 
 def encoded_table(ids: Sequence[str], stamps: Stamps, encoded: EncodedRows) -> pa.Table:
-    """Return the table of a cache file: sample_id, stamp, content, reason, detail, and vector (null if unusable)."""
+    """Return the table of a cache file: sample_id, stamp, content, reason, detail, vector and fingerprint.
+
+    The vector is null if the row is unusable; see `fingerprints` for the last column.
+    """
     lengths = np.zeros(len(encoded.usable), dtype=np.int64)
     lengths[encoded.usable] = encoded.lengths
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -132,6 +137,7 @@ def encoded_table(ids: Sequence[str], stamps: Stamps, encoded: EncodedRows) -> p
             "reason": pa.array([error and error.reason.value for error in problems], pa.string()),
             "detail": pa.array([error and error.detail for error in problems], pa.string()),
             "vector": vector,
+            "fingerprint": pa.array(encoded.fingerprint or [None] * len(ids), pa.large_binary()),
         }
     )
 
@@ -313,7 +319,7 @@ def load_cell_content(dataset: Dataset, modality: Modality, value: Any) -> tuple
         return error, digest(str(error).encode()).encode()
 
 
-def _content_digest(loaded: str | Medium | Vector | Sequence[Sequence[Medium]]) -> str:
+def _content_digest(loaded: str | Medium | NDArray[np.float32] | Sequence[Sequence[Medium]]) -> str:
     if isinstance(loaded, np.ndarray):
         return digest(loaded.tobytes())  # as of vectors within the rows
     if isinstance(loaded, str):
@@ -363,7 +369,7 @@ def _run_model(tasks: Sequence[EncodeTask], modality: Modality, *, num_threads: 
         new: dict[int, EncodeResult] = {}
         inputs = _iter_new_inputs(islice(prepared, task.shard.num_rows), content, stamps, new)
         for row, vector in encode_inputs(name, modality.kind, inputs, media=task.media, device=device):
-            new[row] = vector
+            new[row] = EncodedCell(vector=vector)
         column, ids = shards.popleft()
         column.write(ids, stamps, content, [new])
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from .encode import (
     load_cell_content,
     read_arrow,
 )
+from .recurring import recurring_rows
 from .vectors import check_lengths, encode_vectors
 
 _DATA_CHANGED = "the data changed while they were read: run the command again"
@@ -32,13 +33,14 @@ _DATA_CHANGED = "the data changed while they were read: run the command again"
 class Status:
     """Encoding status of n samples in one modality.
 
-    usable: bool (n,). content: digests of the input (n,), dtype S32. problem: (row, reason, detail) of each unusable
-    sample.
+    usable: bool (n,). content: digests of the input (n,), dtype S32. recurs: bool (n,), whether equal content occurs by
+    chance, see `recurring_rows`. problem: (row, reason, detail) of each unusable sample.
     """
 
     modality: Modality
     usable: NDArray[np.bool_]
     content: NDArray[np.bytes_]
+    recurs: NDArray[np.bool_]
     problem: tuple[tuple[int, Reason, str], ...]
 
 
@@ -52,7 +54,7 @@ class EncodedSamples:
     @property
     def content(self) -> NDArray[np.object_]:
         """Digest of each sample (n,) over all its modalities."""
-        return row_content(self.statuses)
+        return row_content([status.content for status in self.statuses])
 
     @property
     def fingerprint(self) -> str:
@@ -101,7 +103,10 @@ def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDAr
         first = problem[0]
         raise DatasetError(f"no sample has a usable {modality.name}; the first: {first[1].value}, {first[2]}")
     check_lengths(lengths, modality)
-    return Status(modality=modality, usable=usable, content=content, problem=tuple(problem))
+    status = Status(
+        modality=modality, usable=usable, content=content, recurs=np.zeros(num_rows, bool), problem=tuple(problem)
+    )
+    return replace(status, recurs=recurring_rows(tasks, status))
 
 
 def problems_of(table: pa.Table) -> Iterator[tuple[int, Reason, str]]:
@@ -119,9 +124,9 @@ def lengths_of(table: pa.Table) -> set[int]:
     return set(np.unique(np.diff(vector.offsets.to_numpy())[valid]).tolist())
 
 
-def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
-    """Return one digest per sample (n,) over all its modalities."""
-    parts = zip(*(status.content.tolist() for status in statuses), strict=True)
+def row_content(contents: Sequence[NDArray[np.bytes_]]) -> NDArray[np.object_]:
+    """Return one digest per sample (n,) over the digests (n,) of all its modalities."""
+    parts = zip(*(content.tolist() for content in contents), strict=True)
     return np.array([digest(b"".join(row)) for row in parts], dtype=object)
 
 
@@ -142,7 +147,7 @@ def select_usable(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[ND
 
     A sample is scored if it has a label, at least two usable modalities and no damaged one: a null in the source, or a
     clip without this track, counts as a missing modality. Of samples with the same content in every modality only the
-    one with the smallest id is scored, unless `keep_duplicates`.
+    one with the smallest id is scored, unless `keep_duplicates`, or unless the content of all of them recurs by chance.
     """
     samples, statuses = encoded.samples, encoded.statuses
     missing = np.stack([missing_in_source(status) for status in statuses], axis=1)
@@ -188,7 +193,8 @@ def _drop_duplicates(encoded: EncodedSamples, rows: NDArray[np.intp]) -> tuple[N
     """Return the rows without duplicates in every modality, and the duplicates; of equal rows the smallest id stays."""
     samples, content = encoded.samples, encoded.content[rows]
     order = np.lexsort((samples.sample_id[rows].astype(str), content.astype(str)))
-    is_copy = np.r_[False, content[order][1:] == content[order][:-1]]
+    is_distinctive = np.any([status.usable & ~status.recurs for status in encoded.statuses], axis=0)
+    is_copy = np.r_[False, content[order][1:] == content[order][:-1]] & is_distinctive[rows[order]]
     if not is_copy.any():
         return rows, []
     first = order[np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(order))))]
@@ -222,13 +228,12 @@ def content_hashes(dataset: Dataset) -> Iterator[ContentHashes]:
         ids = dataset.sample_ids(rows, shard)
         problems: dict[int, str] = {}
         hashed: dict[tuple[str, str], NDArray[np.bytes_]] = {}
-        statuses, usable = [], np.ones(len(ids), dtype=bool)
+        contents = []
         for modality in dataset.modalities:
             if modality.content_key not in hashed:
                 hashed[modality.content_key] = _hash_cells(dataset, modality, rows[modality.column], problems)
-            content = hashed[modality.content_key]
-            statuses.append(Status(modality=modality, usable=usable, content=content, problem=()))
-        for row, row_digest in enumerate(row_content(statuses)):
+            contents.append(hashed[modality.content_key])
+        for row, row_digest in enumerate(row_content(contents)):
             yield ContentHashes(sample_id=ids[row], content=row_digest, problem=problems.get(row))
 
 

@@ -30,9 +30,10 @@ from ..media.files import MediaConfig
 from ..media.pictures import decode_folders, decode_frames, decode_image
 from ..registry import Entry, Registry
 from .descriptors import audio_statistics, image_statistics, video_statistics
+from .fingerprints import fingerprint
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
 from .terms import text_terms
-from .vectors import Vector, check_vector
+from .vectors import EncodedCell, Vector, check_vector
 
 EncodeFunction = Callable[[Any, MediaConfig], Any]
 
@@ -187,16 +188,22 @@ def preprocessing(modality: Modality, media: MediaConfig) -> str:
     return digest(repr(settings).encode())[:16]
 
 
-def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector | UnusableError:
-    """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised."""
+def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> EncodedCell | UnusableError:
+    """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised.
+
+    What decoders of encoders return may be anything, so that only media in mmaudit's own form have a fingerprint.
+    """
     if isinstance(loaded, UnusableError):
         return loaded
     if modality.kind == "features":
-        return check_vector(loaded, modality)
+        vector = check_vector(loaded, modality)
+        return vector if isinstance(vector, UnusableError) else EncodedCell(vector=vector)
     encoder = load_encoder(modality)
     try:
         decoded = (encoder.decode or _DECODERS[modality.kind])(loaded, media)
-        return np.asarray(encoder.encode(decoded, media))
+        has_own_form = encoder.decode in (None, _DECODE_IMAGE, _DECODE_VIDEO, _DECODE_FRAMES)
+        thumbnail = fingerprint(decoded, modality.kind, media) if has_own_form else b""
+        return EncodedCell(vector=np.asarray(encoder.encode(decoded, media)), fingerprint=thumbnail)
     except UnusableError as error:
         return error
 

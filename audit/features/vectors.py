@@ -18,8 +18,18 @@ from ..errors import DatasetError, Reason, UnusableError
 from .terms import holds_terms
 
 Vector = NDArray[Any]  # float32; uint8 for the pixels of a network's input, uint32 for the terms of a text
-EncodeResult = Vector | UnusableError
 _CHECK_NUMBERS = 1 << 24  # numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedCell:
+    """The vector of a cell, and the fingerprint of the decoded medium; empty where there is none."""
+
+    vector: Vector
+    fingerprint: bytes = b""
+
+
+EncodeResult = EncodedCell | UnusableError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +37,8 @@ class EncodedRows:
     """Encoded rows of one modality.
 
     content: digest of each row (n,), 32 hexadecimal digits. usable: bool (n,). values: the vectors of the usable rows
-    one after another, of these lengths (u,). problem: the error of each other row.
+    one after another, of these lengths (u,). problem: the error of each other row. fingerprint: of each row, None where
+    there is none; () if no row has one.
     """
 
     content: NDArray[np.bytes_]
@@ -35,6 +46,7 @@ class EncodedRows:
     values: Vector
     lengths: NDArray[np.intp]
     problem: dict[int, UnusableError]
+    fingerprint: tuple[bytes | None, ...] = ()
 
 
 def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
@@ -104,7 +116,7 @@ def _usable_vectors(
 
 def combine_results(content: Sequence[bytes], results: Sequence[EncodeResult], *, modality: Modality) -> EncodedRows:
     """Combine the vector or error of each row; DatasetError if vectors differ in length."""
-    vectors = [result for result in results if not isinstance(result, UnusableError)]
+    vectors = [result.vector for result in results if not isinstance(result, UnusableError)]
     lengths = np.array([len(vector) for vector in vectors], dtype=np.intp)
     check_lengths(set(lengths.tolist()), modality)
     return EncodedRows(
@@ -113,6 +125,9 @@ def combine_results(content: Sequence[bytes], results: Sequence[EncodeResult], *
         values=np.concatenate(vectors) if vectors else np.zeros(0, np.float32),
         lengths=lengths,
         problem={row: result for row, result in enumerate(results) if isinstance(result, UnusableError)},
+        fingerprint=tuple(
+            None if isinstance(result, UnusableError) else result.fingerprint or None for result in results
+        ),
     )
 
 

@@ -61,6 +61,7 @@ def report_numbers(run: Run) -> Numbers:
         "schema": "mmaudit.report/1",
         "facts": findings.facts(record, scores),
         "probe_report": findings.probe_report_numbers(record),
+        "label_leaks": record["label_leaks"],
         "chance": chance_levels(record),
         "agreement": findings.agreement(scores),
         "discrepancy": findings.discrepancies(scores, bisections=record["bisections"]),

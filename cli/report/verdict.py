@@ -248,8 +248,9 @@ def _weak_probes(numbers: Section) -> list[str]:
 
 
 def _leaks(numbers: Section) -> list[str]:
-    """Return a warning for each probe that is above chance on shuffled labels: the labels leak."""
-    return [
+    """Return a warning for each modality that seems to know the labels, or whose probe predicts shuffled ones."""
+    known = [f"LEAK: {leak['message']}." for leak in numbers["label_leaks"]]
+    return known + [
         f"LEAK: a probe on {control['name']} fitted on shuffled labels has an accuracy of {percent(control['value'])} "
         f"on held-out samples, above the majority class ({percent(control['majority'])}). The labels leak from "
         f"elsewhere than the samples: do not trust the scores."
