@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 _BLOCK = re.compile(r"^```(console|python)\n(.*?)^```\n(?:(\n```text\n)(.*?)^```\n)?", flags=re.MULTILINE | re.DOTALL)
-_PROGRESS = re.compile(r"^\w[\w ]*: \d+ of \d+$")
+_PROGRESS = re.compile(r"^\w[\w ]*: \d+ of \d+(?:[,;] .*)?$")
 _EXIT = re.compile(r"# exit (\d+)$")
 
 
