@@ -81,7 +81,10 @@ def fit(inputs: Inputs, of_target: Target, config: ProbeConfig = CONFIG) -> Line
 
 def reference_rows(inputs: TermInputs, train_mask: NDArray[np.bool_]) -> csr_array:
     """Compute 1 + log(count), of norm 1, times scikit-learn's IDF of the training rows, with one scale and min_df 2."""
-    sublinear = inputs.counts[:, np.unique(inputs.counts.indices)].astype(np.float64)
+    # Not by counts[:, numbers], for which scipy makes an array of NUM_TERMS columns.
+    numbers, column = np.unique(inputs.counts.indices, return_inverse=True)
+    data, shape = inputs.counts.data.astype(np.float64), (inputs.num_rows, len(numbers))
+    sublinear = csr_array((data, column, inputs.counts.indptr), shape=shape)
     sublinear.data = 1 + np.log(sublinear.data)
     sublinear = csr_array(normalize(sublinear))[:, (sublinear[train_mask] > 0).sum(axis=0) >= MIN_FREQUENCY]
     idf = TfidfTransformer(norm=None).fit(sublinear[train_mask]).idf_

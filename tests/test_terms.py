@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from sklearn.preprocessing import normalize
 
 from mmaudit.audit.errors import Reason, UnusableError
@@ -109,7 +110,11 @@ def test_weights_equal_sklearn_without_idf() -> None:
     terms = [text_terms(text, CONFIG) for text in TEXTS]
     counts = count_terms(np.concatenate(terms), np.array([len(row) for row in terms]))
     expected = columns(normalize(RAW))
-    assert columns(weigh_terms(counts)[:, np.unique(counts.indices)].toarray()) == expected
+    weights = weigh_terms(counts)
+    # Not by weights[:, numbers], for which scipy makes an array of NUM_TERMS columns.
+    numbers, column = np.unique(weights.indices, return_inverse=True)
+    weights = csr_array((weights.data, column, weights.indptr), shape=(len(TEXTS), len(numbers)))
+    assert columns(weights.toarray()) == expected
     assert columns(project_terms(counts, 1024)) == expected
 
 

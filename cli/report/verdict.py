@@ -114,9 +114,9 @@ def _gain(numbers: Section) -> str:
     over_best, metric = probe_report["gain_over_best"], probe_report["metric"]
     best, points = over_best["name"], gain(over_best, metric)
     if over_best["low"] > 0:
-        return f"Using all modalities together gains {points} of {metric} over {best} alone, the best single one."
+        return f"All modalities together are better than {best} alone, the best single one: {points} of {metric}."
     if over_best["high"] < 0:
-        return f"Using all modalities together loses {points} of {metric} against {best} alone, the best single one."
+        return f"All modalities together are worse than {best} alone, the best single one: {points} of {metric}."
     return f"That all modalities together beat {best} alone, the best single one, is not shown: {points} of {metric}."
 
 
