@@ -80,6 +80,11 @@ def test_names_column_renames_classes() -> None:
     assert read_as_classes([2, 1, 9], ["two", None, "odd"], classes=("1", "2")).names == ("1", "two")
 
 
+def test_structs_are_no_labels() -> None:
+    with pytest.raises(DatasetError, match="the labels are structs of several fields: a class label is an integer"):
+        read_classes([{"x": 1}, None], None, declared=(), classes=())
+
+
 @pytest.mark.parametrize(
     ("cells", "words"),
     [([[1], [2]], "are lists: .* with --label, or pass --task multilabel"), ([0.5], "--task regression")],

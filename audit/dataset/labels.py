@@ -108,9 +108,11 @@ def read_classes(
     """Read class labels: the classes are `classes`, else `declared`, else the distinct labels in sorted order.
 
     `declared` are the source's names of 0 .. k-1; `classes` lists the allowed classes by number or name. Raises
-    DatasetError for lists and fractions.
+    DatasetError for lists, structs and fractions.
     """
-    if any(isinstance(cell, (list, dict)) for cell in cells):
+    if any(isinstance(cell, dict) for cell in cells):
+        raise DatasetError(f"the labels are structs of several fields: {_CLASS_HINT}")
+    if any(isinstance(cell, list) for cell in cells):
         raise DatasetError(f"the labels are lists: {_CLASS_HINT}, or pass --task multilabel")
     cells = [None if cell != cell else cell for cell in cells]  # pandas writes NaN for a missing label
     if any(isinstance(cell, float) and not cell.is_integer() for cell in cells):
