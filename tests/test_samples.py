@@ -66,7 +66,8 @@ def test_class_names_come_from_label_name(read: Read) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"), [([0.5, 1.0], "fractions"), ([[1], [2]], "lists"), ([{"a": 1}, {"a": 2}], "lists")]
+    ("labels", "words"),
+    [([0.5, 1.0], "fractions"), ([[1], [2]], "lists"), ([{"a": 1}, {"a": 2}], "structs of several fields")],
 )
 def test_labels_that_are_not_classes_are_rejected(read: Read, labels: list[object], words: str) -> None:
     with pytest.raises(DatasetError, match=f"the labels are {words}: .* choose the column with --label"):
