@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -24,6 +25,7 @@ from ..rebalance.balanced import BalancedConfig
 from ..rebalance.curriculum import OrderConfig
 from ..train.config import AugmentConfig, FinetuneConfig, OptimConfig, TrainConfig
 from ..train.methods import list_methods
+from ..train.presets import read_preset
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -94,6 +96,8 @@ def load_config(
     config: RunConfig | str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
     keywords: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
 ) -> RunConfig:
     """Load the settings of a command. Of a setting that is made in several ways the last of these counts.
 
@@ -102,6 +106,8 @@ def load_config(
             override the file.
         settings: Settings by key, {"probe.folds": 10}, or as texts, ["probe.folds=10"].
         keywords: Settings by key, from a function's own parameters; those that are None are not made.
+        preset: Name of a published protocol, which all of the others override. A RunConfig overrides it where it
+            differs from the defaults.
 
     Returns:
         The settings of all stages.
@@ -114,22 +120,76 @@ def load_config(
         10
     """
     made = {key: value for key, value in (keywords or {}).items() if value is not None}
-    if isinstance(config, RunConfig) and not settings and not made:
+    if isinstance(config, RunConfig) and not settings and not made and preset is None:
         return config
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {} if preset is None else preset_content(preset)
     if isinstance(config, RunConfig):
-        content = without_none(plain(config))
+        _update(content, _differences(plain(config), plain(RunConfig())) if preset else without_none(plain(config)))
     else:
         if config is not None:
             if not Path(config).exists():
                 raise ConfigError(f"config file not found: {config}")
-            content = _read_toml(Path(config))
+            _update(content, _read_toml(Path(config)))
         for key, text in _environment_settings().items():
             _set(content, key, _parse_value(key, text), source=f"{_variable(key)}={text}")
     pairs = settings.items() if isinstance(settings, Mapping) else map(_parse_setting, settings)
     for key, value in (*pairs, *made.items()):
         _set(content, key, list(value) if isinstance(value, tuple) else value, source=f"--set {key}")
     return build_config(RunConfig, content, where="")
+
+
+def preset_content(name: str) -> dict[str, Any]:
+    """Return the settings of a preset as nested plain values, which the caller may change."""
+    return copy.deepcopy(dict(read_preset(name).settings))
+
+
+def preset_record(name: str, own: Mapping[str, Any], used: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a preset in run.json and metrics.json: its name and digest, and what the user changed.
+
+    Args:
+        name: The preset.
+        own: Settings of the preset alone, as nested plain values.
+        used: Settings in force, in the same form.
+
+    Returns:
+        {name, digest, changed: {key: {preset, used}}}; None stands for a key that one of the two does not have.
+    """
+    values, changed = (dict(_leaves(content)) for content in (own, used))
+    differing = {
+        key: {"preset": values.get(key), "used": changed.get(key)}
+        for key in sorted({*values, *changed})
+        if values.get(key) != changed.get(key)
+    }
+    return {"name": name, "digest": read_preset(name).digest, "changed": differing}
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys and values of nested settings, such as ("probe.folds", 5)."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _update(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Change nested settings in place."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(content.get(key), dict):
+            _update(content[key], value)
+        else:
+            content[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _differences(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested values that differ from the defaults."""
+    differing = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            value = _differences(value, defaults.get(key, {}))
+        if value != defaults.get(key) and value != {}:
+            differing[key] = value
+    return differing
 
 
 def _environment_settings() -> dict[str, str]:

@@ -318,10 +318,12 @@ def print_finetune(metrics: dict[str, Any]) -> None:
 
 def print_evaluate(evaluation: dict[str, Any]) -> None:
     """Print all metrics by subset, the classes of lowest recall, and the contribution of each modality."""
-    samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest']}"
+    samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest'] or 'its data'}"
     print_line(f"{evaluation['name']} on {samples}")
     if evaluation.get("num_trained_on", 0) is None:
-        print_line("  overlap with its training samples unknown: its own manifest was removed or has changed")
+        print_line(
+            "  overlap with its training samples unknown: it had no manifest, or that was removed or has changed"
+        )
     elif evaluation.get("num_trained_on"):
         print_line(
             f"  {evaluation['num_trained_on']} of them were used in training or validation: metrics are too high"

@@ -169,14 +169,17 @@ class _Epoch:
 def with_validation(
     table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
 ) -> NDArray[np.object_]:
-    """Return the split of each row (n,), with a validation split cut from the training rows where there is none."""
+    """Return the split of each row (n,), with a validation split cut from the training rows where there is none.
+
+    fraction: share of the training rows, at least one row; 0 cuts none.
+    """
     split = np.array(table["split"].to_pylist(), dtype=object)
     unknown = {str(name) for name in split} - set(SPLITS)
     if unknown:
         raise ManifestError(
             f"column split of the manifest has {sorted(unknown)[0]!r}, must be one of train, validation, test"
         )
-    if "validation" in split:
+    if "validation" in split or fraction == 0:
         return split
     train = np.flatnonzero(split == "train")
     groups = table["group"].to_pylist() if "group" in table.column_names else [None]

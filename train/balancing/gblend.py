@@ -83,6 +83,11 @@ class Gblend(Balancer):
     state_fields = ("weights",)
     config: GblendConfig
 
+    @classmethod
+    def reads_validation(cls, config: GblendConfig) -> bool:
+        """Return True: validation losses decide."""
+        return True
+
     def initialize(self) -> None:
         """Set up the state."""
         num = 1 + self.net.num_modalities

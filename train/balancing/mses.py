@@ -48,6 +48,11 @@ class Mses(Balancer):
     state_fields = ("lowest_loss", "epochs_without_improvement")
     config: MsesConfig
 
+    @classmethod
+    def reads_validation(cls, config: MsesConfig) -> bool:
+        """Return True: validation losses decide."""
+        return True
+
     def initialize(self) -> None:
         """Set up the state."""
         self.lowest_loss = [math.inf] * self.net.num_modalities

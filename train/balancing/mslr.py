@@ -96,6 +96,11 @@ class Mslr(Sum):
                 "it, as with --set 'optim.modality_lr=[\"audio=0.1\"]', or use the mode dynamic"
             )
 
+    @classmethod
+    def reads_validation(cls, config: MslrConfig) -> bool:
+        """Return True: validation losses decide."""
+        return True
+
     def initialize(self) -> None:
         """Set up the state."""
         factors = self.optimization.config.modality_lr_factors()

@@ -62,6 +62,11 @@ class BssL(Ordered):
     state_fields = ("balance",)
     config: BssConfig
 
+    @classmethod
+    def reads_scores(cls, config: BssConfig) -> bool:
+        """Return whether the scores are the manifest's."""
+        return config.score_source == "manifest"
+
     def initialize(self) -> None:
         """Set the manifest's scores, or none before the first evaluation."""
         self.reads_model = self.config.score_source == "model"
