@@ -321,9 +321,7 @@ def print_evaluate(evaluation: dict[str, Any]) -> None:
     samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest'] or 'its data'}"
     print_line(f"{evaluation['name']} on {samples}")
     if evaluation.get("num_trained_on", 0) is None:
-        print_line(
-            "  overlap with its training samples unknown: it had no manifest, or that was removed or has changed"
-        )
+        print_line("  overlap with its training samples unknown: its manifest was removed or changed, or it had none")
     elif evaluation.get("num_trained_on"):
         print_line(
             f"  {evaluation['num_trained_on']} of them were used in training or validation: metrics are too high"

@@ -86,6 +86,7 @@ _FLAGS: dict[str | tuple[str, str], tuple[str, ...]] = {
 _METAVARS = {
     "modality": "NAME=COLUMN[:KIND]",
     "encoder": "NAME=ENCODER",
+    "features": "[NAME=]FILE",
     "settings": "SECTION.KEY=VALUE",
     "dominated": "MODALITY:T",
     "between": "A[:B]",

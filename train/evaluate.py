@@ -226,8 +226,9 @@ def evaluate_network(
 ) -> dict[str, Any]:
     """Evaluate the reader's network on some rows: {test, test_by_class, contribution}.
 
-    The fused prediction and each modality alone, overall, by subset where the samples have scores, and by class, see
-    `evaluate` and `evaluate_classes`; each modality's contribution and the confused samples, see `measure_contribution`.
+    The fused prediction and each modality alone, overall, by subset (where the samples have scores) and by class, see
+    `evaluate` and `evaluate_classes`; each modality's contribution and the confused samples, see
+    `measure_contribution`.
     """
     label = examples.label[rows]
     subset_masks = {"all": np.ones(len(rows), dtype=bool)}

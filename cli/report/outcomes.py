@@ -175,7 +175,8 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
 def finetune_numbers(folder: Path, run: Run) -> Numbers:
     """Return the numbers of a finished fine-tuning, read from metrics.json and history.jsonl.
 
-    `manifest` is None for a training on data without a manifest. `manifest_is_unchanged` is whether the manifest of that name in the run is still the one that was trained on.
+    `manifest` is None for a training on data without a manifest. `manifest_is_unchanged` is whether the manifest of
+    that name in the run is still the one that was trained on.
     """
     metrics = read_metrics(folder)
     path = None if metrics["manifest"] is None else run.manifest(metrics["manifest"])
