@@ -134,6 +134,8 @@ def load_config(
             _set(content, key, _parse_value(key, text), source=f"{_variable(key)}={text}")
     pairs = settings.items() if isinstance(settings, Mapping) else map(_parse_setting, settings)
     for key, value in (*pairs, *made.items()):
+        if key == "data.encoder" and preset is not None:
+            value = _with_encoders(content, value)
         _set(content, key, list(value) if isinstance(value, tuple) else value, source=f"--set {key}")
     return build_config(RunConfig, content, where="")
 
@@ -161,6 +163,15 @@ def preset_record(name: str, own: Mapping[str, Any], used: Mapping[str, Any]) ->
         if values.get(key) != changed.get(key)
     }
     return {"name": name, "digest": read_preset(name).digest, "changed": differing}
+
+
+def _with_encoders(content: Mapping[str, Any], encoders: Any) -> Any:
+    """Return a preset's encoders with those that the user passes, by modality; what is no list is left as it is."""
+    own = content.get("data", {}).get("encoder", [])
+    if not isinstance(encoders, (list, tuple)) or not all(isinstance(text, str) for text in encoders):
+        return encoders
+    by_modality = {text.partition("=")[0]: text for text in (*own, *encoders)}
+    return list(by_modality.values())
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -75,9 +75,11 @@ def read_preset(name: str) -> Preset:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values with changes; a section of constants of methods (`balancing`) is replaced as one."""
-    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in base.items()}
-    for key, value in changes.items():
-        is_replaced = key in ("sampling", "balancing") or not isinstance(value, Mapping)
-        merged[key] = value if is_replaced else {**merged.get(key, {}), **value}
+    """Return settings by section with changes; of a method that is replaced no constant remains."""
+    merged = {section: dict(values) for section, values in base.items()}
+    for key, sections in (("sampling", ("sampling", "order")), ("balancing", ("balancing",))):
+        if key in changes.get("finetune", {}):
+            merged = {section: values for section, values in merged.items() if section not in sections}
+    for section, values in changes.items():
+        merged[section] = {**merged.get(section, {}), **values}
     return merged

@@ -154,7 +154,7 @@ class Paced(Ordered):
     @classmethod
     def reads_scores(cls, config: Any) -> bool:
         """Return whether the samples are ranked by the manifest's scores, not by those of the model in training."""
-        return getattr(config, "score_source", "manifest") == "manifest"
+        return getattr(config, "score_source", "manifest") != "model"
 
     @classmethod
     def late_start(cls, config: None, settings: TrainConfig) -> str | None:
