@@ -249,3 +249,15 @@ def test_pool_has_the_training_rows() -> None:
 def test_method_gets_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:
     config = build_network(make_examples(), resolve(with_options(balancing=balancing))).config
     assert (config.fusion, config.own_heads) == (fusion, own_heads)
+
+
+def test_initialisation_changes_the_network_that_is_built() -> None:
+    examples = make_examples()
+
+    def first_bias(initialisation: str) -> Tensor:
+        torch.manual_seed(0)
+        net = build_network(examples, resolve(with_options(initialisation=initialisation)))
+        return next(parameter for name, parameter in net.named_parameters() if name.endswith("layers.0.bias"))
+
+    assert first_bias("default").any()
+    assert not first_bias("xavier").any()
