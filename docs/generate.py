@@ -142,7 +142,7 @@ def _command(command: Command) -> Iterator[str]:
 
 def methods_page() -> str:
     """Write a table for each kind of method: name, meaning, and where there are any paper, needs and settings."""
-    from mmaudit.cli.training import methods
+    from mmaudit.cli.methods import methods
 
     cells_of_kind: dict[str, list[dict[str, str]]] = {}
     for row in methods().rows:
