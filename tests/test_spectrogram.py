@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.audit.media.audio import log_mel, network_spectrogram, network_steps
+from mmaudit.audit.media.audio import log_mel, network_spectrogram, spectrogram_shape
 from mmaudit.audit.media.files import MediaConfig
 
 CONFIG = MediaConfig()
@@ -23,14 +23,14 @@ def noise(count: int) -> NDArray[np.float32]:
 def test_spectrogram_has_fixed_shape_for_any_duration(count: int, seconds: float, rate: int) -> None:
     config = MediaConfig(network_seconds=seconds, sample_rate=rate)
     spectrogram = network_spectrogram(noise(count), config)
-    assert spectrogram.shape == (64, network_steps(config))
+    assert spectrogram.shape == spectrogram_shape(config)
     assert spectrogram.dtype == np.float32
     assert np.isfinite(spectrogram).all()
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.1, 10), (1.0, 100), (3.0, 300)])
 def test_time_step_is_ten_milliseconds(seconds: float, steps: int) -> None:
-    assert network_steps(MediaConfig(network_seconds=seconds)) == steps
+    assert spectrogram_shape(MediaConfig(network_seconds=seconds)) == (64, steps)
 
 
 def test_short_sound_is_repeated_and_long_sound_is_cut() -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..dataset.modalities import Modality
 from ..errors import ConfigError, Reason, UnusableError, choices
 from ..hashing import digest
-from ..media.audio import decode_audio, network_spectrogram, network_steps
+from ..media.audio import decode_audio, network_spectrogram, spectrogram_shape
 from ..media.files import MediaConfig
 from ..media.pictures import decode_folders, decode_frames, decode_image
 from ..registry import Entry, Registry
@@ -175,7 +175,7 @@ def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
     """
     size = media.network_size
     if modality.kind == "audio":
-        return (media.network_mel_bins, network_steps(media))
+        return spectrogram_shape(media)
     return (size, size, 3) if modality.kind == "image" else (media.network_frames, size, size, 3)
 
 

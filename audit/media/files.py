@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import Reason, UnusableError
-from ..parsing import check_ranges, fold_text
+from ..errors import ConfigError, Reason, UnusableError
+from ..parsing import check_choices, check_ranges, fold_text
 from ..storage import open_regular
 
 EXTENSIONS = {
@@ -160,6 +160,16 @@ BUDGETS = {
     **dict.fromkeys(("max_image_bytes", "max_video_pixels", "max_video_bytes"), f"[1, {1 << 40}]"),
     **dict.fromkeys(("max_packets", "max_sound_values"), f"[1, {1 << 40}]"),
 }
+SPECTROGRAMS, EXTENSIONS_OF_SOUND, PADDINGS = ("log-mel", "log-magnitude"), ("tile", "pad"), ("zero", "reflect")
+WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
+_MAX_INPUT = 1 << 26  # pixels, or samples in all windows, of one sample: 201 MB as RGB, 268 MB as float32; ours
+# Fields that were added after caches existed. At their defaults they are left out of fingerprints.
+_LATER_FIELDS = {
+    *BUDGETS,
+    *("network_spectrogram", "network_linear_bins", "network_n_fft", "network_window", "network_hop"),
+    *("network_padding", "network_epsilon", "network_extend", "network_fps", "network_frame_choices"),
+    "network_stored_size",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,9 +189,26 @@ class MediaConfig:
         text_buckets: Length of the vectors of texts that networks read; probes read the hashed terms themselves.
         max_clipped: Share of the samples of a sound that may be at full scale; 1 allows all of them.
         network_seconds: Duration of sound for `resnet18`; clips of CREMA-D last 2 to 3 s.
-        network_mel_bins: Mel bands for `resnet18`.
-        network_frames: Frames of a clip for `resnet18`, as in the papers.
+        network_spectrogram: Spectrogram for `resnet18`: "log-mel", the natural log of the power in mel bands, or
+            "log-magnitude", log(|X| + network_epsilon) of the linear frequencies, as in OGM-GE's code.
+        network_mel_bins: Bands of "log-mel".
+        network_linear_bins: Frequencies of "log-magnitude", the lowest ones; by default all, network_n_fft // 2 + 1.
+        network_n_fft: Length of the Fourier transform in samples; by default the power of two from the window on.
+        network_window: Length of the periodic Hann window in samples; by default network_n_fft where it is set, else
+            25 ms.
+        network_hop: Samples between two windows; by default 10 ms.
+        network_padding: "log-magnitude" centres its windows, as librosa does: half of network_n_fft is added at both
+            ends, "zero" (librosa from 0.9 on) or "reflect" (before).
+        network_epsilon: Added to the magnitudes of "log-magnitude".
+        network_extend: A sound shorter than network_seconds is repeated ("tile") or followed by silence ("pad").
+        network_frames: Frames of a clip for `resnet18`, one from the middle of each of as many equal segments.
+        network_fps: Frames per second of a video that are considered, from its start on; by default all.
+        network_frame_choices: Frames stored for each segment, evenly spaced. Training uses one of them at random in
+            every epoch, scoring and testing the middle one; with an odd number it is the middle frame of the segment.
         network_size: Side of pictures and frames for `resnet18` in pixels; the papers use 224, in four times the time.
+        network_stored_size: Side in pixels at which pictures and frames are stored; by default network_size. Where it
+            is larger, crops in training come from the stored pictures, with sides and shapes drawn in the proportions
+            of the original picture, as torchvision's RandomResizedCrop does. A picture takes 3 bytes per pixel.
         max_image_pixels: Pixels of a picture; 8,192 x 8,192 take 256 MiB as RGB.
         max_image_bytes: Bytes of a picture file.
         max_frame_pixels: Pixels of a video frame; 5.3K of action cameras has 15.9 million.
@@ -203,9 +230,20 @@ class MediaConfig:
     text_buckets: int = 1024
     max_clipped: float = 0.1
     network_seconds: float = 3.0
+    network_spectrogram: str = "log-mel"
     network_mel_bins: int = 64
+    network_linear_bins: int | None = None
+    network_n_fft: int | None = None
+    network_window: int | None = None
+    network_hop: int | None = None
+    network_padding: str = "zero"
+    network_epsilon: float = 1e-7
+    network_extend: str = "tile"
     network_frames: int = 3
+    network_fps: float | None = None
+    network_frame_choices: int = 1
     network_size: int = 112
+    network_stored_size: int | None = None
     max_image_pixels: int = 1 << 26
     max_image_bytes: int = 1 << 28
     max_frame_pixels: int = 1 << 24
@@ -215,19 +253,74 @@ class MediaConfig:
     max_sound_values: int = 3_200_000
 
     def __post_init__(self) -> None:
-        """Check the range of every value."""
+        """Check the range of every value, and the size of what they make together."""
+        check_ranges("media", self, **BUDGETS)
         check_ranges("media", self, sample_rate="[2000, 192000]", max_seconds="[0.01, 3600]", max_clipped="[0, 1]")
         check_ranges("media", self, mel_bins="[8, 128]", network_seconds="[0.1, 60]", network_mel_bins="[8, 256]")
-        sizes = ("image_size", "num_frames", "frame_size", "text_buckets", "network_frames", "network_size")
-        check_ranges("media", self, **BUDGETS, **dict.fromkeys(sizes, "[1, 4096]"))
+        counts = ("num_frames", "text_buckets", "network_frames", "network_frame_choices")
+        sizes = ("image_size", "frame_size", "network_size", "network_stored_size")
+        check_ranges(
+            "media", self, **BUDGETS, **dict.fromkeys(counts, "[1, 4096]"), **dict.fromkeys(sizes, "[4, 1024]")
+        )
+        samples = dict.fromkeys(("network_window", "network_hop"), "[2, 65536]")
+        check_ranges("media", self, network_n_fft="[16, 65536]", network_linear_bins="[8, 32769]", **samples)
+        check_ranges("media", self, network_epsilon="[1e-30, 1]", network_fps="[0.01, 1000]")
+        check_choices("media", self, network_spectrogram=SPECTROGRAMS, network_padding=PADDINGS)
+        check_choices("media", self, network_extend=EXTENSIONS_OF_SOUND)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ConfigError for values that contradict each other, or make inputs of more than _MAX_INPUT numbers."""
+        n_fft, window, hop = self.stft_samples
+        if window > n_fft:
+            raise ConfigError(f"media.network_window is {window}; it may not exceed network_n_fft, which is {n_fft}")
+        if (self.network_linear_bins or 0) > n_fft // 2 + 1:
+            detail = f"a transform of {n_fft} samples has {n_fft // 2 + 1}"
+            raise ConfigError(f"media.network_linear_bins is {self.network_linear_bins}; {detail}")
+        if self.stored_size < self.network_size:
+            detail = f"it may not be below network_size, which is {self.network_size}"
+            raise ConfigError(f"media.network_stored_size is {self.network_stored_size}; {detail}")
+        num_windows = 1 + self.num_network_samples // hop
+        stored_frames = self.network_frames * self.network_frame_choices
+        for names, size in (
+            ("num_frames and frame_size", self.num_frames * self.frame_size**2),
+            ("network_frames, network_frame_choices and the stored size", stored_frames * self.stored_size**2),
+            ("network_seconds, network_n_fft and network_hop", num_windows * n_fft),
+        ):
+            if size > _MAX_INPUT:
+                unit = "samples in all windows" if "n_fft" in names else "pixels"
+                raise ConfigError(f"media: {names} make {size:,} {unit} per sample, the maximum is {_MAX_INPUT:,}")
+
+    @property
+    def stored_size(self) -> int:
+        """Side in pixels at which pictures and frames of networks are stored."""
+        return self.network_stored_size or self.network_size
+
+    @property
+    def num_network_samples(self) -> int:
+        """Samples of sound that a network reads."""
+        return round(self.network_seconds * self.sample_rate)
+
+    @property
+    def stft_samples(self) -> tuple[int, int, int]:
+        """Samples of the Fourier transform, the window and the hop of a network's spectrogram."""
+        window = self.network_window or self.network_n_fft or stft_samples(self.sample_rate)[1]
+        n_fft = self.network_n_fft or 1 << (window - 1).bit_length()
+        return n_fft, window, self.network_hop or stft_samples(self.sample_rate)[2]
 
     def to_fingerprint(self) -> list[tuple[str, Any]]:
         """Return the sorted names and values of the fields that a feature vector depends on.
 
-        Budgets at their defaults are left out, so that caches from before the budgets were introduced stay valid.
+        Fields that were added later are left out at their defaults, so that caches from before stay valid.
         """
         values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        return sorted((name, value) for name, value, default in values if name not in BUDGETS or value != default)
+        return sorted((name, value) for name, value, default in values if name not in _LATER_FIELDS or value != default)
+
+
+def stft_samples(sample_rate: int) -> tuple[int, int, int]:
+    """Return the samples of a Fourier transform, of a window of 25 ms and of a hop of 10 ms."""
+    window = max(2, round(WINDOW_SECONDS * sample_rate))
+    return 1 << (window - 1).bit_length(), window, max(1, round(HOP_SECONDS * sample_rate))
 
 
 MAX_IN_MEMORY = 1 << 24  # bytes; smaller files are read into memory
