@@ -15,7 +15,7 @@ from mmaudit.audit.features.matrix import (
     read_terms,
     reading_order,
 )
-from mmaudit.audit.features.terms import NUM_TERMS, count_terms
+from mmaudit.audit.features.vectors import NUM_TERMS, count_terms
 
 RNG = np.random.default_rng(0)
 

@@ -20,15 +20,7 @@ from .config import ProbeConfig
 from .cross_fit import CrossFit, first_rows, gather_fit_rows
 from .linear import LinearProbe, fit_linear
 from .mlp import MlpProbe, fit_mlp
-from .prediction import (
-    Prediction,
-    class_prior,
-    correctness,
-    fit_temperature,
-    likelihoods,
-    predict,
-    scale_logits,
-)
+from .prediction import Prediction, class_prior, correctness, fit_temperature, likelihoods, predict, scale_logits
 
 KINDS = ("auto", "linear", "mlp")
 

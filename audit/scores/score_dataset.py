@@ -25,7 +25,7 @@ from ..hashing import canonical_order
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
 from ..probes.cross_fit import CrossFit, plan_cross_fits
-from ..probes.network_cost import describe_cost, seconds_per_row
+from ..probes.network import describe_cost, seconds_per_row
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (
     CalibratedProbe,
