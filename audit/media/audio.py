@@ -24,7 +24,8 @@ from .container import (
     reading_container,
     select_stream,
 )
-from .files import MediaConfig, Medium, stft_samples
+from .files import MediaConfig, stft_samples
+from .media_file import Medium
 
 SILENT_PEAK = 1e-4  # -80 dBFS: three steps of 16-bit sound, above dither, below any recording
 FULL_SCALE = 0.99  # sound with a peak of this or more may be clipped by a converter or an editor

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 from ..errors import Reason, UnusableError
 from .container import MIN_PRESENT, count_packets, decode_packets, open_container, reading_container, select_stream
-from .files import MediaConfig, Medium, open_stream
+from .files import MediaConfig
+from .media_file import Medium, open_stream
 
 CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest pixel that a lossy codec makes of one colour
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
