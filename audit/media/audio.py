@@ -36,11 +36,12 @@ STEP = 1 / 32_768  # one level of 16-bit sound; samples that differ by less coun
 _PART_SAMPLES = 16  # output samples of one matrix product of `_filtered`, for each block
 
 
-def decode_audio(data: Medium, config: MediaConfig) -> NDArray[np.float32]:
-    """Decode a mono waveform (t,), the mean of the channels, in [-1, 1], at config.sample_rate.
+def decode_audio(data: Medium, config: MediaConfig, *, sample_rate: int | None = None) -> NDArray[np.float32]:
+    """Decode a mono waveform (t,), the mean of the channels, in [-1, 1], at `sample_rate` or config.sample_rate.
 
     Reads at most config.max_seconds of sound files, or of the first audio track of videos.
     """
+    target_rate = sample_rate or config.sample_rate
     with reading_container(data):
         wave, rate = decode_native(data, config)
         peak = float(np.abs(wave).max())
@@ -53,7 +54,7 @@ def decode_audio(data: Medium, config: MediaConfig) -> NDArray[np.float32]:
             raise UnusableError(
                 Reason.CLIPPED, f"{clipped_fraction:.0%} of {len(wave) / rate:.2f} s are at the peak {peak:.2f}"
             )
-        return resample(wave, rate, config.sample_rate)[: max(1, round(config.max_seconds * config.sample_rate))]
+        return resample(wave, rate, target_rate)[: max(1, round(config.max_seconds * target_rate))]
 
 
 def has_sound(data: Medium) -> bool:
