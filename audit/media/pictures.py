@@ -52,8 +52,8 @@ def decode_sized_image(data: Medium, *, size: int | None, config: MediaConfig) -
     """Decode a picture as `decode_image` does, stretched to a square of `size`, or in its own size if that is None."""
     with reading_container(data):
         picture = _read_picture(data, size=size, config=config)
-        check_not_constant(picture.pixels)
-        return picture
+    check_not_constant(picture.pixels)
+    return picture
 
 
 def _read_picture(data: Medium, *, size: int | None, config: MediaConfig) -> SizedPictures:
@@ -195,8 +195,8 @@ def decode_sized_frames(
     """
     with reading_container(data):
         frames = _read_frames(data, num_frames=num_frames, convert=_Converter(size), config=config, fps=fps)
-        check_not_constant(frames.pixels)
-        return frames
+    check_not_constant(frames.pixels)
+    return frames
 
 
 def decode_folders(folders: Folders, config: MediaConfig) -> NDArray[np.uint8]:
@@ -216,13 +216,12 @@ def decode_sized_folders(folders: Folders, *, num_frames: int, size: int, config
             f"{len(folders)} folders of frames; expected one of RGB, or two or three of grey pictures",
         )
     folder_frames = [_read_folder(folder, num_frames=num_frames, size=size, config=config) for folder in folders]
-    first = folder_frames[0]
     if len(folder_frames) == 1:
-        check_not_constant(first.pixels)
-        return first
+        check_not_constant(folder_frames[0].pixels)
+        return folder_frames[0]
     grey = [np.rint(frames.pixels.mean(axis=-1)).astype(np.uint8) for frames in folder_frames]
     grey += [np.full_like(grey[0], 128)] * (3 - len(grey))
-    return replace(first, pixels=check_not_constant(np.stack(grey, axis=-1)))
+    return replace(folder_frames[0], pixels=check_not_constant(np.stack(grey, axis=-1)))
 
 
 def _read_folder(pictures: tuple[Medium, ...], *, num_frames: int, size: int, config: MediaConfig) -> SizedPictures:
