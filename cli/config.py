@@ -34,6 +34,8 @@ else:
 
 log = logging.getLogger("mmaudit")
 
+NETWORK_FIELDS = ("width", "normalise_pictures", "normalise_sound")  # of section network, that fine-tuning reads
+TRAINING_SECTIONS = tuple(name for name in TrainConfig.__dataclass_fields__ if name not in NETWORK_FIELDS)
 _PREFIX = "MMAUDIT_"
 _OTHER_VARIABLES = {"MMAUDIT_DEBUG", "MMAUDIT_RUN", "MMAUDIT_DEVICE", "MMAUDIT_NUM_WORKERS"}  # of the command line
 _DEEP_KEY = re.compile(r"""(?:["'\w-]{1,100}[ \t]{0,9}\.[ \t]{0,9}){64}""")
@@ -88,8 +90,8 @@ class RunConfig:
 
     def training(self) -> TrainConfig:
         """Return the config of fine-tuning; the seed is not part of it."""
-        sections = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__ if name != "width"}
-        return TrainConfig(**sections, width=self.network.width)
+        sections = {name: getattr(self, name) for name in TRAINING_SECTIONS}
+        return TrainConfig(**sections, **{name: getattr(self.network, name) for name in NETWORK_FIELDS})
 
 
 def load_config(

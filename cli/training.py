@@ -15,7 +15,6 @@ from ..audit.parsing import build_config, plain
 from ..audit.storage import write_json, write_parquet, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance.manifest import read_manifest
-from ..train.config import TrainConfig
 from ..train.evaluate import evaluate_file
 from ..train.examples import Examples
 from ..train.finetune import finetune_on
@@ -23,7 +22,7 @@ from ..train.methods import resolve
 from ..train.optimizer import DistributedContext, local_device, open_distributed
 from ..train.tracking import load_trackers
 from ..train.unscored import check_without_scores
-from .config import RunConfig, load_config, preset_content, preset_record, to_toml, without_none
+from .config import TRAINING_SECTIONS, RunConfig, load_config, preset_content, preset_record, to_toml, without_none
 from .progress import progress_bars
 from .provenance import SourceOptions
 from .run import Run, new_finetune, read_metrics, swap_finetune
@@ -210,7 +209,7 @@ def finetune(
         result = finetune_on(
             loaded.examples if only is None else loaded.examples.only(only),
             target,
-            config=source.with_width(config).training(),
+            config=source.with_network(config).training(),
             between=loaded.between,
             seed=config.seed,
             device=device,
@@ -389,9 +388,8 @@ def _settings(config: RunConfig, source: ManifestSource | UnscoredSource) -> dic
 
     Those of reading the samples are left out of a manifest's: its metadata state them.
     """
-    sections = [name for name in TrainConfig.__dataclass_fields__ if name != "width"]
     reading = () if source.name is not None else ("data", "media")
-    return {name: plain(config)[name] for name in ("seed", *sections, "network", *reading)}
+    return {name: plain(config)[name] for name in ("seed", *TRAINING_SECTIONS, "network", *reading)}
 
 
 def _preset_record(name: str, config: RunConfig, source: ManifestSource | UnscoredSource) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from ..audit.errors import ConfigError, Quarantined, RunError, printable
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import EncodedSamples, collect_encoded
 from ..audit.features.encoders import ENCODERS
-from ..audit.parsing import plain
+from ..audit.parsing import build_config, plain
+from ..audit.probes.config import NetworkConfig
 from ..audit.workers import Progress
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
 from ..train.examples import Examples, load_examples
 from ..train.unscored import unscored_manifest
-from .config import RunConfig
+from .config import NETWORK_FIELDS, RunConfig
 from .provenance import (
     SourceOptions,
     absolute_source,
@@ -76,11 +77,15 @@ class ManifestSource:
         encoders = [f"{entry['name']}={entry['encoder']}" for entry in scores.get("modalities", [])]
         return {"data": {"encoder": encoders}, "media": scores.get("config", {}).get("media", {})}
 
-    def with_width(self, config: RunConfig) -> RunConfig:
-        """Return the config with the network width of the scores, unless another width is requested."""
-        scored = self.manifest.provenance.get("scores", {}).get("config", {}).get("network", {}).get("width", 1.0)
-        is_requested = config.network.width != RunConfig().network.width
-        return config if is_requested else replace(config, network=replace(config.network, width=float(scored)))
+    def with_network(self, config: RunConfig) -> RunConfig:
+        """Return the config with the networks' width and normalisation of the scores, where no other is requested."""
+        scored = self.manifest.provenance.get("scores", {}).get("config", {}).get("network", {})
+        default = RunConfig().network
+        unset = [name for name in NETWORK_FIELDS if getattr(config.network, name) == getattr(default, name)]
+        values = {name: scored[name] for name in unset if name in scored}
+        return replace(
+            config, network=build_config(NetworkConfig, {**plain(config.network), **values}, where="network.")
+        )
 
     def digest(self, config: RunConfig, *, num_workers: int, progress: Progress) -> str:
         """Return the digest of the samples, without opening the data."""
@@ -145,8 +150,8 @@ class UnscoredSource:
         """Return {}: the samples are read by the training's own settings."""
         return {}
 
-    def with_width(self, config: RunConfig) -> RunConfig:
-        """Return the config unchanged: there are no scores whose networks had a width."""
+    def with_network(self, config: RunConfig) -> RunConfig:
+        """Return the config unchanged: there are no scores whose networks had other settings."""
         return config
 
     def digest(self, config: RunConfig, *, num_workers: int, progress: Progress) -> str:
