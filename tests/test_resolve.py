@@ -76,7 +76,8 @@ def test_every_combination_is_accepted_or_raises() -> None:
         (
             {"balancing": "ogm", "fusion": "shared"},
             "--balancing ogm does not support --fusion shared: a shared classifier is trained one modality at a time, "
-            "which only mla does; use --fusion concat or late or gated or film or mmtm",
+            "which only mla does; use --fusion concat or late or gated or gated-unit or film or film-projected "
+            "or mmtm",
         ),
         (
             {"sampling": "dus-h", "balancing": "ogm"},

@@ -202,7 +202,7 @@ def list_methods(registries: Mapping[str, Registry] = REGISTRIES, *, details: bo
 
     Example:
         >>> [row.name for row in list_methods(details=False) if row.kind == "fusion"]
-        ['concat', 'late', 'gated', 'film', 'mmtm', 'shared']
+        ['concat', 'late', 'gated', 'gated-unit', 'film', 'film-projected', 'mmtm', 'shared']
     """
     rows = []
     for kind, registry in registries.items():
