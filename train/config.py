@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,22 @@ SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 # Fewest validation samples that may select an epoch: two of them selected the first of 60, at chance accuracy.
 MIN_VALIDATION_SAMPLES = 20
+
+
+def parse_factors(key: str, entries: Sequence[str], *, example: str) -> dict[str, float]:
+    """Return the factors, at least 0, of NAME=FACTOR entries by name; ConfigError for an entry of another form."""
+    factors: dict[str, float] = {}
+    for text in entries:
+        name, equals, factor = text.rpartition("=")
+        if name in factors:
+            raise ConfigError(f"{key} has {name} twice; each name may have one factor")
+        try:
+            factors[name] = float(factor)
+        except ValueError:
+            equals = ""
+        if not equals or not name or not 0 <= factors[name] < math.inf:
+            raise ConfigError(f"{key} {text}: not of the form NAME=FACTOR, such as {example}")
+    return factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,16 +131,7 @@ class OptimConfig:
 
     def modality_lr_factors(self) -> dict[str, float]:
         """Return the factors of `modality_lr` by modality name."""
-        factors = {}
-        for text in self.modality_lr:
-            name, equals, factor = text.rpartition("=")
-            try:
-                factors[name] = float(factor)
-            except ValueError:
-                equals = ""
-            if not equals or not name or not 0 <= factors[name] < math.inf:
-                raise ConfigError(f"optim.modality_lr {text}: not of the form NAME=FACTOR, such as audio=0.1")
-        return factors
+        return parse_factors("optim.modality_lr", self.modality_lr, example="audio=0.1")
 
     def lr_multiplier(self, epoch: int, *, epochs: int) -> float:
         """Return the factor in [0, 1] on the learning rate in epoch 1, 2, ...: a pure function, so nothing is stored.

@@ -41,6 +41,11 @@ class Methods:
     balancer_config: Any
     fusion: type[Fusion]
 
+    @property
+    def has_own_heads(self) -> bool:
+        """Whether each modality gets a separate head even where the fused classifier can be split by modality."""
+        return self.config.finetune.own_heads or self.balancer.needs_own_heads(self.balancer_config)
+
 
 def resolve(config: TrainConfig) -> Methods:
     """Resolve the methods of a fine-tuning by name, and check that they work together.
@@ -112,6 +117,17 @@ def check_schedule(methods: Methods) -> list[str]:
         config.optim.late_start(config.finetune.epochs),
     )
     return [f"{config.finetune.epochs} epochs are too few: {warning}" for warning in warnings if warning]
+
+
+def list_unused(methods: Methods) -> list[str]:
+    """Return one warning for each constant that was changed from its default and has no effect beside the others."""
+    warnings = []
+    for method, config in ((methods.sampler, methods.sampler_config), (methods.balancer, methods.balancer_config)):
+        default = method.default_config()
+        for name, reason in method.unused(config).items():
+            if (value := getattr(config, name)) != getattr(default, name):
+                warnings.append(f"{config.section}.{name} = {value} has no effect: {reason}")
+    return warnings
 
 
 def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:

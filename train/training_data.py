@@ -19,7 +19,7 @@ from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, augment, to_batch
 from .config import FinetuneConfig, TrainConfig
 from .examples import NUM_READERS, Examples, Store
-from .methods import Methods, check_schedule
+from .methods import Methods, check_schedule, list_unused
 from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
@@ -271,7 +271,7 @@ def set_up(
     unknown = sorted({*config.optim.freeze, *config.optim.modality_lr_factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
-    for warning in check_schedule(methods) if distributed.is_first else ():
+    for warning in (*check_schedule(methods), *list_unused(methods)) if distributed.is_first else ():
         log.warning("%s", warning)
     if config.optim.freeze and config.finetune.init is None:
         log.info(
@@ -297,7 +297,7 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         shapes=examples.shapes,
         classes=examples.class_names,
         fusion=settings.fusion,
-        own_heads=settings.own_heads or methods.balancer.own_heads,
+        own_heads=methods.has_own_heads,
         hidden=settings.hidden,
         dropout=settings.dropout,
         width=methods.config.width,

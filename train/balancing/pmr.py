@@ -9,8 +9,9 @@ probability of the true class by modality j over the samples of a step, and PCE^
     w^j = clip(mean_{l != j} S^l / S^j - 1, 0, 1)                       weight = "ratio"
 
 so that the features of the weaker modality move to its class prototypes. S = (0.30, 0.27) gives w = (0, 1) by "hard"
-and (0, 0.11) by "ratio", which is ours, and so is the mean of the others for more than two modalities. Prototypes are computed before every epoch in eval mode, P <- momentum P + (1 - momentum) mean, in the authors'
-code and here from the third epoch on: those before the second replace those of the untrained network.
+and (0, 0.11) by "ratio", which is ours, and so is the mean of the others for more than two modalities. Prototypes are
+computed before every epoch in eval mode, P <- momentum P + (1 - momentum) mean, in the authors' code and here from the
+third epoch on: those before the second replace those of the untrained network.
 
 Ours: they are the means of up to 2,048 training samples, or 16 a class, the same ones always (the authors' code: a
 tenth of the training set, drawn again each time); a class with none among them has no prototype, and its samples no
