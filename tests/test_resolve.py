@@ -85,6 +85,11 @@ def test_every_combination_is_accepted_or_raises() -> None:
             "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, mla",
         ),
         (
+            {"answer": "heads"},
+            "finetune.answer = heads has no effect: the fused logits of --fusion concat are the sum of the unimodal "
+            "ones; give the modalities heads of their own with --set finetune.own_heads=true",
+        ),
+        (
             {"only": "audio", "balancing": "pmr"},
             "--only audio leaves one modality, and --balancing pmr needs at least 2; use --balancing joint",
         ),
@@ -300,3 +305,18 @@ def test_table_lists_every_method_with_the_meaning_of_its_constants() -> None:
 def test_names_and_help_need_no_torch() -> None:
     code = "import sys; from mmaudit.train.methods import list_methods; list_methods(details=False)"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"own_heads": True}, {"fusion": "gated"}, {"balancing": "gblend"}, {"fusion": "mmtm"}]
+)
+def test_answers_that_differ_are_accepted(options: dict[str, Any]) -> None:
+    for answer in ("heads", "all"):
+        assert resolve(TrainConfig(finetune=FinetuneConfig(answer=answer, **options))).config.finetune.answer == answer
+
+
+def test_weights_of_the_summed_losses_must_leave_one() -> None:
+    with pytest.raises(ConfigError, match=r"balancing.sum.fused_weight and .* both 0: nothing would be trained"):
+        resolve(TrainConfig(balancing={"sum": {"fused_weight": 0.0, "unimodal_weight": 0.0}}))
+    with pytest.raises(ConfigError, match=r"balancing.mses.unimodal_weight is -1.0; it must lie in \[0, inf\)"):
+        resolve(TrainConfig(balancing={"mses": {"unimodal_weight": -1.0}}))

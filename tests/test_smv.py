@@ -40,7 +40,7 @@ class FixedReader:
     def __init__(self, logits: Tensor = LOGITS) -> None:
         self.said, self.num_reads = logits, 0
         config = SimpleNamespace(modalities=("audio", "visual"))
-        self.net = SimpleNamespace(config=config, num_modalities=2, fused_logits=self.fused_logits)
+        self.net = SimpleNamespace(config=config, num_modalities=2, tested_logits_of=self.fused_logits)
 
     @staticmethod
     def fused_logits(features: Sequence[Tensor], used: Sequence[bool]) -> Tensor:

@@ -23,6 +23,7 @@ class Fusion(nn.Module, ABC):
     Attributes:
         paper: Reference; empty where there is none.
         decomposes: It has unimodal logits; otherwise each modality gets a separate head.
+        is_sum: Its fused logits are the sum of its unimodal ones.
         min_modalities: Fewest modalities that it fuses.
         needs_pairs: Its fused logits have weights that the unimodal logits do not use.
         usual_balancing: Balancer of `--balancing auto`.
@@ -31,6 +32,7 @@ class Fusion(nn.Module, ABC):
 
     paper: ClassVar[str] = ""
     decomposes: ClassVar[bool]
+    is_sum: ClassVar[bool] = False
     min_modalities: ClassVar[int] = 2
     needs_pairs: ClassVar[bool] = False
     usual_balancing: ClassVar[str] = "joint"
@@ -64,6 +66,7 @@ class Summed(Fusion):
     """A fusion whose logits are the sum of the unimodal ones."""
 
     decomposes = True
+    is_sum = True
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Sum the unimodal logits."""

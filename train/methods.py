@@ -84,7 +84,7 @@ def resolve(config: TrainConfig) -> Methods:
     config = replace(config, finetune=resolved, sampling=sampling, balancing=balancing_sections)
     sampler.check(sampler_config, config)
     balancer.check(balancer_config, config)
-    return Methods(
+    methods = Methods(
         config=config,
         sampler=sampler,
         sampler_config=sampler_config,
@@ -92,6 +92,8 @@ def resolve(config: TrainConfig) -> Methods:
         balancer_config=balancer_config,
         fusion=fusion,
     )
+    _check_answer(methods)
+    return methods
 
 
 def load_fusion(name: str) -> type[Fusion]:
@@ -161,6 +163,16 @@ def _check_single_modality(
             )
     if fusion.min_modalities > 1:
         raise ConfigError(f"--only {settings.only} leaves nothing to fuse: remove --fusion {settings.fusion}")
+
+
+def _check_answer(methods: Methods) -> None:
+    """Raise ConfigError for a tested answer that is the fused one in any case."""
+    settings = methods.config.finetune
+    if settings.answer != "fused" and methods.fusion.is_sum and not methods.has_own_heads:
+        raise ConfigError(
+            f"finetune.answer = {settings.answer} has no effect: the fused logits of --fusion {settings.fusion} are "
+            "the sum of the unimodal ones; give the modalities heads of their own with --set finetune.own_heads=true"
+        )
 
 
 def _resolve_sections(

@@ -20,7 +20,7 @@ from .batches import Batch, Loss, OutputFunction, Step, augment, to_batch
 from .config import FinetuneConfig, TrainConfig
 from .examples import NUM_READERS, Examples, Store
 from .methods import Methods, check_schedule, list_unused
-from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
+from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder, cross_entropy
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
 
@@ -235,11 +235,12 @@ class NetworkReader:
 
 
 def validate(reader: NetworkReader, *, net: FusionNet | None = None) -> Validation:
-    """Compute mean cross entropy and accuracy, fused and of each modality, on the validation samples."""
+    """Compute mean cross entropy and accuracy on validation, of the tested logits and of each modality."""
+    network = reader.net if net is None else net
 
     def losses_and_correct(outputs: Outputs, label: Tensor) -> Tensor:
-        correct = torch.cat([outputs.fused[None], outputs.unimodal]).argmax(dim=2) == label
-        return torch.cat([outputs.cross_entropy(label), correct.float()])
+        logits = torch.cat([network.tested_logits(outputs)[None], outputs.unimodal])
+        return torch.cat([cross_entropy(logits, label), (logits.argmax(dim=2) == label).float()])
 
     means = reader.read_validation(losses_and_correct, net=net).double().mean(dim=1).tolist()
     num_branches = len(means) // 2
@@ -298,6 +299,7 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         classes=examples.class_names,
         fusion=settings.fusion,
         own_heads=methods.has_own_heads,
+        answer=settings.answer,
         hidden=settings.hidden,
         dropout=settings.dropout,
         width=methods.config.width,

@@ -19,7 +19,7 @@ from ..optimizer import Optimization
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Validation results of an epoch: mean cross entropy and accuracy, of the fused prediction and of each modality."""
+    """Validation results of an epoch: mean cross entropy and accuracy, of the tested answer and of each modality."""
 
     loss: float
     accuracy: float
