@@ -47,15 +47,17 @@ def unscored_manifest(encoded: EncodedSamples, *, keep_duplicates: bool) -> tupl
 def check_without_scores(config: TrainConfig, *, commands: Sequence[str]) -> None:
     """Raise ConfigError for a method or setting that reads scores; `commands` make a manifest that has them."""
     methods, settings = resolve(config), config.finetune
-    reason = ""
+    reason = advice = ""
     if settings.keep_posterior is not None:
         reason = f"--keep-posterior {settings.keep_posterior:g} selects samples by P(balanced)"
     elif methods.sampler.reads_scores(methods.sampler_config):
         reason = f"--sampling {methods.config.finetune.sampling} orders samples by their scores"
+        if hasattr(methods.sampler_config, "score_source"):
+            advice = ", or score them by the model in training with --set sampling.bss.score_source=model"
     elif methods.balancer.reads_scores(methods.balancer_config):
         reason = f"--balancing {methods.config.finetune.balancing} reads the samples' scores"
     if reason:
         raise ConfigError(
             f"{reason}, and data without a manifest have none; make one with: {' && '.join(commands)}; then pass "
-            "--manifest all in place of --data"
+            f"--manifest all in place of --data{advice}"
         )
