@@ -206,8 +206,8 @@ class Mmtm(Fusion):
         squeezed = self.squeeze(torch.cat(list(features), dim=1)).relu()
         return [excite(squeezed).sigmoid() for excite in self.excite]
 
-    def branch_logits(self, features: Sequence[Tensor]) -> Tensor:
-        """Compute the logits (m, b, k) of every branch; in training, update the mean excitations."""
+    def branch_logits(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the logits of every branch, m of (b, k); in training, update the mean excitations."""
         excitations = self.excitations(features)
         if self.training:
             self.num_steps += 1
@@ -225,16 +225,14 @@ class Mmtm(Fusion):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the mean of the branches' logits."""
-        return self.branch_logits(features).mean(dim=0)
+        return torch.stack(self.branch_logits(features)).mean(dim=0)
 
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the logits with each modality's mean excitation."""
-        return self._excited_logits(features, self.mean_excitations())
+        return torch.stack(self._excited_logits(features, self.mean_excitations()))
 
-    def _excited_logits(self, features: Sequence[Tensor], excitations: Sequence[Tensor]) -> Tensor:
-        return torch.stack(
-            [head(f * 2 * excitation) for head, f, excitation in zip(self.heads, features, excitations, strict=True)]
-        )
+    def _excited_logits(self, features: Sequence[Tensor], excitations: Sequence[Tensor]) -> list[Tensor]:
+        return [head(f * 2 * excitation) for head, f, excitation in zip(self.heads, features, excitations, strict=True)]
 
     def mean_excitations(self) -> list[Tensor]:
         """Return the mean over training steps of each modality's excitations, after the sigmoid: m of (d_j,)."""

@@ -136,8 +136,10 @@ class Greedy(Balancer):
             outputs, branches = self._forward(batch)
         finally:
             self.fusion.cut[slow] = False
-        losses = batch.mean_unimodal(cross_entropy(branches, batch.label))
-        loss = losses[slow] if rebalances and self.config.trained == "slow" else losses.sum()
+        trained = [slow] if rebalances and self.config.trained == "slow" else range(len(branches))
+        # The others get no gradient, instead of one of 0: weight decay and momentum do not move them either.
+        losses = [(cross_entropy(branches[j], batch.label) * batch.loss_weight[1 + j]).sum() for j in trained]
+        loss = torch.stack(losses).sum()
         if self.net.has_own_heads:
             loss = loss + self.head_loss(outputs, batch)
         self.optimization.backward(loss)
@@ -148,12 +150,12 @@ class Greedy(Balancer):
             self.fusion.mean /= self.distributed.world_size
         return outputs, loss.detach()
 
-    def _forward(self, batch: Batch) -> tuple[Outputs, Tensor]:
-        """Compute the outputs and the logits (m, b, k) of every branch, these in float32."""
+    def _forward(self, batch: Batch) -> tuple[Outputs, list[Tensor]]:
+        """Compute the outputs, and the logits of every branch in float32, m of (b, k)."""
         with self.optimization.autocast():
             features = tuple(f.float() for f in self.net.encode(batch.inputs, batch.present))
         branches = self.fusion.branch_logits(features)
-        return Outputs(branches.mean(dim=0), None, features), branches
+        return Outputs(torch.stack(branches).mean(dim=0), None, features), branches
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
         """Update the speeds in ordinary steps, and set the kind of the next step."""
