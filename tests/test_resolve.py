@@ -147,9 +147,9 @@ def test_unknown_method_raises_with_the_nearest(options: dict[str, Any], words: 
 
 
 def test_last_epoch_before_first_epoch_raises() -> None:
-    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after last_epoch 50"):
+    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after last_epoch 51"):
         OgmConfig(first_epoch=55)
-    assert OgmConfig(first_epoch=50).last_epoch == 50
+    assert OgmConfig(first_epoch=51).last_epoch == 51
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_invalid_finetune_settings_raise(options: dict[str, Any], words: str) ->
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"optimizer": "adam"}, r"optim.optimizer is 'adam'; did you mean adamw\? .*sgd"),
+        ({"optimizer": "adamax"}, r"optim.optimizer is 'adamax'; did you mean adam\? .*adamw, .*sgd"),
         ({"schedule": "cosin"}, r"optim.schedule is 'cosin'; did you mean cosine\?"),
         ({"precision": "half"}, r"optim.precision is 'half'; .*bfloat16"),
         ({"lr": 0.0}, "optim.lr is 0.0; it must be above 0"),

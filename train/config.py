@@ -12,7 +12,7 @@ from ..audit.parsing import check_choices, check_ranges
 from ..rebalance.curriculum import OrderConfig
 from . import TRACKERS
 
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 KEEP = ("best", "last")
@@ -112,7 +112,8 @@ class OptimConfig:
     """How weights are updated. All default values are mmaudit's own; BSS uses sgd, lr 1e-2, weight_decay 1e-4, step 70.
 
     Args:
-        optimizer: One of OPTIMIZERS.
+        optimizer: One of OPTIMIZERS: adamw subtracts the weight decay from the weights, adam and sgd add it to the
+            gradients.
         lr: Learning rate, above 0.
         weight_decay: Weight decay, at least 0.
         momentum: Momentum of sgd, in [0, 1).

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...audit.errors import ConfigError
+from ...audit.parsing import check_ranges
 from ..batches import Batch, Method, ModelReader
 from ..fusion import Fusion
 from ..network import FusionNet, Outputs, cross_entropies, cross_entropy
@@ -25,6 +26,16 @@ class Validation:
     accuracy: float
     unimodal_loss: tuple[float, ...]
     unimodal_accuracy: tuple[float, ...]
+
+
+def check_window(section: str, config: Any) -> None:
+    """Raise ConfigError where no epoch lies between a config's `first_epoch` and `last_epoch`, counted from 1."""
+    check_ranges(section, config, first_epoch="[1, 1e9]", last_epoch="[1, 1e9]")
+    if config.last_epoch < config.first_epoch:
+        raise ConfigError(
+            f"{section}.first_epoch is {config.first_epoch}, after last_epoch {config.last_epoch}: "
+            "no epoch would be modulated"
+        )
 
 
 class Balancer(Method):
@@ -126,11 +137,13 @@ class Balancer(Method):
         The heads get detached features: unimodal logits are learned while only the fused loss trains the encoders.
         """
         loss = batch.mean_fused(cross_entropy(outputs.fused, batch.label))
-        if self.net.has_own_heads:
-            with self.optimization.autocast():
-                logits = self.net.unimodal_logits([f.detach() for f in outputs.features])
-            loss = loss + batch.mean_unimodal(cross_entropy(logits, batch.label)).sum()
-        return loss
+        return loss + self.head_loss(outputs, batch) if self.net.has_own_heads else loss
+
+    def head_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Compute this process's part of the summed mean cross entropies of separate heads, on detached features."""
+        with self.optimization.autocast():
+            logits = self.net.unimodal_logits([f.detach() for f in outputs.features])
+        return batch.mean_unimodal(cross_entropy(logits, batch.label)).sum()
 
     def summed_losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute this process's part of the mean cross entropy of the fused logits plus that of every modality."""
@@ -149,10 +162,13 @@ class Balancer(Method):
         names = self.net.config.modalities
         return {f"{prefix}_{name}": float(value) for name, value in zip(names, numbers, strict=True)}
 
-    def scale_gradients(self, coefficients: Sequence[float] | Tensor) -> None:
-        """Multiply the gradients of each modality's encoder by its coefficient (m,)."""
-        for encoder, coefficient in zip(self.net.encoders, coefficients, strict=True):
-            gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+    def scale_gradients(
+        self, coefficients: Sequence[float] | Tensor, groups: Sequence[Sequence[nn.Parameter]] | None = None
+    ) -> None:
+        """Multiply the gradients of each modality's parameters, by default its encoder's, by its coefficient (m,)."""
+        groups = [list(encoder.parameters()) for encoder in self.net.encoders] if groups is None else groups
+        for parameters, coefficient in zip(groups, coefficients, strict=True):
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:
                 torch._foreach_mul_(gradients, coefficient)
 
