@@ -5,29 +5,37 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ConfigError, ManifestError, RunError, choices, quarantine_table
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.parsing import build_config, plain
+from ..audit.parsing import build_config
 from ..audit.storage import write_json, write_parquet, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance.manifest import read_manifest
 from ..train.evaluate import evaluate_file
 from ..train.examples import Examples
 from ..train.finetune import finetune_on
-from ..train.methods import resolve
 from ..train.optimizer import DistributedContext, local_device, open_distributed
 from ..train.tracking import load_trackers
 from ..train.unscored import check_without_scores
-from .config import TRAINING_SECTIONS, RunConfig, load_config, preset_content, preset_record, to_toml, without_none
+from .config import RunConfig, load_config, to_toml, without_none
 from .progress import progress_bars
 from .provenance import SourceOptions
 from .run import Run, new_finetune, read_metrics, swap_finetune
 from .scoring import data_settings, pairs, pick_device
-from .training_source import ManifestSource, UnscoredSource, encoder_settings, reopened_config
+from .training_source import (
+    LoadedSource,
+    ManifestSource,
+    UnscoredSource,
+    decisive_settings,
+    record_preset,
+    reopened_config,
+    resolve_methods,
+    training_settings,
+)
 
 log = logging.getLogger("mmaudit")
 
@@ -174,7 +182,7 @@ def finetune(
     }
     if manifest is None:
         keywords |= data_settings(encoder=encoder, allow_outside=allow_outside, **columns)
-    config = _resolve_methods(load_config(config, settings, keywords, preset=preset))
+    config = resolve_methods(load_config(config, settings, keywords, preset=preset))
     run_dir, device = Run.open(run), local_device(pick_device(device))
     workers = default_workers() if num_workers is None else num_workers
     source: ManifestSource | UnscoredSource
@@ -185,7 +193,7 @@ def finetune(
         options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
         source = ManifestSource.open(run_dir.find_manifest(str(manifest)), run_dir, options)
     folder = run_dir.finetune(name or _finetune_name(source.name or "all", config, preset))
-    resolved = {**_settings(config, source), "manifest": source.name}
+    resolved = {**training_settings(config, source), "manifest": source.name}
     if (folder / "metrics.json").exists() and not overwrite:
         with progress_bars(progress) as report_progress:
             digest = source.digest(config, num_workers=workers, progress=report_progress)
@@ -205,6 +213,14 @@ def finetune(
             report_progress = no_progress
         with _first_rank_first(distributed):
             loaded = source.load(config, num_workers=workers, progress=report_progress)
+        about = {
+            "manifest": source.name,
+            "manifest_digest": loaded.digest,
+            "test_labels_in_scores": loaded.saw_test_labels,
+            "config": resolved,
+            "preset": None if preset is None else record_preset(preset, config, source),
+            "made_from": loaded.made_from,
+        }
         only = config.finetune.only
         result = finetune_on(
             loaded.examples if only is None else loaded.examples.only(only),
@@ -217,24 +233,22 @@ def finetune(
             distributed=distributed,
             init=weights,
         )
-        metrics = {
-            "manifest": source.name,
-            "manifest_digest": loaded.digest,
-            "test_labels_in_scores": loaded.saw_test_labels,
-            "config": resolved,
-            "preset": None if preset is None else _preset_record(preset, config, source),
-            "made_from": loaded.made_from,
-            **result.metrics,
-        }
+        metrics = {**about, **result.metrics}
         if lock is not None:
-            training_settings = {key: value for key, value in resolved.items() if key != "manifest"}
             lock.check()
-            if source.name is None:
-                write_parquet(quarantine_table(loaded.quarantined), target / "quarantine.parquet", provenance={})
-            write_text(to_toml(training_settings), target / "config.toml")
-            write_json(metrics, target / "metrics.json")  # written last: it marks a finished fine-tuning
+            _write_finetune(target, metrics, loaded)
             swap_finetune(run_dir.folder, folder.name)
     return _result(folder, metrics)
+
+
+def _write_finetune(target: Path, metrics: dict[str, Any], loaded: LoadedSource) -> None:
+    """Write the files of a finished fine-tuning other than its weights and history."""
+    if metrics["manifest"] is None:
+        write_parquet(quarantine_table(loaded.quarantined), target / "quarantine.parquet", provenance={})
+    write_text(
+        to_toml({key: value for key, value in metrics["config"].items() if key != "manifest"}), target / "config.toml"
+    )
+    write_json(metrics, target / "metrics.json")  # written last: it marks a finished fine-tuning
 
 
 def evaluate(
@@ -383,42 +397,6 @@ def _scoring_commands(data: str | Path | None, run: str | Path, preset: str | No
     ]
 
 
-def _settings(config: RunConfig, source: ManifestSource | UnscoredSource) -> dict[str, Any]:
-    """Return the settings that a fine-tuning depends on, as plain values by section.
-
-    Those of reading the samples are left out of a manifest's: its metadata state them.
-    """
-    reading = () if source.name is not None else ("data", "media")
-    return {name: plain(config)[name] for name in ("seed", *TRAINING_SECTIONS, "network", *reading)}
-
-
-def _preset_record(name: str, config: RunConfig, source: ManifestSource | UnscoredSource) -> dict[str, Any]:
-    """Return the record of a preset in metrics.json; warn of media settings in which a manifest's scores differ."""
-    own = _resolve_methods(build_config(RunConfig, preset_content(name), where=""))
-    used = {**_settings(config, source), **encoder_settings(source, config), "seed": own.seed}
-    reading = {"data": {"encoder": list(own.data.encoder)}, "media": plain(own.media)}
-    if source.name is None:
-        reading["data"] = plain(own.data)
-    record = preset_record(name, _decisive_settings({**_settings(own, source), **reading}), _decisive_settings(used))
-    differing = [key for key in record["changed"] if key.startswith(("media.", "data.encoder"))]
-    if source.name is not None and differing:
-        log.warning(
-            "%s was scored with other settings than those of --preset %s, which have no effect here: %s; score with "
-            "mmaudit score --preset %s",
-            source.name,
-            name,
-            ", ".join(differing),
-            name,
-        )
-    return record
-
-
-def _resolve_methods(config: RunConfig) -> RunConfig:
-    """Return the config with the names and all constants of the methods in use."""
-    resolved = resolve(config.training()).config
-    return replace(config, **{name: getattr(resolved, name) for name in ("finetune", "sampling", "balancing")})
-
-
 @contextmanager
 def _first_rank_first(distributed: DistributedContext) -> Iterator[None]:
     """Run the block in rank 0 before the other ranks: it encodes, and they read its cache."""
@@ -475,15 +453,8 @@ def _find_model(run_dir: Run, name: str) -> Path:
 
 def _finished(folder: Path, settings: dict[str, Any], digest: str) -> dict[str, Any]:
     metrics = read_metrics(folder)
-    is_same = _decisive_settings(metrics["config"]) == _decisive_settings(settings)
+    is_same = decisive_settings(metrics["config"]) == decisive_settings(settings)
     if not is_same or metrics["manifest_digest"] != digest:
         raise RunError(f"{folder} holds a fine-tuning of other settings: pass another --name, or --overwrite")
     log.info("%s is already trained with these settings: nothing to do", folder)
     return metrics
-
-
-def _decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove settings that have no effect on the weights: trackers, checkpoint interval, resident memory."""
-    without_effect = ("report_to", "save_steps", "resident_mib")
-    finetune_settings = {key: value for key, value in settings.get("finetune", {}).items() if key not in without_effect}
-    return {**settings, "finetune": finetune_settings}

@@ -19,8 +19,9 @@ from ..audit.probes.config import NetworkConfig
 from ..audit.workers import Progress
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
 from ..train.examples import Examples, load_examples
+from ..train.methods import resolve
 from ..train.unscored import unscored_manifest
-from .config import NETWORK_FIELDS, RunConfig
+from .config import NETWORK_FIELDS, TRAINING_SECTIONS, RunConfig, preset_content, preset_record
 from .provenance import (
     SourceOptions,
     absolute_source,
@@ -242,7 +243,44 @@ def reopened_config(
     return options.data, replace(config, data=replace(config.data, allow_outside=options.allow_outside))
 
 
-def encoder_settings(source: ManifestSource | UnscoredSource, config: RunConfig) -> dict[str, Any]:
-    """Return the sections `data` and `media` in force, as plain values: a manifest's, or the training's own."""
-    own = {section: plain(config)[section] for section in ("data", "media")}
-    return {section: {**own[section], **values} for section, values in source.media_settings().items()} or own
+def training_settings(config: RunConfig, source: ManifestSource | UnscoredSource) -> dict[str, Any]:
+    """Return the settings that a fine-tuning depends on, as plain values by section.
+
+    Those of reading the samples are left out of a manifest's: its metadata state them.
+    """
+    reading = () if source.name is not None else ("data", "media")
+    return {name: plain(config)[name] for name in ("seed", *TRAINING_SECTIONS, "network", *reading)}
+
+
+def record_preset(name: str, config: RunConfig, source: ManifestSource | UnscoredSource) -> dict[str, Any]:
+    """Return the record of a preset in metrics.json; warn of media settings in which a manifest's scores differ."""
+    own = resolve_methods(build_config(RunConfig, preset_content(name), where=""))
+    used = {**training_settings(config, source), **source.media_settings(), "seed": own.seed}
+    of_preset = training_settings(own, source)
+    if source.name is not None:
+        of_preset |= {"data": {"encoder": list(own.data.encoder)}, "media": plain(own.media)}
+    record = preset_record(name, decisive_settings(of_preset), decisive_settings(used))
+    differing = [key for key in record["changed"] if key.startswith(("media.", "data.encoder"))]
+    if source.name is not None and differing:
+        log.warning(
+            "%s was scored with other settings than those of --preset %s, which have no effect here: %s; score with "
+            "mmaudit score --preset %s",
+            source.name,
+            name,
+            ", ".join(differing),
+            name,
+        )
+    return record
+
+
+def resolve_methods(config: RunConfig) -> RunConfig:
+    """Return the config with the names and all constants of the methods in use."""
+    resolved = resolve(config.training()).config
+    return replace(config, **{name: getattr(resolved, name) for name in ("finetune", "sampling", "balancing")})
+
+
+def decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Remove settings that have no effect on the weights: trackers, checkpoint interval, resident memory."""
+    without_effect = ("report_to", "save_steps", "resident_mib")
+    finetune_settings = {key: value for key, value in settings.get("finetune", {}).items() if key not in without_effect}
+    return {**settings, "finetune": finetune_settings}
