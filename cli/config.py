@@ -94,6 +94,18 @@ class RunConfig:
         return TrainConfig(**sections, **{name: getattr(self.network, name) for name in NETWORK_FIELDS})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenSetting:
+    """A setting made by the user: a plain value, where it was made, and whether a file states what is the default."""
+
+    value: Any
+    source: str
+    is_default: bool = False
+
+
+Given = Mapping[str, GivenSetting]
+
+
 def load_config(
     config: RunConfig | str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
@@ -121,25 +133,65 @@ def load_config(
         >>> load_config(settings={"probe.folds": 10}).probe.folds
         10
     """
+    return load_settings(config, settings, keywords, preset=preset)[0]
+
+
+def load_settings(
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    keywords: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+) -> tuple[RunConfig, Given]:
+    """Load the settings of a command as `load_config` does, and return with them those made by the user.
+
+    Of a RunConfig, settings that equal the default do not count as made; those of a preset, and `keywords`, the options
+    of the command itself, never do.
+    """
     made = {key: value for key, value in (keywords or {}).items() if value is not None}
-    if isinstance(config, RunConfig) and not settings and not made and preset is None:
-        return config
     content: dict[str, Any] = {} if preset is None else preset_content(preset)
+    given: dict[str, str] = {}
+    defaults = plain(RunConfig())
     if isinstance(config, RunConfig):
-        _update(content, _differences(plain(config), plain(RunConfig())) if preset else without_none(plain(config)))
+        differing = _differences(plain(config), defaults)
+        _update(content, without_none(plain(config)) if preset is None else differing)
+        given = {key: "config" for key, _ in _leaves(without_none(differing))}
     else:
         if config is not None:
             if not Path(config).exists():
                 raise ConfigError(f"config file not found: {config}")
-            _update(content, _read_toml(Path(config)))
+            stated = _read_toml(Path(config))
+            _update(content, stated)
+            given = {key: Path(config).name for key, _ in _leaves(stated)}
         for key, text in _environment_settings().items():
             _set(content, key, _parse_value(key, text), source=f"{_variable(key)}={text}")
-    pairs = settings.items() if isinstance(settings, Mapping) else map(_parse_setting, settings)
+            given[key] = _variable(key)
+    pairs = [*(settings.items() if isinstance(settings, Mapping) else map(_parse_setting, settings))]
     for key, value in (*pairs, *made.items()):
         if key == "data.encoder" and preset is not None:
             value = _with_encoders(content, value)
         _set(content, key, list(value) if isinstance(value, tuple) else value, source=f"--set {key}")
-    return build_config(RunConfig, content, where="")
+    given |= {key.strip(): "--set" for key, _ in pairs}
+    built = build_config(RunConfig, content, where="")
+    values, default_of = dict(_leaves(plain(built))), dict(_leaves(defaults))
+    return built, {
+        key: GivenSetting(
+            value=values[key],
+            source=source,
+            is_default=source == Path(str(config)).name and default_of.get(key, ...) == values[key],
+        )
+        for key, source in given.items()
+        if key in values and key not in made
+    }
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of nested plain values, such as "probe.folds", with their values."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def preset_content(name: str) -> dict[str, Any]:
@@ -174,15 +226,6 @@ def _with_encoders(content: Mapping[str, Any], encoders: Any) -> Any:
         return encoders
     by_modality = {text.partition("=")[0]: text for text in (*own, *encoders)}
     return list(by_modality.values())
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of nested settings, such as ("probe.folds", 5)."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _update(content: dict[str, Any], changes: Mapping[str, Any]) -> None:

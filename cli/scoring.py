@@ -23,7 +23,8 @@ from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from ..audit.scores.table import ScoreTable, write_scores
 from ..audit.storage import read_json, write_json, write_parquet
 from ..audit.workers import Progress, default_workers
-from .config import RunConfig, load_config, preset_content, preset_record
+from .config import RunConfig, load_settings, preset_content, preset_record
+from .effects import effects_in_scoring, warn_without_effect
 from .progress import progress_bars
 from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
 from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
@@ -171,7 +172,7 @@ def score(
     )
     keywords |= {"seed": seed, "probe.learn_from": learn_from, "probe.repeats": repeats}
     keywords |= {"probe.thorough": thorough or None}
-    config = load_config(config, settings, keywords, preset=preset)
+    config, given = load_settings(config, settings, keywords, preset=preset)
     device = pick_device(device)
     run_dir = Run.open(run)
     run_dir.check_folder()
@@ -180,6 +181,7 @@ def score(
         joined = join_vectors(data, files, config.data, folder=run_dir.features / "joined")
         data, about = joined.path, {**about, "joined": joined.to_dict()}
     dataset = open_encodable(str(data), config.data)
+    warn_without_effect("score", given, effects_in_scoring(config, dataset.modalities))
     with progress_bars(progress) as report_progress:
         encode = partial(
             encode_missing, run_dir, dataset, config, device=device, num_workers=num_workers, progress=report_progress

@@ -21,7 +21,8 @@ from ..train.finetune import finetune_on
 from ..train.optimizer import DistributedContext, local_device, open_distributed
 from ..train.tracking import load_trackers
 from ..train.unscored import check_without_scores
-from .config import RunConfig, load_config, to_toml, without_none
+from .config import RunConfig, load_settings, to_toml, without_none
+from .effects import check_media_settings, effects_in_training, warn_without_effect
 from .progress import progress_bars
 from .provenance import SourceOptions
 from .run import Run, new_finetune, read_metrics, swap_finetune
@@ -182,7 +183,8 @@ def finetune(
     }
     if manifest is None:
         keywords |= data_settings(encoder=encoder, allow_outside=allow_outside, **columns)
-    config = resolve_methods(load_config(config, settings, keywords, preset=preset))
+    config, given = load_settings(config, settings, keywords, preset=preset)
+    config = resolve_methods(config)
     run_dir, device = Run.open(run), local_device(pick_device(device))
     workers = default_workers() if num_workers is None else num_workers
     source: ManifestSource | UnscoredSource
@@ -192,6 +194,8 @@ def finetune(
     else:
         options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
         source = ManifestSource.open(run_dir.find_manifest(str(manifest)), run_dir, options)
+        check_media_settings(given, source.manifest)
+        config = source.with_network(config, given)
     folder = run_dir.finetune(name or _finetune_name(source.name or "all", config, preset))
     resolved = {**training_settings(config, source), "manifest": source.name}
     if (folder / "metrics.json").exists() and not overwrite:
@@ -222,10 +226,13 @@ def finetune(
             "made_from": loaded.made_from,
         }
         only = config.finetune.only
+        examples = loaded.examples if only is None else loaded.examples.only(only)
+        effects = effects_in_training(config, loaded.manifest, examples, modalities=loaded.modalities)
+        warn_without_effect("finetune", given, effects, recorded=source.scored_settings())
         result = finetune_on(
-            loaded.examples if only is None else loaded.examples.only(only),
+            examples,
             target,
-            config=source.with_network(config).training(),
+            config=config.training(),
             between=loaded.between,
             seed=config.seed,
             device=device,

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.dataset.formats import READERS
+from ..audit.dataset.modalities import Modality
 from ..audit.dataset.samples import Samples, read_samples
 from ..audit.errors import ConfigError, Quarantined, RunError, printable
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import EncodedSamples, collect_encoded
 from ..audit.features.encoders import ENCODERS
 from ..audit.parsing import build_config, plain
-from ..audit.probes.config import NetworkConfig
 from ..audit.workers import Progress
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
 from ..train.examples import Examples, load_examples
 from ..train.methods import resolve
 from ..train.unscored import unscored_manifest
-from .config import NETWORK_FIELDS, TRAINING_SECTIONS, RunConfig, preset_content, preset_record
+from .config import NETWORK_FIELDS, TRAINING_SECTIONS, Given, RunConfig, preset_content, preset_record
+from .effects import scored_settings, with_scored_network
 from .provenance import (
     SourceOptions,
     absolute_source,
@@ -42,15 +43,22 @@ class LoadedSource:
     """The samples of a training, and what metrics.json states of them.
 
     between: the two modalities, "first:second", whose discrepancy defines the subsets. quarantined: samples of data
-    without scores that cannot be used; those of a manifest are in the run.
+    without scores that cannot be used; those of a manifest are in the run. modalities: of data without scores, by which
+    their media settings have an effect.
     """
 
     examples: Examples
-    digest: str
+    manifest: Manifest
     between: str
     made_from: dict[str, Any]
     saw_test_labels: bool = False
     quarantined: tuple[Quarantined, ...] = ()
+    modalities: tuple[Modality, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Digest of the samples."""
+        return self.manifest.digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,15 +86,13 @@ class ManifestSource:
         encoders = [f"{entry['name']}={entry['encoder']}" for entry in scores.get("modalities", [])]
         return {"data": {"encoder": encoders}, "media": scores.get("config", {}).get("media", {})}
 
-    def with_network(self, config: RunConfig) -> RunConfig:
-        """Return the config with the networks' width and normalisation of the scores, where no other is requested."""
-        scored = self.manifest.provenance.get("scores", {}).get("config", {}).get("network", {})
-        default = RunConfig().network
-        unset = [name for name in NETWORK_FIELDS if getattr(config.network, name) == getattr(default, name)]
-        values = {name: scored[name] for name in unset if name in scored}
-        return replace(
-            config, network=build_config(NetworkConfig, {**plain(config.network), **values}, where="network.")
-        )
+    def scored_settings(self) -> dict[str, Any]:
+        """Return the config of the scores as plain values, {} if it is not recorded."""
+        return scored_settings(self.manifest.provenance)
+
+    def with_network(self, config: RunConfig, given: Given) -> RunConfig:
+        """Return the config with the networks' width and normalisation of the scores, where none is given."""
+        return with_scored_network(config, given, self.scored_settings())
 
     def digest(self, config: RunConfig, *, num_workers: int, progress: Progress) -> str:
         """Return the digest of the samples, without opening the data."""
@@ -127,7 +133,7 @@ class ManifestSource:
         provenance = self.manifest.provenance
         return LoadedSource(
             examples=examples,
-            digest=self.manifest.digest(),
+            manifest=self.manifest,
             between=str(provenance.get("between", ":".join(examples.modalities[:2]))),
             made_from=provenance,
             saw_test_labels=saw_test_labels(self.manifest),
@@ -151,9 +157,9 @@ class UnscoredSource:
         """Return {}: the samples are read by the training's own settings."""
         return {}
 
-    def with_network(self, config: RunConfig) -> RunConfig:
-        """Return the config unchanged: there are no scores whose networks had other settings."""
-        return config
+    def scored_settings(self) -> dict[str, Any]:
+        """Return {}: there are no scores."""
+        return {}
 
     def digest(self, config: RunConfig, *, num_workers: int, progress: Progress) -> str:
         """Return the digest of the samples, which reads them all."""
@@ -191,10 +197,11 @@ class UnscoredSource:
         }
         return LoadedSource(
             examples=examples,
-            digest=manifest.digest(),
+            manifest=manifest,
             between=":".join(examples.modalities[:2]),
             made_from=made_from,
             quarantined=quarantined,
+            modalities=dataset.modalities,
         )
 
 
@@ -249,7 +256,8 @@ def training_settings(config: RunConfig, source: ManifestSource | UnscoredSource
     Those of reading the samples are left out of a manifest's: its metadata state them.
     """
     reading = () if source.name is not None else ("data", "media")
-    return {name: plain(config)[name] for name in ("seed", *TRAINING_SECTIONS, "network", *reading)}
+    network = {name: getattr(config.network, name) for name in NETWORK_FIELDS}
+    return {**{name: plain(config)[name] for name in ("seed", *TRAINING_SECTIONS, *reading)}, "network": network}
 
 
 def record_preset(name: str, config: RunConfig, source: ManifestSource | UnscoredSource) -> dict[str, Any]:
