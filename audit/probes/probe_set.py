@@ -74,7 +74,7 @@ class JointFit(Protocol):
     """Fit of a probe of joint inputs, which the probes of their parts precede."""
 
     def __call__(
-        self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit], *, parts: Sequence[Probe]
+        self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit], /, *, parts: Sequence[Probe]
     ) -> Probe:
         """Fit the probe."""
 
