@@ -7,8 +7,8 @@ Neither media libraries nor `datasets` are imported. Sections, which stop when t
     precisions  losses in bfloat16, float16 and compiled, against float32; the bound is 5% and 2 points of accuracy
     throughput  two ResNet-18s, frames of 224 pixels and spectrograms of 257 x 300: clips/s and share of the peak, which
                 is the best of some square products of the same dtype in the same run
-    methods     each method over a bare loop of the same network, as in overhead.py; the median of three rounds of joint,
-                one round of the others
+    methods     each method over a bare loop of the same network, as in overhead.py: three rounds of joint, one round
+                of the others
     tests       pytest -m gpu
 
 --cpu --quick: tiny sizes, to check the script itself. The exit code is 1 if a bound is missed or a test fails.
@@ -123,9 +123,9 @@ def methods(device: str, *, quick: bool, seconds_left: float) -> Iterator[Row]:
     examples = overhead.draw(size)
     pairs = [("uniform", name) for name in BALANCERS] + [(name, "auto") for name in SAMPLERS if name != "uniform"]
     for sampling, balancing in pairs:
-        methods = FinetuneConfig(sampling=sampling, balancing=balancing)
+        settings = FinetuneConfig(sampling=sampling, balancing=balancing)
         try:
-            balancing = resolve(TrainConfig(finetune=methods)).config.finetune.balancing
+            balancing = resolve(TrainConfig(finetune=settings)).config.finetune.balancing
         except ConfigError as error:
             yield [sampling, balancing, "-", f"refused: {error}"], True
             continue
