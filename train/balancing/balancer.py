@@ -224,12 +224,13 @@ class Sum(Balancer):
     def weighted_losses(self, outputs: Outputs, batch: Batch, *, loss_mask: Tensor | None = None) -> Tensor:
         """Compute the weighted sum, only of the unimodal losses whose mask (m,) is 1."""
         fused_weight, unimodal_weight = self.config.fused_weight, self.config.unimodal_weight
+        loss: Tensor
         if not unimodal_weight:
-            return fused_weight * self.fused_loss(outputs, batch)
+            loss = fused_weight * self.fused_loss(outputs, batch)
+            return loss
         if loss_mask is None and fused_weight == unimodal_weight == 1:
             return self.summed_losses(outputs, batch)
         fused, unimodal = cross_entropies(outputs, batch.label)
         means = batch.mean_unimodal(unimodal)
-        unimodal_loss = means.sum() if loss_mask is None else means @ loss_mask
-        loss = unimodal_weight * unimodal_loss
+        loss = unimodal_weight * (means.sum() if loss_mask is None else means @ loss_mask)
         return loss + fused_weight * batch.mean_fused(fused) if fused_weight else loss
