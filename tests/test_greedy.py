@@ -145,8 +145,8 @@ def test_three_steps_equal_the_published_ones() -> None:
     w = {name: p.detach().clone() for name, p in balancer.net.named_parameters()}
     total, means, slow = torch.zeros(2, 2), list[list[Tensor]](), None
     for step in range(3):
-        batch, before = make_batch(step), w
-        w = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
+        batch, before = make_batch(step), {name: p.detach().clone() for name, p in balancer.net.named_parameters()}
+        w = {name: tensor.requires_grad_() for name, tensor in w.items()}
         cut = slow if step == 1 else None
         means.append([e.detach().mean(dim=0) for e in branches_by_hand(w, batch, cut=None)[1]])
         mean = {f"mean.{j}": torch.stack([earlier[j] for earlier in means]).mean(dim=0) for j in range(2)}
