@@ -77,7 +77,8 @@ def build_mla(
     net = FusionNet(plan)
     if not same_width:  # as with encoders of different widths
         net.fusion.bring = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
-    config = MlaConfig(**{"ridge": 1e-6} | constants)
+    ridge = {} if constants.get("projection") == "none" else {"ridge": 1e-6}
+    config = MlaConfig(**ridge | constants)
     return Mla(net, RecordingOptimization(net, optim, device="cpu", distributed=distributed), config, epochs=2)
 
 
@@ -267,7 +268,7 @@ def test_three_turns_by_hand(projection: str) -> None:
     h)^T / (ridge + h^T P h); the gradient of the classifier's weights is then G P. Without the projection it is G.
     """
     momentum_sgd = replace(PLAIN, lr=0.2, momentum=0.9, weight_decay=0.1, schedule="constant")
-    balancer, batch = build_mla(momentum_sgd, projection=projection, ridge=0.01), make_batch()
+    balancer, batch = build_mla(momentum_sgd, projection=projection), make_batch()
     net, share = copy.deepcopy(balancer.net), torch.from_numpy(WEIGHT / WEIGHT.sum())
     features = net.encode(batch.inputs)
     head, bias = (p.detach().double().numpy() for p in net.fusion.head.parameters())  # type: ignore[union-attr]
@@ -280,7 +281,7 @@ def test_three_turns_by_hand(projection: str) -> None:
         if projection == "features":
             p_matrix = p_matrix * 5 / 6 + np.eye(6) / 6
             along = p_matrix @ direction
-            p_matrix = p_matrix - np.outer(along, along) / (0.01 + direction @ along)
+            p_matrix = p_matrix - np.outer(along, along) / (1e-6 + direction @ along)
             gradient[0], direction = gradient[0] @ p_matrix, share.numpy() @ h
         momentum = [0.9 * m + g + 0.1 * w for m, g, w in zip(momentum, gradient, (head, bias), strict=True)]
         for name, m in zip(("weight", "bias"), momentum, strict=True):
@@ -306,6 +307,7 @@ def test_fixed_weights_are_the_fusion_and_saved_with_it() -> None:
     ("options", "words"),
     [
         ({"projection": "off"}, "balancing.mla.projection is 'off'; .*none"),
+        ({"projection": "none", "ridge": 0.1}, "balancing.mla.ridge has no effect with balancing.mla.projection none"),
         ({"weights": (0.5, -0.5)}, r"balancing.mla.weights is \[0.5, -0.5\]"),
         ({"weights": (0.0, 0.0)}, "balancing.mla.weights are all 0"),
         ({"weights": (0.55, 0.45)}, "balancing.mla.weights has 2 entries for 3 modalities: audio, visual, text"),

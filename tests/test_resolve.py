@@ -233,7 +233,7 @@ def test_resolved_sections_have_all_constants_of_the_methods_in_use_only() -> No
     sections: dict[str, dict[str, Any]] = {"ogm": {"alpha": 1}, "gmm": {"lam_gap": 2.0}}
     methods = resolve(TrainConfig(finetune=finetune, balancing=sections))
     assert methods.balancer_config == OgmConfig(alpha=1.0)
-    assert methods.config.balancing == {"ogm": {"alpha": 1.0, "first_epoch": 1, "last_epoch": 50}}
+    assert methods.config.balancing == {"ogm": {"alpha": 1.0, "first_epoch": 1, "last_epoch": 51}}
     bss = {"score_source": "model", "every_epochs": 8, "beta": 0.6, "alpha": 1.0}
     assert methods.config.sampling == {"bss": bss}
     unused = resolve(TrainConfig(balancing=sections)).config
