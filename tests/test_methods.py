@@ -88,10 +88,10 @@ def test_pair_updates_all_parameters_but_frozen_encoders(tmp_path: Path, samplin
     config = config_of(sampling, balancing, freeze=("audio",), own_heads=balancing != "mla")
     fine_tune(examples, tmp_path, config)
     torch.manual_seed(0)
-    before = build_network(examples, resolve(config)).state_dict()
+    before = build_network(examples, resolve(config))
     after = load_file(tmp_path / "model.safetensors")
-    assert before.keys() == after.keys()
-    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert before.state_dict().keys() == after.keys()
+    unchanged = {name for name, parameter in before.named_parameters() if torch.equal(parameter, after[name])}
     frozen = {name for name in before if name.startswith("encoders.0.layers")}
     assert unchanged == frozen
 
