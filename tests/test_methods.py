@@ -27,10 +27,17 @@ torch.set_num_threads(1)
 # Settings in which every method is active within two epochs.
 ACTIVE = replace(
     with_options(QUICK, epochs=2),
-    balancing={"gmm": {"warmup_epochs": 1}, "gblend": {"super_epoch": 1}, "mses": {"patience": 1}},
+    balancing={
+        "gmm": {"warmup_epochs": 1},
+        "gblend": {"super_epoch": 1},
+        "mses": {"patience": 1},
+        "reconboost": {"stage_epochs": 1, "rectify_epochs": 1},
+        "relearning": {"every_epochs": 1, "strength": 1.0},
+    },
     sampling={
         "bss": {"every_epochs": 1},
         "smv": {"every_epochs": 1, "warmup_epochs": 1},
+        "remix": {"warmup_epochs": 1},
         "dus": {"horizon": 2},
     },
 )
