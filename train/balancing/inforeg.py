@@ -12,11 +12,12 @@ over weights W of encoder j and over steps of mean(grad_W^2), the pull included:
 
     k = (sum_{s = t-10}^{t-1} T_s - sum_{s = t-11}^{t-2} T_s) / sum_{s = t-10}^{t-1} T_s,   k = 1 at t = 0
 
-Open where k > threshold. Strength 0.95 and threshold 0.04 are the code's for audio, the stronger modality of CREMA-D; a
-second branch, for video with 0.1, repeats the first one's condition and never runs. Window and trace are audio's there.
-Of two snapshots of the code this is the one whose settings are those of the published text; the paper was not read.
+Open where k > threshold. Two versions of their code are public, with thresholds of 0.04 and 0.05. The first is followed
+here: z^j are those of separate heads; in the second they are parts of the fused classifier. Both have a strength of
+0.95 for audio, the stronger modality of CREMA-D, and judge the window by its trace alone; the second has 0.1 for video,
+which the first never regulates, since it repeats a condition. The paper itself was not read.
 
-Ours: every modality has its own window, and the other is the mean of the others for more than two.
+Ours: one strength for all modalities, a window for each, and the mean of the others for more than two.
 """
 
 from __future__ import annotations
