@@ -162,6 +162,17 @@ def test_every_balancer_trains_three_modalities(tmp_path: Path, balancing: str) 
     assert all(math.isfinite(record["train_loss"]) for record in history)
 
 
+@pytest.mark.parametrize("balancing", BALANCERS)
+def test_every_balancer_trains_in_half_precision(tmp_path: Path, balancing: str) -> None:
+    histories = [
+        fine_tune(make_examples(80), tmp_path / precision, config_of("uniform", balancing, precision=precision)).history
+        for precision in ("float32", "bfloat16", "float16")
+    ]
+    for history in histories[1:]:
+        for record, expected in zip(history, histories[0], strict=True):
+            assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=0.1)
+
+
 @pytest.mark.parametrize("sampling", SAMPLERS)
 def test_every_sampler_trains_three_modalities(tmp_path: Path, sampling: str) -> None:
     history = fine_tune(make_examples(80, num_modalities=3), tmp_path, config_of(sampling, "sum")).history

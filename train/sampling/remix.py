@@ -46,8 +46,8 @@ def choose_modality(information: NDArray[np.float32]) -> Choice:
 
     Low = the modality's prediction is near uniform, the sample is hard for it.
     """
-    last_first = information[::-1].argmin(axis=0)
-    return (len(information) - 1 - last_first).astype(np.int16)
+    choice: Choice = (len(information) - 1 - information[::-1].argmin(axis=0)).astype(np.int16)
+    return choice
 
 
 class Remix(Sampler):
