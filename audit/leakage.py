@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from .dataset.samples import Samples
 from .features.cached_matrix import FeatureMatrix
+from .features.descriptors import Fingerprints
 from .features.encode import EncodeTask
 from .features.encoded_samples import Status
-from .features.fingerprints import Fingerprints
 from .features.matrix import Inputs
 from .findings import (
     BY_CHANCE,
@@ -34,9 +34,8 @@ from .findings import (
     link_findings,
     pair_splits,
 )
-from .group_overlap import GroupColumn, group_columns, shared_groups
+from .group_overlap import GroupColumn, group_columns, likeness, shared_groups
 from .hashing import canonical_order
-from .likeness import likeness
 from .media.files import kind_of_path
 from .near_duplicates import MIN_ROWS, search_near_duplicates
 from .parsing import check_ranges

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .features.fingerprints import Fingerprints
+from .features.cached_matrix import MIN_FEATURES
+from .features.descriptors import Fingerprints
 from .features.matrix import Inputs, RowIndex, chunks
-from .features.recurring import MIN_FEATURES
 from .findings import Links, SplitPair, is_present
 from .hashing import hash_rank
 from .near_media import max_tested, near_media

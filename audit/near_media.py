@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .features.fingerprints import Thumbnails, resampling
+from .features.descriptors import Thumbnails, resampling
 from .features.matrix import RowIndex
 from .findings import Links
 

@@ -25,11 +25,10 @@ from scipy.signal import resample_poly
 
 from mmaudit.audit.dataset.samples import Samples
 from mmaudit.audit.errors import UnusableError
-from mmaudit.audit.features.fingerprints import SHAPES, Thumbnails, fingerprint
+from mmaudit.audit.features.descriptors import SHAPES, Thumbnails, fingerprint
 from mmaudit.audit.features.matrix import MatrixInputs, RowIndex
-from mmaudit.audit.group_overlap import ALIKE_Z
+from mmaudit.audit.group_overlap import ALIKE_Z, likeness
 from mmaudit.audit.leakage import LeakageConfig, ModalityContent, find_leakage
-from mmaudit.audit.likeness import likeness
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.pictures import decode_frames

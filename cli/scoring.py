@@ -210,7 +210,7 @@ def report(*, run: str | Path = "mmaudit-run") -> ReportResult:
 
 
 def _write_report(run_dir: Run) -> Path:
-    from .report import write_report  # takes a second for matplotlib, which no other command needs
+    from .report import write_report
 
     return write_report(run_dir)
 

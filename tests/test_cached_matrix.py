@@ -16,7 +16,7 @@ from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.features.cached_matrix import FeatureMatrix
 from mmaudit.audit.features.encode import encode_dataset
 from mmaudit.audit.features.encoded_samples import read_status
-from mmaudit.audit.features.terms import count_terms, project_terms, text_terms, weigh_terms
+from mmaudit.audit.features.vectors import count_terms, project_terms, text_terms, weigh_terms
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
 

@@ -7,12 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset.columns import (
-    Columns,
-    compose_ids,
-    find_columns,
-    with_split,
-)
+from mmaudit.audit.dataset.columns import Columns, compose_ids, find_columns, with_split
 from mmaudit.audit.errors import ConfigError, DatasetError
 
 

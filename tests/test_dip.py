@@ -9,15 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from mmaudit.audit.errors import MixtureError
-from mmaudit.audit.scores.dip import (
-    LEVELS,
-    QUANTILES,
-    SIZES,
-    dip,
-    dip_of_histogram,
-    dip_p_of_counts,
-    dip_p_value,
-)
+from mmaudit.audit.scores.dip import LEVELS, QUANTILES, SIZES, dip, dip_of_histogram, dip_p_of_counts, dip_p_value
 
 tied = st.lists(st.integers(0, 12).map(lambda k: k / 12), min_size=1, max_size=14)
 distinct = st.lists(st.integers(0, 10_000).map(lambda k: k / 10_000), min_size=1, max_size=14, unique=True)

@@ -35,8 +35,15 @@ from mmaudit.audit.features.encode import (
     write_arrow,
 )
 from mmaudit.audit.features.encoded_samples import lengths_of, problems_of, read_status
-from mmaudit.audit.features.terms import count_terms, project_terms, text_terms
-from mmaudit.audit.features.vectors import EncodedCell, EncodeResult, combine_results, encode_vectors
+from mmaudit.audit.features.vectors import (
+    EncodedCell,
+    EncodeResult,
+    combine_results,
+    count_terms,
+    encode_vectors,
+    project_terms,
+    text_terms,
+)
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.features.descriptors import NUM_BYTES, SHAPES, Fingerprints, fingerprint, resampling
 from mmaudit.audit.features.encode import encode_dataset
-from mmaudit.audit.features.fingerprints import NUM_BYTES, SHAPES, Fingerprints, fingerprint, resampling
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.rebalance import half_distances
+from mmaudit.rebalance import recipe as half_distances
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.rebalance.recipe import Recipe, make_split
 

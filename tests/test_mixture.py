@@ -16,13 +16,7 @@ from mmaudit.audit.errors import ConfigError, MixtureError
 from mmaudit.audit.scores import em
 from mmaudit.audit.scores.dip import dip
 from mmaudit.audit.scores.em import Component
-from mmaudit.audit.scores.mixture import (
-    Mixture,
-    MixtureConfig,
-    fit_counts,
-    fit_mixture,
-    histogram,
-)
+from mmaudit.audit.scores.mixture import Mixture, MixtureConfig, fit_counts, fit_mixture, histogram
 
 CONFIG = MixtureConfig()
 NUM_SAMPLES = 20_000

@@ -15,7 +15,7 @@ import scipy.signal
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from mmaudit.audit.features.fingerprints import SHAPES, Thumbnails, fingerprint
+from mmaudit.audit.features.descriptors import SHAPES, Thumbnails, fingerprint
 from mmaudit.audit.features.matrix import RowIndex
 from mmaudit.audit.findings import Links
 from mmaudit.audit.media.files import MediaConfig

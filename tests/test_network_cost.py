@@ -12,7 +12,7 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import NetworkConfig
 from mmaudit.audit.probes.cross_fit import CrossFit
-from mmaudit.audit.probes.network_cost import describe_cost, row_passes, seconds_per_row
+from mmaudit.audit.probes.network import describe_cost, row_passes, seconds_per_row
 
 
 def cross_fits(num_rows: int, *, folds: int, repeats: int) -> list[CrossFit]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmaudit.audit.downloads.picture_index import PictureIndex
+from mmaudit.audit.downloads.names import PictureIndex
 from mmaudit.audit.errors import DatasetError
 
 FILES = ["images/train/dog/1.jpg", "images/train/cat/1.jpg", "images/test/dog/2.jpg", "a/3.JPG", "b/3.png", "img/4.jpg"]

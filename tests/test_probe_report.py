@@ -31,12 +31,7 @@ from mmaudit.audit.probes.probe_set import (
     fit_joint_probe,
     fit_probe,
 )
-from mmaudit.audit.scores.probe_report import (
-    ProbeReport,
-    chance_levels,
-    compute_probe_report,
-    to_metric,
-)
+from mmaudit.audit.scores.probe_report import ProbeReport, chance_levels, compute_probe_report, to_metric
 from mmaudit.audit.scores.sample_scores import SampleScores, compute_sample_scores
 from mmaudit.audit.workers import no_progress
 

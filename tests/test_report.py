@@ -27,8 +27,8 @@ from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, ProbeReport
 from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.audit.storage import read_json, write_json, write_parquet, write_text
-from mmaudit.cli.report.formatting import breakable
 from mmaudit.cli.report.page import chance_levels, report_numbers, write_report
+from mmaudit.cli.report.verdict import breakable
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.balanced import CURVE_TOLERANCES, BalancedConfig
 from mmaudit.rebalance.manifest import balance_path, dropped_path, read_dropped, read_manifest

@@ -18,12 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.formats import rows as readers
-from mmaudit.audit.dataset.formats.rows import (
-    ParquetShard,
-    read_json_lines,
-    read_parquet_schema,
-    row_group_shards,
-)
+from mmaudit.audit.dataset.formats.rows import ParquetShard, read_json_lines, read_parquet_schema, row_group_shards
 from mmaudit.audit.dataset.formats.tables import read_rows
 from mmaudit.audit.errors import DatasetError
 

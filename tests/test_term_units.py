@@ -17,14 +17,14 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs, TermInputs, WindowInputs
-from mmaudit.audit.features.terms import count_terms, text_terms
+from mmaudit.audit.features.vectors import count_terms, text_terms
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.probes import glm, linear
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit
+from mmaudit.audit.probes.design import MEAN_SQUARE, MIN_FREQUENCY, TermUnits
 from mmaudit.audit.probes.linear import LinearProbe
 from mmaudit.audit.probes.probe_set import fit_probe
-from mmaudit.audit.probes.term_units import MEAN_SQUARE, MIN_FREQUENCY, TermUnits
 
 NUM_ROWS, NUM_FOLDS = 240, 3
 ROWS = np.arange(NUM_ROWS)

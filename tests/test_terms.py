@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 from sklearn.preprocessing import normalize
 
 from mmaudit.audit.errors import Reason, UnusableError
-from mmaudit.audit.features.terms import (
+from mmaudit.audit.features.vectors import (
     NUM_TERMS,
     count_terms,
     keep_buckets,
@@ -83,7 +83,7 @@ def test_text_without_words_is_empty(text: str) -> None:
 
 def test_terms_do_not_depend_on_the_process() -> None:
     program = (
-        "from mmaudit.audit.features.terms import text_terms; from mmaudit.audit.media.files import MediaConfig;"
+        "from mmaudit.audit.features.vectors import text_terms; from mmaudit.audit.media.files import MediaConfig;"
         "print(text_terms('The quick brown fox', MediaConfig()).tolist())"
     )
     outputs = {

@@ -13,7 +13,7 @@ from ..errors import DatasetError, choices
 from .clips import Clip, Listing, list_clips, list_media, unexpected_folder
 from .lists import Line, normalize_name, read_list, read_text, split_of, visible_files
 from .mvsa import LABELS_FILE
-from .picture_index import PictureIndex
+from .names import PictureIndex
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl")
 _TEXT_SUFFIX = ".txt"  # of a list that is passed, not of one that is searched for: texts have it, too

@@ -16,14 +16,8 @@ from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
 from ..errors import DatasetError, Quarantined, Reason, ScoreError, UnusableError
 from ..hashing import digest
-from .encode import (
-    EncodeTask,
-    column_of,
-    content_of,
-    load_cell_content,
-    read_arrow,
-)
-from .recurring import recurring_rows
+from .cached_matrix import recurring_rows
+from .encode import EncodeTask, column_of, content_of, load_cell_content, read_arrow
 from .vectors import check_lengths, encode_vectors
 
 _DATA_CHANGED = "the data changed while they were read: run the command again"

@@ -29,11 +29,9 @@ from ..media.audio import decode_audio, network_spectrogram, network_steps
 from ..media.files import MediaConfig
 from ..media.pictures import decode_folders, decode_frames, decode_image
 from ..registry import Entry, Registry
-from .descriptors import audio_statistics, image_statistics, video_statistics
-from .fingerprints import fingerprint
+from .descriptors import audio_statistics, fingerprint, image_statistics, video_statistics
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
-from .terms import text_terms
-from .vectors import EncodedCell, Vector, check_vector
+from .vectors import EncodedCell, Vector, check_vector, text_terms
 
 EncodeFunction = Callable[[Any, MediaConfig], Any]
 

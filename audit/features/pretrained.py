@@ -29,7 +29,7 @@ from ..media.files import MediaConfig
 from ..media.pictures import check_not_constant, decode_folders, read_frames, read_picture
 from ..storage import file_stamp
 from ..workers import parallel_map
-from .terms import text_words
+from .vectors import text_words
 
 _DOWNLOADED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # no pickled weights, no code
 

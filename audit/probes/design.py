@@ -1,11 +1,21 @@
-"""Design matrices and targets of probes as tensors.
+"""Design matrices and targets of probes as tensors, and units of hashed terms.
+
+Hashed counts must not be standardised one by one: a term that occurs in one text would be as loud as a common one (of
+691 tweets the loss was .93, where the prior's is .90, and is .82 with these units). Instead a term is multiplied by its
+inverse document frequency, log((1 + n) / (1 + df)) + 1, as in scikit-learn's TF-IDF, and all terms by one number that
+makes the mean squared norm of a text MEAN_SQUARE. Both belong to the rows that a probe trains on: they are the
+same as a penalty of its weights, see TermUnits.penalty, so that probes with different rows share one sparse matrix.
+
+Terms of a single training row are left out, as with scikit-learn's min_df = 2: they are of no use out of fold, but let
+a probe fit that row. Of 100,000 drawn texts with a long tail the loss with them is .78, without .73; of 691 tweets .812
+and .819, of dialogues and reviews the same.
 
 An l2 chosen on a subset of the classes holds for all of them, since it is a prior of each class's weights. An l2 chosen
 on too few rows per class does not: with 5,000 classes of 6 samples, 8,000 rows hold 1.6 rows per class, most held-out
 rows are of classes without training rows, and the l2 chosen gives a loss close to chance (8.4 out of fold where
 ln 5,000 is 8.5; with an l2 chosen on all rows of 836 classes the loss is 3.0).
 
-Legend: n rows, d features.
+Legend: n rows, d features, t terms, p masks of rows.
 """
 
 from __future__ import annotations
@@ -25,7 +35,68 @@ from torch import Tensor
 from ..dataset.labels import Target
 from ..features.matrix import Inputs, Numbers, RowIndex, chunks, read_terms, reading_order
 from .cross_fit import first_rows
-from .term_units import TermUnits
+
+Floats = NDArray[np.float64]
+# Ours: it sets which of the penalties are weak for texts, so that those of thousands and of hundreds of thousands of
+# texts lie within the candidates: C of scikit-learn is MEAN_SQUARE / (l2 n).
+MEAN_SQUARE = 64.0
+MIN_FREQUENCY = 2  # training rows that have a term, fewer leave it out
+_LEFT_OUT = 1e6  # factor of the penalty of a term that is left out of a probe, but not of all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermUnits:
+    """The terms that probes use (t,), ascending, and the factor of each (t,)."""
+
+    terms: NDArray[np.intp]
+    gain: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, weights: csr_array, *, max_terms: int) -> TermUnits:
+        """Choose the terms that most of these rows have, at most `max_terms`, and compute their factors."""
+        terms, frequency = np.unique(weights.indices, return_counts=True)
+        num_terms = min(max_terms, int((frequency >= MIN_FREQUENCY).sum()))
+        chosen = np.sort(np.argsort(-frequency, kind="stable")[:num_terms])
+        units = cls(terms=terms[chosen], gain=np.ones(len(chosen), np.float32))
+        rows = units.standardise(weights)
+        squares = np.asarray(rows.power(2).sum(axis=0), dtype=np.float64)
+        num_texts = np.array([float(np.count_nonzero(np.diff(weights.indptr)))])
+        gain = _gain(frequency[chosen, None].astype(np.float64), squares[:, None], num_texts)[:, 0]
+        return replace(units, gain=gain.astype(np.float32))
+
+    def standardise(self, weights: csr_array) -> csr_array:
+        """Return rows (n, t) of the terms in use, multiplied by their factors, of weights of all terms."""
+        position = np.minimum(np.searchsorted(self.terms, weights.indices), max(0, len(self.terms) - 1))
+        is_used = self.terms[position] == weights.indices if len(self.terms) else np.zeros(len(position), bool)
+        ends = np.concatenate([[0], np.cumsum(is_used)])[weights.indptr]
+        position = position[is_used]
+        values = (weights.data[is_used] * self.gain[position]).astype(np.float32)
+        return csr_array((values, position.astype(np.int32), ends), shape=(weights.shape[0], len(self.terms)))
+
+    def penalty(self, rows: csr_array, masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Return the factors (p, t) of l2 that give each probe the units of its own rows, those of masks (n, p).
+
+        With weights w of terms x g, where g is the factor of all rows and h that of a probe's own, the penalty of the
+        weights w g / h of terms x h is w^2 (g / h)^2.
+        """
+        used, has_text = masks.astype(np.float32), np.diff(rows.indptr) > 0
+        ones = csr_array((np.ones_like(rows.data), rows.indices, rows.indptr), shape=rows.shape)
+        frequency = np.asarray(ones.T @ used, dtype=np.float64)
+        squares = np.asarray(rows.power(2).T @ used, dtype=np.float64) / np.square(self.gain)[:, None]
+        gain = _gain(frequency, squares, (used * has_text[:, None]).sum(axis=0, dtype=np.float64)).T
+        ratio = np.divide(self.gain, gain, out=np.full_like(gain, np.sqrt(_LEFT_OUT)), where=gain > 0)
+        return np.square(ratio).astype(np.float32)
+
+
+def _gain(frequency: Floats, squares: Floats, num_texts: Floats) -> Floats:
+    """Compute the factors (t, p) from document frequencies (t, p), sums of squared weights (t, p) and numbers of texts.
+
+    Those of terms that are left out are 0.
+    """
+    inverse = np.where(frequency >= MIN_FREQUENCY, np.log((1 + num_texts) / (1 + frequency)) + 1, 0)
+    total = (np.square(inverse) * squares).sum(axis=0)
+    scale = np.sqrt(MEAN_SQUARE * num_texts / np.where(total > 0, total, 1))
+    return np.asarray(inverse * scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +200,8 @@ class Design:
     curvature (d + t,) its eigenvalues, and the mean squares of the terms. terms (n, t) are those of texts in units of
     `term_units`: None without texts, where t is 0. The penalty of a fit and the rows are both in units of the standard
     deviation, so that the Hessian is diagonal along these axes. With robust scaling alone, 200 steps left a fit of 120
-    pictures, whose features are mostly 0, far from its minimum, at a point that depended on rounding.
+    pictures, whose features are mostly 0, far from its minimum, at a point that depended on rounding. relative_l2
+    (p, d + t): factors of l2 for each probe and weight, None where they are all 1.
     """
 
     rows: Tensor
@@ -138,6 +210,7 @@ class Design:
     curvature: Tensor
     terms: csr_array | None = None
     term_units: TermUnits | None = None
+    relative_l2: Tensor | None = None
 
     @property
     def num_features(self) -> int:

@@ -23,16 +23,18 @@ from .drawing import (
     depth,
     draw_histogram_2d,
     draw_sides,
+    fit,
+    fit_names,
     name_sides,
     palette,
     png,
     side_colour,
     text_colour,
+    text_width,
 )
 from .findings import Numbers
-from .fonts import fit, fit_names, text_width
-from .formatting import percent, signed
 from .outcome_figures import draw_finetune, draw_manifest
+from .verdict import percent, signed
 
 LABEL_WIDTH = 2.9  # inches of the names of classes, next to a figure
 _NAME_SIZE = 8  # points, of the names and numbers of classes

@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from .drawing import INK, LEVEL, SOFT, WIDTH, Palette, draw_sides, name_sides
+from .drawing import INK, LEVEL, SOFT, WIDTH, Palette, draw_sides, fit_names, name_sides, text_width
 from .findings import Numbers
-from .fonts import fit_names, text_width
 
 _HISTOGRAM_WIDTH = 4.7  # inches, next to the curve
 _LEGEND_WIDTH = 5.6  # inches of the legend of the branches; the legend of the losses has the rest

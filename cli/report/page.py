@@ -19,9 +19,8 @@ from ..provenance import own_record
 from ..run import Run
 from . import findings
 from .findings import Numbers
-from .formatting import accuracy, amount, breakable, edge, gain, interval, percent, probe_metric, signed, small
 from .outcomes import MAX_DETAILED, finetune_numbers, manifest_numbers
-from .verdict import verdict
+from .verdict import accuracy, amount, breakable, edge, gain, interval, percent, probe_metric, signed, small, verdict
 
 _TEMPLATE = "report.html.jinja"
 
