@@ -54,38 +54,38 @@ def make_batch(*, present: list[list[bool]] | None = None) -> Batch:
 def test_gradients_of_concatenated_features_by_both_losses() -> None:
     net, batch = network(), make_batch()
     assert isinstance(net.fusion, Concat)
-    found = gradients(net, batch)
+    grads = gradients(net, batch)
     features = net.encode(batch.inputs)
     fused = net.fusion([f.detach() for f in features])
-    fusion_names = [name for name in found if name.startswith("fusion.")]
+    fusion_names = [name for name in grads if name.startswith("fusion.")]
     loss = functional.cross_entropy(fused, batch.label, reduction="none") @ WEIGHT
     parameters = dict(net.named_parameters())
     for name, expected in zip(
         fusion_names, torch.autograd.grad(loss, [parameters[n] for n in fusion_names]), strict=True
     ):
-        torch.testing.assert_close(found[name], expected)
+        torch.testing.assert_close(grads[name], expected)
     for j, f in enumerate(features):
         head = net.fusion.heads[j]
         logits = f @ head.weight.detach().T + net.fusion.bias.detach()  # the others 0, the whole bias
         loss = 4 * functional.cross_entropy(logits, batch.label, reduction="none") @ WEIGHT
-        names = [name for name in found if name.startswith(f"encoders.{j}.")]
+        names = [name for name in grads if name.startswith(f"encoders.{j}.")]
         assert len(names) == 4
         for name, expected in zip(names, torch.autograd.grad(loss, [parameters[n] for n in names]), strict=True):
-            torch.testing.assert_close(found[name], expected)
+            torch.testing.assert_close(grads[name], expected)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_encoders_and_fusion_do_not_share_gradients(fusion: str) -> None:
     batch = make_batch()
-    none, once, twice = (gradients(network(fusion), batch, alpha=alpha) for alpha in (0.0, 1.0, 2.0))
-    assert none.keys() == once.keys() == dict(network(fusion).named_parameters()).keys()
-    for name, gradient in once.items():
+    at_0, at_1, at_2 = (gradients(network(fusion), batch, alpha=alpha) for alpha in (0.0, 1.0, 2.0))
+    assert at_0.keys() == at_1.keys() == dict(network(fusion).named_parameters()).keys()
+    for name, gradient in at_1.items():
         if name.startswith("encoders."):
-            assert not none[name].any()
+            assert not at_0[name].any()
             assert gradient.any()
-            torch.testing.assert_close(twice[name], 2 * gradient)
+            torch.testing.assert_close(at_2[name], 2 * gradient)
         else:
-            torch.testing.assert_close(none[name], gradient)
+            torch.testing.assert_close(at_0[name], gradient)
 
 
 def test_running_means_of_the_fusion_follow_all_modalities() -> None:
@@ -101,8 +101,8 @@ def test_running_means_of_the_fusion_follow_all_modalities() -> None:
 
 
 def test_samples_without_a_modality_do_not_train_its_encoder() -> None:
-    found = gradients(network(), make_batch(present=[[True, False, True]] * 4))
-    assert {name.split(".")[1] for name in found if name.startswith("encoders.")} == {"0", "2"}
+    grads = gradients(network(), make_batch(present=[[True, False, True]] * 4))
+    assert {name.split(".")[1] for name in grads if name.startswith("encoders.")} == {"0", "2"}
 
 
 def test_unpaired_samples_are_refused() -> None:

@@ -126,8 +126,8 @@ def test_state_within_and_between_epochs() -> None:
     method.step(batch)
     resumed.net.load_state_dict(method.net.state_dict())
     resumed.load_state_dict(method.state_dict())
-    for each_method in (method, resumed):
-        each_method.step(batch)
+    for balancer in (method, resumed):
+        balancer.step(batch)
     for name, weight in method.net.state_dict().items():
         assert torch.equal(weight, resumed.net.state_dict()[name])
     method.end_epoch(1, Validation(loss=0.0, accuracy=0.0, unimodal_loss=(), unimodal_accuracy=()))

@@ -81,9 +81,9 @@ def test_loss_of_a_stage_by_hand(num_modalities: int) -> None:
         method.fusion.rate.fill_(1.5)
     batch = draw_batch([0, 1, 2, 1], sizes=(5, 4, 3)[:num_modalities], weight=WEIGHT)
     z = method.net(batch.inputs).unimodal
-    others = 1.5 * (z.sum(dim=0) - z[1])
+    residual_logits = 1.5 * (z.sum(dim=0) - z[1])
     # (5 CE - 1 q CE) / 3 classes, where q is the others' confidence
-    losses = -np.log(confidence(z[1], batch.label)) * (5 - confidence(others, batch.label)) / 3
+    losses = -np.log(confidence(z[1], batch.label)) * (5 - confidence(residual_logits, batch.label)) / 3
     _, loss = at_epoch(method, 9).step(batch)
     assert loss.item() == pytest.approx(losses @ WEIGHT / 8, rel=1e-5)
 

@@ -10,6 +10,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_info
 from torch import Tensor
 from training import QUICK, fine_tune, make_examples, model_bytes, stop_after, with_options
 
@@ -76,6 +78,18 @@ def test_cluster_purity_of_separate_crossed_and_equal_features() -> None:
     features = np.array([[0, 0], [0, 9e3], [1, 0], [1, 9e3]], np.float32)
     shifted = np.r_[features, features + np.float32([0.01, 1.0])]
     assert cluster_purity(shifted, np.array([0, 1, 2, 3] * 2), num_classes=4) == 1.0
+
+
+def test_clusters_are_computed_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_threads: list[int] = []
+
+    def fit_predict(self: KMeans, features: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        num_threads.extend(library["num_threads"] for library in threadpool_info())
+        return LABEL
+
+    monkeypatch.setattr(KMeans, "fit_predict", fit_predict)
+    assert cluster_purity(APART, LABEL, num_classes=2) == 1.0
+    assert set(num_threads) == {1}
 
 
 def test_gap_and_reinitialisation_by_hand() -> None:

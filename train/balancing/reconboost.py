@@ -146,8 +146,8 @@ class ReconBoost(Balancer):
             outputs = self.net.classify([f.detach() for f in features])
         with torch.autocast(features[0].device.type, enabled=False):
             logits = self.fusion.logits_of(modality, features[modality].float())
-        others = (outputs.fused - self.fusion.rate * logits).detach()
-        confidence = (-cross_entropy(others, batch.label)).exp()
+        residual_logits = (outputs.fused - self.fusion.rate * logits).detach()  # of the other modalities
+        confidence = (-cross_entropy(residual_logits, batch.label)).exp()
         config, num_classes = self.config, logits.shape[1]
         weight = (config.label_weight - config.residual_weight * confidence) / num_classes
         loss = (cross_entropy(logits, batch.label) * weight * batch.loss_weight[1 + modality]).sum()

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.preprocessing import MinMaxScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ...audit.parsing import check_ranges
@@ -51,7 +52,8 @@ def cluster_purity(features: NDArray[np.float32], label: NDArray[np.int64], *, n
     num_clusters = min(num_classes, len(np.unique(scaled, axis=0)))
     if num_clusters == 0:
         return 1.0
-    return purity(KMeans(num_clusters, n_init=_NUM_STARTS, random_state=0).fit_predict(scaled), label)
+    with threadpool_limits(limits=1):  # several threads of k-means add their sums in no fixed order
+        return purity(KMeans(num_clusters, n_init=_NUM_STARTS, random_state=0).fit_predict(scaled), label)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
