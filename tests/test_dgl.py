@@ -65,8 +65,9 @@ def test_gradients_of_concatenated_features_by_both_losses() -> None:
     ):
         torch.testing.assert_close(grads[name], expected)
     for j, f in enumerate(features):
-        head = net.fusion.heads[j]
-        logits = f @ head.weight.detach().T + net.fusion.bias.detach()  # the others 0, the whole bias
+        weight = net.fusion.heads[j].weight
+        assert isinstance(weight, Tensor)
+        logits = f @ weight.detach().T + net.fusion.bias.detach()  # the others 0, the whole bias
         loss = 4 * functional.cross_entropy(logits, batch.label, reduction="none") @ WEIGHT
         names = [name for name in grads if name.startswith(f"encoders.{j}.")]
         assert len(names) == 4

@@ -76,7 +76,7 @@ def test_cluster_purity_of_separate_crossed_and_equal_features() -> None:
     assert cluster_purity(APART[:0], LABEL[:0], num_classes=2) == 1.0
     # Features are scaled to the same range: without that, the second would decide.
     features = np.array([[0, 0], [0, 9e3], [1, 0], [1, 9e3]], np.float32)
-    shifted = np.r_[features, features + np.float32([0.01, 1.0])]
+    shifted = np.concatenate([features, features + np.array([0.01, 1.0], np.float32)])
     assert cluster_purity(shifted, np.array([0, 1, 2, 3] * 2), num_classes=4) == 1.0
 
 

@@ -8,8 +8,8 @@ p^j = softmax(z^j), M = (p^a + p^v) / 2 and epoch t = 0, 1, ...:
     D = KL(M || p^a) / 2 + KL(M || p^v) / 2        in their code; KL(p || M) would be the Jensen-Shannon divergence
 
 The coefficients c_n are those of their code, a fit to the weights that were learned on CREMA-D: a1 is 0.205 at first,
-0.54 at t = 100, 1.01 at t = 180 and 0.91 at t = 199. The learning of the weights itself, by gradients on a batch, is
-left out.
+0.54 at t = 100, 1.01 at t = 180 and 0.92 at t = 199. The learning of the weights itself, by gradients on a batch, is
+left out. Their code was read in a public copy of it; the paper itself was not read.
 
 Ours: a1 is kept within [0, 1], and after t = 199 it stays as it is then, since the polynomial falls below 0 at t = 227;
 for more than two modalities the fused logits are the mean of all, and D is the mean over pairs, as in BalanceBenchmark,
