@@ -20,7 +20,7 @@ from mmaudit.train.balancing.agm import Agm, AgmConfig, clip_by_largest, modalit
 from mmaudit.train.balancing.balancer import Balancer
 from mmaudit.train.batches import Batch, ModelReader
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
@@ -144,7 +144,8 @@ def test_responses_change_neither_buffers_nor_mode(agm: AgmConfig) -> None:
 def eval_logits(method: Agm, batch: Batch, absent: set[int]) -> Tensor:
     """Compute fused logits in eval mode on inputs of 0 for some modalities, with dropout off."""
     net = copy.deepcopy(method.net).eval()
-    return net([x * 0 if j in absent else x for j, x in enumerate(batch.inputs)]).fused
+    outputs: Outputs = net([x * 0 if j in absent else x for j, x in enumerate(batch.inputs)])
+    return outputs.fused
 
 
 @pytest.mark.parametrize("fusion", ["concat", "late", "gated", "film", "mmtm"])

@@ -62,7 +62,8 @@ def build_greedy(
         dropout=0.0,
     )
     net = FusionNet(plan)
-    config = GreedyConfig(**{"alpha": 0.5, "window": 3, "first_epoch": 1, "rest": 1, "trained": "slow"} | constants)
+    values: dict[str, Any] = {"alpha": 0.5, "window": 3, "first_epoch": 1, "rest": 1, "trained": "slow"}
+    config = GreedyConfig(**values | constants)
     balancer = Greedy(net, Optimization(net, optim, device="cpu", distributed=distributed), config, epochs=2)
     balancer.begin_epoch(1, NO_READER)
     return balancer
@@ -145,21 +146,24 @@ def test_three_steps_equal_the_published_ones() -> None:
     w = {name: p.detach().clone() for name, p in balancer.net.named_parameters()}
     total, means, slow = torch.zeros(2, 2), list[list[Tensor]](), None
     for step in range(3):
-        batch, before = make_batch(step), w
-        w = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
+        batch, before = make_batch(step), {name: p.detach().clone() for name, p in balancer.net.named_parameters()}
+        w = {name: tensor.requires_grad_() for name, tensor in w.items()}
         cut = slow if step == 1 else None
         means.append([e.detach().mean(dim=0) for e in branches_by_hand(w, batch, cut=None)[1]])
         mean = {f"mean.{j}": torch.stack([earlier[j] for earlier in means]).mean(dim=0) for j in range(2)}
         logits, _ = branches_by_hand(w | mean, batch, cut=cut)
-        loss = -sum(z.log_softmax(dim=1)[torch.arange(6), batch.label].mean() for z in logits)
+        losses = [-z.log_softmax(dim=1)[torch.arange(6), batch.label].mean() for z in logits]
+        loss = torch.stack(losses).sum()
         torch.autograd.backward(loss)
         if step != 1:
             for j in range(2):
                 paths = (("fusion.squeeze", f"fusion.excite.{j}"), (f"encoders.{j}", f"fusion.heads.{j}"))
                 for row, prefixes in enumerate(paths):
                     path = [tensor for name, tensor in w.items() if name.startswith(prefixes)]
-                    sizes = sum(tensor.detach().square().sum() for tensor in path)
-                    total[row, j] += sum(tensor.grad.square().sum() for tensor in path) / sizes  # type: ignore[union-attr]
+                    gradients = torch.cat([t.grad.flatten() for t in path if t.grad is not None])
+                    weights = torch.cat([t.detach().flatten() for t in path])
+                    assert len(gradients) == len(weights)
+                    total[row, j] += gradients.square().sum() / weights.square().sum()
             speeds = (total[0] / total[1]).log10()
             slow = int(speeds.argmax())
         outputs, step_loss = balancer.step(batch)

@@ -115,7 +115,9 @@ def published(fused: list[Floats], unimodal: list[Floats], *, gamma: float = GAM
             options={"xatol": 1e-12},
         ).x
     combined = [2 * weight * x + 2 * (1 - weight) * y for x, y in zip(fused, unimodal, strict=True)]
-    ratios = [np.linalg.norm(x + y) / np.linalg.norm(z) for x, y, z in zip(fused, unimodal, combined, strict=True)]
+    ratios = [
+        float(np.linalg.norm(x + y) / np.linalg.norm(z)) for x, y, z in zip(fused, unimodal, combined, strict=True)
+    ]
     return [gamma * max(1.0, ratio) * z for ratio, z in zip(ratios, combined, strict=True)]
 
 

@@ -120,3 +120,23 @@ def test_step_schedule_counts_all_epochs() -> None:
 def test_constant_schedule_is_constant() -> None:
     assert lr_multipliers(4, schedule="constant") == [1] * 4
     assert lr_multipliers(4, schedule="constant", warmup_epochs=1) == [0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "warnings"),
+    [
+        ({}, []),
+        ({"optimizer": "sgd", "momentum": 0.5}, []),
+        ({"optimizer": "adam", "momentum": 0.5}, ["optim.momentum 0.5 has no effect with optim.optimizer adam"]),
+        ({"schedule": "step", "lr_step": 3, "lr_fall": 0.5}, []),
+        (
+            {"lr_step": 3, "lr_fall": 0.5},
+            [
+                "optim.lr_step 3 has no effect with optim.schedule cosine",
+                "optim.lr_fall 0.5 has no effect with optim.schedule cosine",
+            ],
+        ),
+    ],
+)
+def test_settings_without_effect_are_named(options: dict[str, Any], warnings: list[str]) -> None:
+    assert OptimConfig(**options).without_effect() == warnings

@@ -111,14 +111,15 @@ def load_fusion(name: str) -> type[Fusion]:
 
 
 def check_schedule(methods: Methods) -> list[str]:
-    """Return one warning for each setting that never starts or never ends in so few epochs."""
+    """Return one warning for each setting that never starts or never ends in so few epochs, or has no effect."""
     config = methods.config
     warnings = (
         methods.sampler.late_start(methods.sampler_config, config),
         methods.balancer.late_start(methods.balancer_config, config),
         config.optim.late_start(config.finetune.epochs),
     )
-    return [f"{config.finetune.epochs} epochs are too few: {warning}" for warning in warnings if warning]
+    too_few = [f"{config.finetune.epochs} epochs are too few: {warning}" for warning in warnings if warning]
+    return too_few + config.optim.without_effect()
 
 
 def list_unused(methods: Methods) -> list[str]:
@@ -135,7 +136,7 @@ def list_unused(methods: Methods) -> list[str]:
 def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:
     """Return the balancer of `--balancing auto`, and log the reason where it is not joint."""
     option, name = f"--sampling {settings.sampling}", sampler.usual_balancing
-    reason = "it selects samples per modality, which only unimodal losses train on"
+    reason = sampler.balancing_reason
     fusion: type[Fusion] | None = None if settings.fusion == "auto" else FUSIONS.load(settings.fusion)
     if fusion is not None and fusion.usual_balancing != "joint":
         option, name, reason = f"--fusion {settings.fusion}", fusion.usual_balancing, fusion.balancing_reason

@@ -139,9 +139,7 @@ class Greedy(Balancer):
         trained = [slow] if rebalances and self.config.trained == "slow" else range(len(branches))
         # The others get no gradient, instead of one of 0: weight decay and momentum do not move them either.
         losses = [(cross_entropy(branches[j], batch.label) * batch.loss_weight[1 + j]).sum() for j in trained]
-        loss = torch.stack(losses).sum()
-        if self.net.has_own_heads:
-            loss = loss + self.head_loss(outputs, batch)
+        loss = torch.stack(losses).sum() + self.head_loss(outputs, batch)
         self.optimization.backward(loss)
         self.modulate(outputs, batch)
         self.optimization.apply()

@@ -24,6 +24,7 @@ from ..network import Outputs, cross_entropies, cross_entropy
 from .balancer import Balancer
 
 PROJECTIONS = ("features", "none")
+RIDGE = 1e-3  # ours
 
 
 def project_out(projection: Tensor, direction: Tensor, *, ridge: float) -> Tensor:
@@ -57,19 +58,23 @@ class MlaConfig:
     Args:
         projection: "features", off which the classifier's gradient is projected, as in the paper, or "none", as the
             released code runs.
-        ridge: Ridge of the projection: how much of an earlier direction remains (ours). It has no effect without one.
+        ridge: Ridge of the projection: how much of an earlier direction remains (ours).
         weights: Fixed fusion weights of the modalities, in their order, at least 0; 0.55 and 0.45 in the released code.
             None: by entropy, as in the paper.
     """
 
     section: ClassVar[str] = "balancing.mla"
     projection: str = "features"
-    ridge: float = 1e-3
+    ridge: float = RIDGE
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_choices("balancing.mla", self, projection=PROJECTIONS)
         check_ranges("balancing.mla", self, ridge="[1e-12, 1000]", weights="[0, inf)")
+        if self.projection == "none" and self.ridge != MlaConfig.__dataclass_fields__["ridge"].default:
+            raise ConfigError(
+                "balancing.mla.ridge has no effect with balancing.mla.projection none: remove one of them"
+            )
         if self.weights is not None and not any(self.weights):
             raise ConfigError("balancing.mla.weights are all 0: no modality would be used")
 
