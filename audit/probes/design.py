@@ -200,7 +200,8 @@ class Design:
     curvature (d + t,) its eigenvalues, and the mean squares of the terms. terms (n, t) are those of texts in units of
     `term_units`: None without texts, where t is 0. The penalty of a fit and the rows are both in units of the standard
     deviation, so that the Hessian is diagonal along these axes. With robust scaling alone, 200 steps left a fit of 120
-    pictures, whose features are mostly 0, far from its minimum, at a point that depended on rounding.
+    pictures, whose features are mostly 0, far from its minimum, at a point that depended on rounding. relative_l2
+    (p, d + t): factors of l2 for each probe and weight, None where they are all 1.
     """
 
     rows: Tensor
@@ -209,6 +210,7 @@ class Design:
     curvature: Tensor
     terms: csr_array | None = None
     term_units: TermUnits | None = None
+    relative_l2: Tensor | None = None
 
     @property
     def num_features(self) -> int:
