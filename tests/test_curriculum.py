@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -390,16 +390,14 @@ def test_other_pacings_match_hand_calculation(pacing: str, shares: list[float]) 
     )
 
 
-def split_table(group: list[str | None]) -> tuple[pa.Table, NDArray[np.object_], NDArray[np.int32]]:
+def split_table(group: Sequence[str | None]) -> tuple[pa.Table, NDArray[np.object_], NDArray[np.int32]]:
     names = np.array([f"s{number:03d}" for number in range(len(group))], dtype=object)
     split = ["test"] * 20 + ["train"] * (len(group) - 20)
     return pa.table({"split": split, "group": group}), names, np.zeros(len(group), dtype=np.int32)
 
 
 def test_validation_split_takes_whole_groups_and_no_more_rows_than_asked_for() -> None:
-    group: list[str | None] = (
-        [f"g{number}" for number in range(20)] + ["large"] * 60 + [f"s{n // 3}" for n in range(40)]
-    )
+    group = [f"g{number}" for number in range(20)] + ["large"] * 60 + [f"s{n // 3}" for n in range(40)]
     table, names, label = split_table(group)
     for seed in range(10):
         split = with_validation(table, names, label, fraction=0.1, seed=seed)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import Result
 from conftest import gaussian_table
 from runs import copy_run
 from typer.testing import CliRunner
@@ -26,7 +25,7 @@ TUNE = ["finetune", "--manifest", "all", "--num-workers", "0", "--epochs", "1", 
 
 def unused_of(*words: str | Path, exit_code: int = 0) -> str:
     """Run a command; return the settings that it names as without effect."""
-    result: Result = CliRunner().invoke(app, [str(word) for word in words])
+    result = CliRunner().invoke(app, [str(word) for word in words])
     output = re.sub(r"\s+", " ", result.output)
     assert result.exit_code == exit_code, output
     named = re.findall(r"settings without effect in mmaudit \w+: (.*?\(.*?\)(?:; .*?\(.*?\))*)", output)
@@ -52,7 +51,7 @@ def test_score_names_settings_of_media_networks_and_later_commands(run: Path, mo
     data = read_json(run / "run.json", error=RunError)["source"]
     monkeypatch.setenv("MMAUDIT_NETWORK_EPOCHS", "3")
     (run.parent / "run.toml").write_text("[finetune]\nepochs = 7\n[optim]\nema = 0.0\n[probe]\nfolds = 3\n")
-    words = ["--set", "media.image_size=32", "--set", "probe.hidden=9", "--config", run.parent / "run.toml"]
+    words = ["--set", "media.image_size=32", "--set", "probe.hidden=9", "--config", str(run.parent / "run.toml")]
     named = unused_of("score", data, "--run", run.parent / "other", "--repeats", "1", "--num-workers", "0", *words)
     assert named == (
         "finetune.epochs (run.toml); network.epochs (MMAUDIT_NETWORK_EPOCHS); media.image_size, probe.hidden (--set)"
@@ -127,7 +126,9 @@ def test_finetune_records_the_network_that_it_trains_and_refuses_other_media(cli
     assert unused_of(*TUNE, "--run", run, "--name", "own", *words) == "network.lr (--set)"
     metrics = read_json(run / "finetune" / "own" / "metrics.json", error=RunError)
     assert metrics["config"]["network"] == {"width": 0.03, "normalise_pictures": "imagenet", "normalise_sound": "data"}
-    result = CliRunner().invoke(app, [*TUNE, "--run", str(run), "--name", "no", "--set", "media.network_seconds=2.0"])
+    result = CliRunner().invoke(
+        app, [*map(str, TUNE), "--run", str(run), "--name", "no", "--set", "media.network_seconds=2.0"]
+    )
     assert result.exit_code == 2
     output = re.sub(r"\s+", " ", result.output)
     assert "media.network_seconds is 2.0 (--set), and the features of this manifest were encoded with 3.0" in output

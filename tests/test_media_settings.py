@@ -103,10 +103,10 @@ def test_both_ends_of_the_range_of_a_media_setting_work(name: str, loaded: dict[
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NAMES.items() for value in values])
 def test_every_name_of_a_media_setting_works(name: str, value: str, loaded: dict[str, Any]) -> None:
-    spectrogram = {} if name == "network_spectrogram" else {"network_spectrogram": "log-magnitude"}
-    check_encodes(MediaConfig(**{**spectrogram, name: value}), loaded, name)
+    options: dict[str, Any] = {"network_spectrogram": "log-magnitude", name: value}
+    check_encodes(MediaConfig(**options), loaded, name)
     with pytest.raises(ConfigError, match=f"media.{name} is 'other'"):
-        MediaConfig(**{name: "other"})
+        MediaConfig(**{**options, name: "other"})
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,8 @@ def test_cache_is_another_one_for_every_media_setting_and_the_old_one_for_the_de
         for value in (low, high)
         if value != getattr(MediaConfig(), name)
     ]
-    changed += [MediaConfig(**{name: values[1]}) for name, values in NAMES.items()]
+    names: list[dict[str, Any]] = [{name: values[1]} for name, values in NAMES.items()]
+    changed += [MediaConfig(**options) for options in names]
     changed.append(replace(MediaConfig(), max_packets=1))
     keys = [preprocessing(modality, media) for media in (MediaConfig(), *changed)]
     assert len({*keys}) == len(keys)

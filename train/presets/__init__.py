@@ -68,10 +68,9 @@ def read_preset(name: str) -> Preset:
     sections = tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     about = sections.pop("preset")
     base = about.pop("base", None)
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
-    return Preset(
-        name=name, **lists, settings=sections if base is None else _merge(read_preset(base).settings, sections)
-    )
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
+    settings = sections if base is None else _merge(read_preset(base).settings, sections)
+    return Preset(name=name, settings=settings, **values)
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
