@@ -166,8 +166,8 @@ def finetune(
         >>> mmaudit.finetune("balanced", sampling="bss-h", epochs=20).accuracy
         >>> mmaudit.finetune(data="crema-d", preset="ogm-ge-cremad").accuracy
     """
-    columns = {"modality": modality, "label": label, "id": id, "group": group, "split": split}
-    _check_source(manifest, data, columns)
+    columns = {"label": label, "id": id, "group": group, "split": split}
+    _check_source(manifest, data, {"modality": modality, **columns})
     keywords = {
         "seed": seed,
         "finetune.sampling": sampling,
@@ -182,7 +182,7 @@ def finetune(
         "optim.lr": lr,
     }
     if manifest is None:
-        keywords |= data_settings(encoder=encoder, allow_outside=allow_outside, **columns)
+        keywords |= data_settings(modality=modality, encoder=encoder, allow_outside=allow_outside, **columns)
     config, given = load_settings(config, settings, keywords, preset=preset)
     config = resolve_methods(config)
     run_dir, device = Run.open(run), local_device(pick_device(device))

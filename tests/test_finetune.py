@@ -40,10 +40,8 @@ def change_sample(examples: Examples, split: str, name: str) -> Examples:
 
 
 def test_last_epoch_is_kept_whatever_validation_says(tmp_path: Path) -> None:
-    examples, settings = (
-        make_examples(240),
-        {"epochs": 6, "lr": 0.5},
-    )  # so large a rate that the best epoch is not the last
+    examples = make_examples(240)
+    settings: dict[str, Any] = {"epochs": 6, "lr": 0.5}  # so large a rate that the best epoch is not the last
     best = fine_tune(examples, tmp_path / "best", with_options(**settings))
     last = fine_tune(examples, tmp_path / "last", with_options(**settings, keep="last"))
     assert best.metrics["best_epoch"] < 6

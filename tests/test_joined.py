@@ -44,7 +44,8 @@ def vectors(joined: Joined, name: str) -> list[list[float] | None]:
 def write(path: Path, ids: list[str], matrix: np.ndarray[Any, Any], *, name: str = "mfcc") -> None:
     """Write vectors in the format of the suffix."""
     if path.suffix == ".npz":
-        np.savez(path, id=np.array(ids), **{name: matrix})
+        arrays: dict[str, Any] = {"id": np.array(ids), name: matrix}
+        np.savez(path, **arrays)
     elif path.suffix == ".npy":
         np.save(path, matrix)
         path.with_suffix(".ids.txt").write_text("\n".join(ids))

@@ -71,7 +71,7 @@ def test_outputs_are_those_of_a_manifest_without_subsets(trained: Path) -> None:
 
 
 def test_same_training_is_not_repeated_and_other_data_are_noticed(folder: Path) -> None:
-    words = [*TUNE, "--data", folder / "data.parquet", "--run", folder / "run"]
+    words: list[str | Path] = [*TUNE, "--data", folder / "data.parquet", "--run", folder / "run"]
     metrics = json.loads((folder / "run/finetune/all-concat-uniform/metrics.json").read_text())
     assert run_json(*words) == metrics
     pq.write_table(gaussian_table(num_samples=150, seed=1), folder / "data.parquet")
@@ -110,7 +110,7 @@ def test_report_names_no_manifest(trained: Path) -> None:
 
 
 def test_evaluation_needs_the_data_and_notices_other_ones(folder: Path) -> None:
-    words = ["evaluate", "all-concat-uniform", "--run", folder / "run"]
+    words: list[str | Path] = ["evaluate", "all-concat-uniform", "--run", folder / "run"]
     assert "was trained on data without a manifest: pass --data" in error_of(*words)
     evaluated = run_json(*words, "--data", folder / "data.parquet")
     metrics = json.loads((folder / "run/finetune/all-concat-uniform/metrics.json").read_text())
@@ -149,7 +149,17 @@ def test_what_cannot_be_trained_on_is_refused(
 def test_columns_are_named_and_damaged_samples_quarantined(clips: Path, tmp_path: Path) -> None:
     (clips / "3.png").write_bytes(b"no picture")
     (clips / "metadata.csv").write_text((clips / "metadata.csv").read_text().replace("label", "emotion"))
-    words = [*TUNE, "--data", clips, "--label", "emotion", "--group", "speaker", "--run", tmp_path / "run"]
+    words: list[str | Path] = [
+        *TUNE,
+        "--data",
+        clips,
+        "--label",
+        "emotion",
+        "--group",
+        "speaker",
+        "--run",
+        tmp_path / "run",
+    ]
     metrics = run_json(*words)
     assert metrics["made_from"]["counts"] == {"input": 24, "used": 23, "quarantined": 1}
     table = pd.read_parquet(tmp_path / "run/finetune/all-concat-uniform/quarantine.parquet")

@@ -174,18 +174,18 @@ def finetune_on(
                     "with --set optim.clip_norm=1"
                 )
             record = {"epoch": epoch, "steps": step, "samples": num_seen, "lr": lr, "train_loss": train_loss}
-            accuracy, loss = 0.0, 0.0
+            result = (0.0, 0.0)  # validation accuracy, minus validation loss
             if num_validation:
                 validation = validate(reader, net=tested)
-                accuracy, loss = validation.accuracy, validation.loss
+                result = (validation.accuracy, -validation.loss)
                 balancer.end_epoch(epoch, validation)
-                record |= {"validation_loss": loss, "validation_accuracy": accuracy}
+                record |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
             record |= {**balancer.epoch_metrics(), **sampler.epoch_metrics()}
             history.append(record)
             for log_record in trackers:
                 log_record(record)
-            if not selects_best or (accuracy, -loss) > best[:2]:
-                best = (accuracy, -loss, epoch)
+            if not selects_best or result > best[:2]:
+                best = (*result, epoch)
                 best_weights = {name: tensor.clone() for name, tensor in tested.state_dict().items()}
             epoch, step, num_seen = epoch + 1, 0, 0
             total.zero_()
