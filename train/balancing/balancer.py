@@ -55,7 +55,7 @@ class Balancer(Method):
     """
 
     min_modalities: ClassVar[int] = 2
-    fusions: ClassVar[tuple[str, ...]] = (*("concat", "late", "gated", "gated-unit", "film", "film-projected", "mmtm"),)
+    fusions: ClassVar[tuple[str, ...]] = ("concat", "late", "gated", "gated-unit", "film", "film-projected", "mmtm")
     own_fusion: ClassVar[type[Fusion] | None] = None
     fusion_reason: ClassVar[str] = ""
     has_unimodal_loss: ClassVar[bool] = False
