@@ -66,7 +66,7 @@ class Balancer(Method):
     """
 
     min_modalities: ClassVar[int] = 2
-    fusions: ClassVar[tuple[str, ...]] = (*("concat", "late", "gated", "gated-unit", "film", "film-projected", "mmtm"),)
+    fusions: ClassVar[tuple[str, ...]] = ("concat", "late", "gated", "gated-unit", "film", "film-projected", "mmtm")
     own_fusion: ClassVar[type[Fusion] | None] = None
     fusion_reason: ClassVar[str] = ""
     has_unimodal_loss: ClassVar[bool] = False
@@ -227,8 +227,8 @@ class Sum(Balancer):
         fused_weight, unimodal_weight = self.config.fused_weight, self.config.unimodal_weight
         loss: Tensor
         if not unimodal_weight:
-            loss = fused_weight * self.fused_loss(outputs, batch)
-            return loss
+            loss = fused_weight * batch.mean_fused(cross_entropy(outputs.fused, batch.label))
+            return loss + self.head_loss(outputs, batch)
         if loss_mask is None and fused_weight == unimodal_weight == 1:
             return self.summed_losses(outputs, batch)
         fused, unimodal = cross_entropies(outputs, batch.label)
