@@ -309,11 +309,19 @@ def print_finetune(metrics: dict[str, Any]) -> None:
     fused = metrics["test"]["all"]["branches"]["fused"]
     interval = f"[{fused['accuracy_low']:.3f}, {fused['accuracy_high']:.3f}]"
     print_line(f"  fused: 95% {interval}, MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
+    _print_answer(metrics)
     if metrics["test_labels_in_scores"]:
         print_line(
             "note: the probes behind this manifest were fitted on test samples too, so test labels influenced the "
             "choice of training samples; to compare methods, score with --learn-from train"
         )
+
+
+def _print_answer(metrics: dict[str, Any]) -> None:
+    """Print which logits are tested as the fused prediction, where they are not the fusion's own."""
+    added = {"heads": "the unimodal logits", "all": "the fused and unimodal logits"}.get(metrics.get("answer", "fused"))
+    if added is not None:
+        print_line(f"  fused here: the sum of {added} (finetune.answer = {metrics['answer']})")
 
 
 def print_evaluate(evaluation: dict[str, Any]) -> None:
@@ -335,6 +343,7 @@ def print_evaluate(evaluation: dict[str, Any]) -> None:
         for branch, values in branches:
             cells = " ".join(f"{values[key]:>9.3f}" for key in measures)
             print_line(f"  {_cell(name, width)} {subset['n']:>6} {_cell(branch, branch_width)} {cells}")
+    _print_answer(evaluation)
     classes = evaluation["test_by_class"].items()
     weakest = sorted((row["branches"]["fused"]["recall"], name) for name, row in classes if row["n"])[:3]
     print_line(f"  lowest recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")

@@ -102,7 +102,7 @@ def test_shapley_weights_of_two_and_three_modalities() -> None:
     assert shapley_weights(3)[1][0].tolist() == pytest.approx([-1 / 6, -1 / 6, -1 / 3, 1 / 3, 1 / 6, 1 / 6, 1 / 3])
 
 
-@pytest.mark.parametrize("fusion", ["concat", "late", "gated", "film", "mmtm"])
+@pytest.mark.parametrize("fusion", Balancer.fusions)
 def test_responses_are_mean_gains_over_all_orders(fusion: str) -> None:
     """By definition: the gain of a modality over those before it, averaged over all orders."""
     method = build_agm(fusion, modalities=3)

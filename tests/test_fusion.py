@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmaudit.train import FUSIONS
-from mmaudit.train.fusion import Fusion, Mmtm, Shared
+from mmaudit.train.fusion import Film, Fusion, Gated, Mmtm, Shared
 
 torch.set_num_threads(1)
 
@@ -49,6 +49,14 @@ def late_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
 
 
 def gated_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
+    gate = 1 / (1 + (-linear(w, "gate", features[0])).exp())
+    others = torch.zeros(11, 7)
+    for j, f in enumerate(features[1:]):
+        others = others + linear(w, f"values.{j}", f)
+    return linear(w, "head", gate * others)
+
+
+def gated_unit_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
     joined = torch.cat(features, dim=1)
     hidden = torch.zeros(11, 7)
     for j, f in enumerate(features):
@@ -58,6 +66,15 @@ def gated_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
 
 
 def film_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
+    modulation = linear(w, "film", features[0])
+    width = modulation.shape[1] // 2
+    others = torch.zeros(11, width)
+    for j, f in enumerate(features[1:]):
+        others = others + (linear(w, f"bring.{j}", f) if f"bring.{j}.weight" in w else f)
+    return linear(w, "head", modulation[:, :width] * others + modulation[:, width:])
+
+
+def film_projected_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
     gamma = features[0] @ w["film.weight"][:7].T + w["film.bias"][:7]
     hidden = features[0] @ w["film.weight"][7:].T + w["film.bias"][7:]
     for j, f in enumerate(features[1:]):
@@ -97,7 +114,9 @@ BY_HAND = {
     "concat": concat_by_hand,
     "late": late_by_hand,
     "gated": gated_by_hand,
+    "gated-unit": gated_unit_by_hand,
     "film": film_by_hand,
+    "film-projected": film_projected_by_hand,
     "mmtm": mmtm_by_hand,
     "shared": shared_by_hand,
 }
@@ -180,6 +199,27 @@ def test_gradients_reach_every_parameter_and_feature(name: str) -> None:
     for tensor_name, tensor in (*fusion.named_parameters(), *((f"feature {j}", f) for j, f in enumerate(features))):
         assert tensor.grad is not None, tensor_name
         assert tensor.grad.abs().max() > 1e-6, tensor_name
+
+
+@torch.no_grad()
+def test_gated_and_film_of_ogm_ge_on_one_sample() -> None:
+    """Worked out by hand: features x = (1, -1) and y = (2, 3), two classes, identity weights but for the biases."""
+    x, y = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 3.0]])
+    gated, film = (kind((2, 2), num_classes=2, hidden=2) for kind in (Gated, Film))
+    assert isinstance(gated, Gated)
+    assert isinstance(film, Film)
+    for layer in (gated.gate, gated.values[0], gated.head, film.head):
+        assert isinstance(layer, nn.Linear)
+        layer.weight.copy_(torch.eye(2))
+        layer.bias.zero_()
+    gated.head.bias.copy_(torch.tensor([0.5, 0.0]))
+    # sigmoid(1) = 0.7310586, sigmoid(-1) = 0.2689414: h = (1.4621172, 0.8068243).
+    assert gated([x, y])[0].tolist() == pytest.approx([1.9621172, 0.8068243], abs=1e-6)
+    film.film.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, -1.0]]))
+    film.film.bias.zero_()
+    # gamma = (2, -1), beta = (0, 1): h = (2 * 2 + 0, -1 * 3 + 1), where (1 + gamma) would give (6, 1).
+    assert film([x, y])[0].tolist() == pytest.approx([4.0, -2.0])
+    assert [name for name, _ in film.named_parameters()] == ["film.weight", "film.bias", "head.weight", "head.bias"]
 
 
 def random_mmtm() -> Mmtm:

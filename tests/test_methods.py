@@ -89,6 +89,42 @@ def test_pair_repeats_exactly_and_after_an_interruption(tmp_path: Path, sampling
     assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "again") == model_bytes(tmp_path / "whole")
 
 
+# Forms of methods that the settings above do not reach.
+FORMS: dict[str, dict[str, Any]] = {
+    "bss-h by the model": {"sampling": {"bss": {"score_source": "model"}}, "names": ("bss-h", "sum")},
+    "mses, restore": {
+        "balancing": {"mses": {"mode": "restore", "patience": 1, "smoothing": 0.6}},
+        "names": ("", "mses"),
+    },
+    "mslr, accuracy": {"balancing": {"mslr": {"mode": "accuracy", "unimodal_weight": 0.0}}, "names": ("", "mslr")},
+    "gblend, weights": {
+        "balancing": {"gblend": {"weights": ["fused=0.5", "audio=0.2", "visual=0.3"]}},
+        "names": ("", "gblend"),
+    },
+    "gblend, split classifier": {"balancing": {"gblend": {"own_heads": False}}, "names": ("", "gblend")},
+    "pmr, ratio": {"balancing": {"pmr": {"weight": "ratio"}}, "names": ("", "pmr")},
+    "sum, weights": {"balancing": {"sum": {"fused_weight": 0.1, "unimodal_weight": 0.9}}, "names": ("", "sum")},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form_of_a_method_repeats_after_an_interruption(tmp_path: Path, form: str) -> None:
+    sections = {axis: FORMS[form].get(axis, {}) for axis in ("sampling", "balancing")}
+    sampling, balancing = FORMS[form]["names"]
+    options = {"sampling": sampling or "uniform", "balancing": balancing, "epochs": 8 if "mslr" in form else 4}
+    config = replace(with_options(QUICK, answer="heads", own_heads=True, **options), **sections)
+    if form == "gblend, split classifier":
+        config = with_options(config, answer="fused", own_heads=False)
+    examples = make_examples(80)
+    uninterrupted = fine_tune(examples, tmp_path / "whole", config)
+    assert all(math.isfinite(value) for record in uninterrupted.history for value in record.values())
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(examples, tmp_path / "part", config, progress=stop_after(2))
+    resumed = fine_tune(examples, tmp_path / "part", config)
+    assert resumed.history == uninterrupted.history
+    assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("sampling", "balancing"), MARKED_PAIRS)
 def test_pair_updates_all_parameters_but_frozen_encoders(tmp_path: Path, sampling: str, balancing: str) -> None:
     examples = make_examples(80)

@@ -75,12 +75,18 @@ def test_every_combination_is_accepted_or_raises() -> None:
         (
             {"balancing": "ogm", "fusion": "shared"},
             "--balancing ogm does not support --fusion shared: a shared classifier is trained one modality at a time, "
-            "which only mla does; use --fusion concat or late or gated or film or mmtm",
+            "which only mla does; use --fusion concat or late or gated or gated-unit or film or film-projected "
+            "or mmtm",
         ),
         (
             {"sampling": "dus-h", "balancing": "ogm"},
             "--sampling dus-h selects samples per modality, and --balancing ogm has no unimodal loss that trains on "
             "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, dgl, inforeg, mla",
+        ),
+        (
+            {"answer": "heads"},
+            "finetune.answer = heads has no effect: the fused logits of --fusion concat are the sum of the unimodal "
+            "ones; give the modalities heads of their own with --set finetune.own_heads=true",
         ),
         (
             {"only": "audio", "balancing": "pmr"},
@@ -233,7 +239,7 @@ def test_resolved_sections_have_all_constants_of_the_methods_in_use_only() -> No
     methods = resolve(TrainConfig(finetune=finetune, balancing=sections))
     assert methods.balancer_config == OgmConfig(alpha=1.0)
     assert methods.config.balancing == {"ogm": {"alpha": 1.0, "first_epoch": 1, "last_epoch": 51}}
-    bss = {"score_source": "model", "every_epochs": 8, "beta": 0.6, "alpha": 1.0}
+    bss = {"score_source": "auto", "every_epochs": 8, "beta": 0.6, "alpha": 1.0}
     assert methods.config.sampling == {"bss": bss}
     unused = resolve(TrainConfig(balancing=sections)).config
     assert (unused.sampling, unused.balancing) == ({}, {})
@@ -289,9 +295,27 @@ def test_table_lists_every_method_with_the_meaning_of_its_constants() -> None:
     assert by_name["greedy"].needs == ("2 modalities", "--fusion mmtm")
     assert by_name["shared"].needs == ("--balancing mla",)
     order_keys = [key.key for key in by_name["bss-h"].keys]
-    assert order_keys == ["order.pacing", "order.start", "order.grow_epochs", "order.steps"]
+    assert [key for key in order_keys if key.startswith("order.")] == [
+        *("order.pacing", "order.start", "order.grow_epochs", "order.steps")
+    ]
+    assert "sampling.bss.score_source" in order_keys
 
 
 def test_names_and_help_need_no_torch() -> None:
     code = "import sys; from mmaudit.train.methods import list_methods; list_methods(details=False)"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"own_heads": True}, {"fusion": "gated"}, {"balancing": "gblend"}, {"fusion": "mmtm"}]
+)
+def test_answers_that_differ_are_accepted(options: dict[str, Any]) -> None:
+    for answer in ("heads", "all"):
+        assert resolve(TrainConfig(finetune=FinetuneConfig(answer=answer, **options))).config.finetune.answer == answer
+
+
+def test_weights_of_the_summed_losses_must_leave_one() -> None:
+    with pytest.raises(ConfigError, match=r"balancing.sum.fused_weight and .* both 0: nothing would be trained"):
+        resolve(TrainConfig(balancing={"sum": {"fused_weight": 0.0, "unimodal_weight": 0.0}}))
+    with pytest.raises(ConfigError, match=r"balancing.mses.unimodal_weight is -1.0; it must lie in \[0, inf\)"):
+        resolve(TrainConfig(balancing={"mses": {"unimodal_weight": -1.0}}))

@@ -8,8 +8,10 @@ FUSIONS = Registry(
     {
         "concat": Entry("fusion:Concat", "one linear classifier over the joined features"),
         "late": Entry("fusion:Late", "a classifier per modality, logits summed"),
-        "gated": Entry("fusion:Gated", "gated multimodal unit"),
-        "film": Entry("fusion:Film", "the first modality scales and shifts the others"),
+        "gated": Entry("fusion:Gated", "the first modality gates the others, as in OGM-GE's code"),
+        "gated-unit": Entry("fusion:GatedUnit", "gated multimodal unit of Arevalo et al."),
+        "film": Entry("fusion:Film", "the first modality scales and shifts the others, as in OGM-GE's code"),
+        "film-projected": Entry("fusion:FilmProjected", "as film, on features that a layer each projects"),
         "mmtm": Entry("fusion:Mmtm", "cross-modal squeeze, and a classifier per modality, logits averaged"),
         "shared": Entry("fusion:Shared", "one classifier for all modalities, weighted by entropy or fixed"),
     },

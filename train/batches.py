@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -271,6 +271,11 @@ class Method(ABC):
     @classmethod
     def late_start(cls, config: Any, settings: TrainConfig) -> str | None:
         """Return a warning where the method starts after the last epoch of the settings."""
+
+    @classmethod
+    def unused(cls, config: Any) -> Mapping[str, str]:
+        """Return the fields of the config that have no effect beside the others, each with the reason."""
+        return {}
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Evaluate the model before epoch 1, 2, ..., if the method needs it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,8 +15,25 @@ from . import TRACKERS
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+ANSWERS = ("fused", "heads", "all")  # which logits are the prediction of all modalities together
 # Fewest validation samples that may select an epoch: two of them selected the first of 60, at chance accuracy.
 MIN_VALIDATION_SAMPLES = 20
+
+
+def parse_factors(key: str, entries: Sequence[str], *, example: str) -> dict[str, float]:
+    """Return the factors, at least 0, of NAME=FACTOR entries by name; ConfigError for an entry of another form."""
+    factors: dict[str, float] = {}
+    for text in entries:
+        name, equals, factor = text.rpartition("=")
+        if name in factors:
+            raise ConfigError(f"{key} has {name} twice; each name may have one factor")
+        try:
+            factors[name] = float(factor)
+        except ValueError:
+            equals = ""
+        if not equals or not name or not 0 <= factors[name] < math.inf:
+            raise ConfigError(f"{key} {text}: not of the form NAME=FACTOR, such as {example}")
+    return factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +53,9 @@ class FinetuneConfig:
         hidden: Width of the vector encoders and of layers that the fusion adds.
         dropout: Dropout probability in [0, 1).
         own_heads: Give each modality a separate head even where the fused classifier can be split by modality.
+        answer: Logits that are validated, selected by and tested as the prediction of all modalities: "fused", those
+            of the fusion; "heads", the sum of the unimodal ones; "all", the sum of both. BSS tests "heads" on CREMA-D
+            and "all" on Kinetics-Sounds. It is recorded with the model, and metrics name it "fused" in any case.
         validation_fraction: Share of the training samples, at least one, cut off as validation split where the source
             has none; in [0, 1).
         patience: Stop after this many epochs without a better validation result; 0 never stops early.
@@ -56,6 +76,7 @@ class FinetuneConfig:
     hidden: int = 128
     dropout: float = 0.3
     own_heads: bool = False
+    answer: str = "fused"
     validation_fraction: float = 0.1
     patience: int = 0
     compile: bool = False
@@ -66,6 +87,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in self.report_to:
             TRACKERS.check(name)
+        check_choices("finetune", self, answer=ANSWERS)
         check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "hidden"), "[1, inf)"))
         check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
         check_ranges("finetune", self, dropout="[0, 1)", validation_fraction="[0, 1)", keep_posterior="[0, 1]")
@@ -116,16 +138,7 @@ class OptimConfig:
 
     def modality_lr_factors(self) -> dict[str, float]:
         """Return the factors of `modality_lr` by modality name."""
-        factors = {}
-        for text in self.modality_lr:
-            name, equals, factor = text.rpartition("=")
-            try:
-                factors[name] = float(factor)
-            except ValueError:
-                equals = ""
-            if not equals or not name or not 0 <= factors[name] < math.inf:
-                raise ConfigError(f"optim.modality_lr {text}: not of the form NAME=FACTOR, such as audio=0.1")
-        return factors
+        return parse_factors("optim.modality_lr", self.modality_lr, example="audio=0.1")
 
     def lr_multiplier(self, epoch: int, *, epochs: int) -> float:
         """Return the factor in [0, 1] on the learning rate in epoch 1, 2, ...: a pure function, so nothing is stored.

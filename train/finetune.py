@@ -54,8 +54,8 @@ def finetune_on(
 ) -> Finetuned:
     """Train on the manifest's training rows, select on validation, test once; resume from `folder`/state.
 
-    The selected epoch has the highest fused validation accuracy, then the lowest validation loss; with fewer than
-    MIN_VALIDATION_SAMPLES validation samples it is the last one.
+    The selected epoch has the highest validation accuracy of the tested answer, then the lowest validation loss; with
+    fewer than MIN_VALIDATION_SAMPLES validation samples it is the last one.
 
     Everything follows from examples, config and seed: the same batches in any number of processes, the same losses
     after an interruption at any step, and on one machine's CPU the same bytes (CUDA adds in no fixed order).

@@ -23,6 +23,7 @@ class Fusion(nn.Module, ABC):
     Attributes:
         paper: Reference; empty where there is none.
         decomposes: It has unimodal logits; otherwise each modality gets a separate head.
+        is_sum: Its fused logits are the sum of its unimodal ones.
         min_modalities: Fewest modalities that it fuses.
         needs_pairs: Its fused logits have weights that the unimodal logits do not use.
         usual_balancing: Balancer of `--balancing auto`.
@@ -31,6 +32,7 @@ class Fusion(nn.Module, ABC):
 
     paper: ClassVar[str] = ""
     decomposes: ClassVar[bool]
+    is_sum: ClassVar[bool] = False
     min_modalities: ClassVar[int] = 2
     needs_pairs: ClassVar[bool] = False
     usual_balancing: ClassVar[str] = "joint"
@@ -64,6 +66,7 @@ class Summed(Fusion):
     """A fusion whose logits are the sum of the unimodal ones."""
 
     decomposes = True
+    is_sum = True
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Sum the unimodal logits."""
@@ -122,6 +125,29 @@ class Late(Summed):
 
 
 class Gated(Fusion):
+    """The first modality gates the others: h = sigmoid(W_1 f_1) * sum_{j > 1} W_j f_j; logits W h + b.
+
+    OGM-GE's "gated" fusion for two modalities, after Kiela et al., arXiv 1802.02892; the sum over more than one other
+    modality is ours. The layers have biases and `hidden` units, 512 in OGM-GE's code.
+    """
+
+    paper = "Kiela et al., arXiv 1802.02892"
+    decomposes = False
+
+    def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
+        super().__init__(num_features, num_classes=num_classes, hidden=hidden)
+        self.gate = nn.Linear(num_features[0], hidden)
+        self.values = nn.ModuleList(nn.Linear(d, hidden) for d in num_features[1:])
+        self.head = nn.Linear(hidden, num_classes)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Gate, classify."""
+        values = torch.stack([value(f) for value, f in zip(self.values, features[1:], strict=True)])
+        logits: Tensor = self.head(self.gate(features[0]).sigmoid() * values.sum(dim=0))
+        return logits
+
+
+class GatedUnit(Fusion):
     """h = sum_j z_j * tanh(V_j f_j), z_j = sigmoid(U_j [f_1; ...; f_m]); logits W h + b.
 
     The gated multimodal unit of Arevalo et al., arXiv 1702.01992, in its form for any number of modalities.
@@ -145,10 +171,36 @@ class Gated(Fusion):
 
 
 class Film(Fusion):
-    """The first modality scales and shifts the others: h = beta(f_1) + sum_{j > 1} (1 + gamma(f_1)) * V_j f_j.
+    """The first modality scales and shifts the others: h = gamma(f_1) * sum_{j > 1} f_j + beta(f_1); logits W h + b.
 
-    Feature-wise linear modulation, Perez et al., arXiv 1709.07871, as in OGM-GE's code for two modalities; the sum over
-    more than one other modality is ours, and so is 1 + gamma, which starts near the identity.
+    Feature-wise linear modulation, Perez et al., arXiv 1709.07871, as in OGM-GE's code, which has two modalities: the
+    features are modulated as they are. For more than two (ours) they are summed, and mapped to `hidden` features by a
+    layer each where their widths differ.
+    """
+
+    paper = "Perez et al., arXiv 1709.07871"
+    decomposes = False
+
+    def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
+        super().__init__(num_features, num_classes=num_classes, hidden=hidden)
+        same_width = len(set(num_features[1:])) == 1
+        width = num_features[1] if same_width else hidden
+        self.film = nn.Linear(num_features[0], 2 * width)
+        self.bring = nn.ModuleList(nn.Identity() if same_width else nn.Linear(d, width) for d in num_features[1:])
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Modulate, classify."""
+        gamma, beta = self.film(features[0]).chunk(2, dim=1)
+        values = torch.stack([bring(f) for bring, f in zip(self.bring, features[1:], strict=True)])
+        logits: Tensor = self.head(gamma * values.sum(dim=0) + beta)
+        return logits
+
+
+class FilmProjected(Fusion):
+    """FiLM of projected features: h = beta(f_1) + sum_{j > 1} (1 + gamma(f_1)) * V_j f_j; logits W h + b.
+
+    Ours: the layers V_j, and 1 + gamma, which starts near the identity; see Film for the form of OGM-GE's code.
     """
 
     paper = "Perez et al., arXiv 1709.07871"

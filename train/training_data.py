@@ -19,8 +19,8 @@ from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, augment, to_batch
 from .config import FinetuneConfig, TrainConfig
 from .examples import NUM_READERS, Examples, Store
-from .methods import Methods, check_schedule
-from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
+from .methods import Methods, check_schedule, list_unused
+from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder, cross_entropy
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
 
@@ -235,11 +235,12 @@ class NetworkReader:
 
 
 def validate(reader: NetworkReader, *, net: FusionNet | None = None) -> Validation:
-    """Compute mean cross entropy and accuracy, fused and of each modality, on the validation samples."""
+    """Compute mean cross entropy and accuracy on validation, of the tested logits and of each modality."""
+    network = reader.net if net is None else net
 
     def losses_and_correct(outputs: Outputs, label: Tensor) -> Tensor:
-        correct = torch.cat([outputs.fused[None], outputs.unimodal]).argmax(dim=2) == label
-        return torch.cat([outputs.cross_entropy(label), correct.float()])
+        logits = torch.cat([network.tested_logits(outputs)[None], outputs.unimodal])
+        return torch.cat([cross_entropy(logits, label), (logits.argmax(dim=2) == label).float()])
 
     means = reader.read_validation(losses_and_correct, net=net).double().mean(dim=1).tolist()
     num_branches = len(means) // 2
@@ -271,7 +272,7 @@ def set_up(
     unknown = sorted({*config.optim.freeze, *config.optim.modality_lr_factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
-    for warning in check_schedule(methods) if distributed.is_first else ():
+    for warning in (*check_schedule(methods), *list_unused(methods)) if distributed.is_first else ():
         log.warning("%s", warning)
     if config.optim.freeze and config.finetune.init is None:
         log.info(
@@ -297,7 +298,8 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         shapes=examples.shapes,
         classes=examples.class_names,
         fusion=settings.fusion,
-        own_heads=settings.own_heads or methods.balancer.own_heads,
+        own_heads=methods.has_own_heads,
+        answer=settings.answer,
         hidden=settings.hidden,
         dropout=settings.dropout,
         width=methods.config.width,

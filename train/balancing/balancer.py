@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,13 +14,13 @@ from ...audit.errors import ConfigError
 from ...audit.parsing import check_ranges
 from ..batches import Batch, Method, ModelReader
 from ..fusion import Fusion
-from ..network import FusionNet, Outputs, cross_entropy
+from ..network import FusionNet, Outputs, cross_entropies, cross_entropy
 from ..optimizer import Optimization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Validation results of an epoch: mean cross entropy and accuracy, of the fused prediction and of each modality."""
+    """Validation results of an epoch: mean cross entropy and accuracy, of the tested answer and of each modality."""
 
     loss: float
     accuracy: float
@@ -65,7 +66,7 @@ class Balancer(Method):
     """
 
     min_modalities: ClassVar[int] = 2
-    fusions: ClassVar[tuple[str, ...]] = ("concat", "late", "gated", "film", "mmtm")
+    fusions: ClassVar[tuple[str, ...]] = ("concat", "late", "gated", "gated-unit", "film", "film-projected", "mmtm")
     own_fusion: ClassVar[type[Fusion] | None] = None
     fusion_reason: ClassVar[str] = ""
     has_unimodal_loss: ClassVar[bool] = False
@@ -89,6 +90,11 @@ class Balancer(Method):
         own_fusion = () if cls.own_fusion is None else ("a fusion of its own",)
         own_heads = ("a separate head per modality",) if cls.own_heads else ()
         return (*super().needs(), *own_fusion, *(fusion if cls.fusions else ()), *own_heads)
+
+    @classmethod
+    def needs_own_heads(cls, config: Any) -> bool:
+        """Whether the network gets separate heads, with these constants."""
+        return cls.own_heads
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Evaluate the model before epoch 1, 2, ..., if the method needs it."""
@@ -170,12 +176,57 @@ class Joint(Balancer):
     needs_unimodal_logits = False
 
 
-class Sum(Balancer):
-    """L = mean_i CE(z_i^fused, y_i) + sum_j mean_i CE(z_i^j, y_i), each mean over the samples of its loss."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumConfig:
+    """Weights of the summed losses. BSS has 0.1 and 0.9 on CREMA-D, with finetune.answer = "heads" and own heads.
 
+    Args:
+        fused_weight: Weight of the cross entropy of the fused logits.
+        unimodal_weight: Weight of the cross entropy of each modality.
+    """
+
+    section: ClassVar[str] = "balancing.sum"
+    fused_weight: float = 1.0
+    unimodal_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_loss_weights(self.section, fused=self.fused_weight, unimodal=self.unimodal_weight)
+
+
+def check_loss_weights(section: str, *, fused: float, unimodal: float) -> None:
+    """Raise ConfigError for weights of the fused loss and the unimodal ones that are negative, or both 0."""
+    for name, value in (("fused_weight", fused), ("unimodal_weight", unimodal)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{section}.{name} is {value}; it must lie in [0, inf)")
+    if not fused and not unimodal:
+        raise ConfigError(f"{section}.fused_weight and {section}.unimodal_weight are both 0: nothing would be trained")
+
+
+class Sum(Balancer):
+    """L = w_f mean_i CE(z_i^fused, y_i) + w_u sum_j mean_i CE(z_i^j, y_i), each mean over the samples of its loss.
+
+    Both weights are 1 by default: `fused_weight` and `unimodal_weight` of the config. With w_u = 0 separate heads train
+    on detached features, as those of joint.
+    """
+
+    config_type: ClassVar[type[Any] | None] = SumConfig
     min_modalities = 1
     has_unimodal_loss = True
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the sum of the mean cross entropies, with equal weights."""
-        return self.summed_losses(outputs, batch)
+        """Compute the weighted sum of the mean cross entropies."""
+        return self.weighted_losses(outputs, batch)
+
+    def weighted_losses(self, outputs: Outputs, batch: Batch, *, loss_mask: Tensor | None = None) -> Tensor:
+        """Compute the weighted sum, only of the unimodal losses whose mask (m,) is 1."""
+        fused_weight, unimodal_weight = self.config.fused_weight, self.config.unimodal_weight
+        loss: Tensor
+        if not unimodal_weight:
+            loss = fused_weight * batch.mean_fused(cross_entropy(outputs.fused, batch.label))
+            return loss + self.head_loss(outputs, batch)
+        if loss_mask is None and fused_weight == unimodal_weight == 1:
+            return self.summed_losses(outputs, batch)
+        fused, unimodal = cross_entropies(outputs, batch.label)
+        means = batch.mean_unimodal(unimodal)
+        loss = unimodal_weight * (means.sum() if loss_mask is None else means @ loss_mask)
+        return loss + fused_weight * batch.mean_fused(fused) if fused_weight else loss

@@ -154,7 +154,7 @@ class Paced(Ordered):
     order_fields = ("pacing", "start", "grow_epochs", "steps")
 
     @classmethod
-    def late_start(cls, config: None, settings: TrainConfig) -> str | None:
+    def late_start(cls, config: Any, settings: TrainConfig) -> str | None:
         """Return a warning where the share does not reach 1."""
         finetune, order = settings.finetune, settings.order
         if (share := order.share(finetune.epochs)) >= 1:
@@ -163,28 +163,6 @@ class Paced(Ordered):
             f"--sampling {finetune.sampling} uses {math.floor(1000 * share) / 10:g}% of the training samples in the "
             f"last one and never the rest; it uses all of them from epoch {order.grow_epochs} on (order.grow_epochs)"
         )
-
-
-class BssH(Paced):
-    """BSS-H (arXiv 2501.01470): a pass over the most balanced share of the samples, which grows.
-
-    The share of epoch t is lambda(t) by `order.pacing`, `order.start` and `order.grow_epochs`, by default the paper's:
-    0.186 at t = 1, and all from t = 40 on.
-    """
-
-    paper = "Guan et al., arXiv 2501.01470"
-
-    def rows(self, epoch: int) -> RowIndex:
-        """Shuffle the most balanced floor(n lambda(epoch)) rows."""
-        return self.in_order("curriculum", epoch)
-
-
-class AntiCurriculum(Paced):
-    """The control of BSS-H: the least balanced share comes first. It should reduce the accuracy."""
-
-    def rows(self, epoch: int) -> RowIndex:
-        """Shuffle the least balanced floor(n lambda(epoch)) rows."""
-        return self.in_order("anti-curriculum", epoch)
 
 
 class ClassBalanced(Ordered):
