@@ -32,6 +32,7 @@ else:
 
 log = logging.getLogger("mmaudit")
 
+NETWORK_FIELDS = ("width", "normalise_pictures", "normalise_sound")  # of the section network, those of a fine-tuning
 _PREFIX = "MMAUDIT_"
 _OTHER_VARIABLES = {"MMAUDIT_DEBUG", "MMAUDIT_RUN", "MMAUDIT_DEVICE", "MMAUDIT_NUM_WORKERS"}  # of the command line
 _DEEP_KEY = re.compile(r"""(?:["'\w-]{1,100}[ \t]{0,9}\.[ \t]{0,9}){64}""")
@@ -86,8 +87,21 @@ class RunConfig:
 
     def training(self) -> TrainConfig:
         """Return the config of fine-tuning; the seed is not part of it."""
-        sections = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__ if name != "width"}
-        return TrainConfig(**sections, width=self.network.width)
+        of_network = {name: getattr(self.network, name) for name in NETWORK_FIELDS}
+        sections = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__ if name not in of_network}
+        return TrainConfig(**sections, **of_network)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenSetting:
+    """A setting made by the user: a plain value, where it was made, and whether a file states what is the default."""
+
+    value: Any
+    source: str
+    is_default: bool = False
+
+
+Given = Mapping[str, GivenSetting]
 
 
 def load_config(
@@ -113,23 +127,59 @@ def load_config(
         >>> load_config(settings={"probe.folds": 10}).probe.folds
         10
     """
+    return load_settings(config, settings, keywords)[0]
+
+
+def load_settings(
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    keywords: Mapping[str, Any] | None = None,
+) -> tuple[RunConfig, Given]:
+    """Load the settings of a command as `load_config` does, and return with them those made by the user.
+
+    Of a RunConfig, settings that equal the default do not count as made; `keywords`, the options of the command
+    itself, never do.
+    """
     made = {key: value for key, value in (keywords or {}).items() if value is not None}
-    if isinstance(config, RunConfig) and not settings and not made:
-        return config
     content: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    defaults = dict(_leaves(plain(RunConfig())))
     if isinstance(config, RunConfig):
         content = without_none(plain(config))
+        given = {key: "config" for key, value in _leaves(content) if defaults.get(key, ...) != value}
     else:
         if config is not None:
             if not Path(config).exists():
                 raise ConfigError(f"config file not found: {config}")
             content = _read_toml(Path(config))
+            given = {key: Path(config).name for key, _ in _leaves(content)}
         for key, text in _environment_settings().items():
             _set(content, key, _parse_value(key, text), source=f"{_variable(key)}={text}")
-    pairs = settings.items() if isinstance(settings, Mapping) else map(_parse_setting, settings)
+            given[key] = _variable(key)
+    pairs = [*(settings.items() if isinstance(settings, Mapping) else map(_parse_setting, settings))]
     for key, value in (*pairs, *made.items()):
         _set(content, key, list(value) if isinstance(value, tuple) else value, source=f"--set {key}")
-    return build_config(RunConfig, content, where="")
+    given |= {key.strip(): "--set" for key, _ in pairs}
+    built = build_config(RunConfig, content, where="")
+    values = dict(_leaves(plain(built)))
+    return built, {
+        key: GivenSetting(
+            value=values[key],
+            source=source,
+            is_default=source == Path(str(config)).name and defaults.get(key, ...) == values[key],
+        )
+        for key, source in given.items()
+        if key in values and key not in made
+    }
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of nested plain values, such as "probe.folds", with their values."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _environment_settings() -> dict[str, str]:

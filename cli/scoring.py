@@ -22,7 +22,8 @@ from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from ..audit.scores.table import ScoreTable, write_scores
 from ..audit.storage import read_json, write_json, write_parquet
 from ..audit.workers import Progress, default_workers
-from .config import RunConfig, load_config
+from .config import RunConfig, load_settings
+from .effects import effects_in_scoring, warn_without_effect
 from .progress import progress_bars
 from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
 from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
@@ -162,9 +163,10 @@ def score(
     )
     keywords |= {"seed": seed, "probe.learn_from": learn_from, "probe.repeats": repeats}
     keywords |= {"probe.thorough": thorough or None}
-    config = load_config(config, settings, keywords)
+    config, given = load_settings(config, settings, keywords)
     device = pick_device(device)
     dataset = open_encodable(data, config.data)
+    warn_without_effect("score", given, effects_in_scoring(config, dataset.modalities))
     run_dir = Run.open(run)
     run_dir.check_folder()
     with progress_bars(progress) as report_progress:

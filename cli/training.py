@@ -32,7 +32,14 @@ from ..train.methods import MethodRow, list_methods, resolve
 from ..train.optimizer import DistributedContext, local_device, open_distributed
 from ..train.sampling import SAMPLERS
 from ..train.tracking import load_trackers
-from .config import RunConfig, load_config, to_toml, without_none
+from .config import NETWORK_FIELDS, RunConfig, load_settings, to_toml, without_none
+from .effects import (
+    check_media_settings,
+    effects_in_training,
+    scored_settings,
+    warn_without_effect,
+    with_scored_network,
+)
 from .progress import progress_bars
 from .provenance import SourceOptions, open_source, origin_of, own_record, saw_test_labels
 from .run import Run, new_finetune, read_metrics, swap_finetune
@@ -176,11 +183,15 @@ def finetune(
         "finetune.report_to": None if report_to is None else report_to.split(","),
         "optim.lr": lr,
     }
-    config = _resolve_methods(load_config(config, settings, keywords))
+    config, given = load_settings(config, settings, keywords)
+    config = _resolve_methods(config)
     options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
     run_dir = Run.open(run)
     path = run_dir.find_manifest(str(manifest))
     opened = read_manifest(path)
+    check_media_settings(given, opened)
+    scored = scored_settings(opened.provenance)
+    config = with_scored_network(config, given, scored)
     folder = run_dir.finetune(name or _finetune_name(path.stem, config))
     resolved = {**_settings(config), "manifest": path.stem}
     if (folder / "metrics.json").exists() and not overwrite:
@@ -205,10 +216,12 @@ def finetune(
                 opened, path, run_dir, options, config, num_workers=workers, progress=report_progress
             )
         only = config.finetune.only
+        examples = examples if only is None else examples.only(only)
+        warn_without_effect("finetune", given, effects_in_training(config, opened, examples), recorded=scored)
         result = finetune_on(
-            examples if only is None else examples.only(only),
+            examples,
             target,
-            config=_with_width(config, opened).training(),
+            config=config.training(),
             between=_between(opened, examples),
             seed=config.seed,
             device=device,
@@ -389,21 +402,15 @@ def _evaluation_lock(run_dir: Run, file: Path) -> AbstractContextManager[Lock]:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that a fine-tuning depends on, as plain values by section."""
-    sections = [name for name in TrainConfig.__dataclass_fields__ if name != "width"]
-    return {name: plain(config)[name] for name in ("seed", *sections, "network")}
+    sections = [name for name in TrainConfig.__dataclass_fields__ if name not in NETWORK_FIELDS]
+    network = {name: getattr(config.network, name) for name in NETWORK_FIELDS}
+    return {**{name: plain(config)[name] for name in ("seed", *sections)}, "network": network}
 
 
 def _resolve_methods(config: RunConfig) -> RunConfig:
     """Return the config with the names and all constants of the methods in use."""
     resolved = resolve(config.training()).config
     return replace(config, **{name: getattr(resolved, name) for name in ("finetune", "sampling", "balancing")})
-
-
-def _with_width(config: RunConfig, manifest: Manifest) -> RunConfig:
-    """Return the config with the network width of the manifest's scores, unless another width is requested."""
-    scored = manifest.provenance.get("scores", {}).get("config", {}).get("network", {}).get("width", 1.0)
-    is_requested = config.network.width != RunConfig().network.width
-    return config if is_requested else replace(config, network=replace(config.network, width=float(scored)))
 
 
 def _between(manifest: Manifest, examples: Examples) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ..audit.dataset.samples import stratified_cut
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import hash_ids, hash_rank, splitmix64
 from ..audit.parsing import check_choices, check_ranges
+
+log = logging.getLogger("mmaudit")
 
 
 class Pacing(Protocol):
@@ -169,7 +172,11 @@ class _Epoch:
 def with_validation(
     table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
 ) -> NDArray[np.object_]:
-    """Return the split of each row (n,), with a validation split cut from the training rows where there is none."""
+    """Return the split of each row (n,), with a validation split cut from the training rows where there is none.
+
+    It takes no more than `fraction` of the training rows, in whole groups. Where every group is larger it is cut within
+    groups, which a warning states: the validation loss then also measures what is learned of a group.
+    """
     split = np.array(table["split"].to_pylist(), dtype=object)
     unknown = {str(name) for name in split} - set(SPLITS)
     if unknown:
@@ -181,7 +188,17 @@ def with_validation(
     train = np.flatnonzero(split == "train")
     groups = table["group"].to_pylist() if "group" in table.column_names else [None]
     group = None if None in groups else np.array(groups, dtype=object)[train]
-    selected = stratified_cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
+    options: dict[str, Any] = {"fraction": fraction, "seed": seed, "purpose": "validation split"}
+    selected = stratified_cut(ids[train], label[train], group, **options, at_most=True)
+    if group is not None and not selected.any():
+        selected = stratified_cut(ids[train], label[train], None, **options)
+        log.warning(
+            "no group has as few as %d training samples (finetune.validation_fraction %g of %d): the validation split "
+            "is cut within groups",
+            int(selected.sum()),
+            fraction,
+            len(train),
+        )
     split[train[selected]] = "validation"
     return split
 

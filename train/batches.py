@@ -1,10 +1,10 @@
-"""Steps, batches, augmentation, and what samplers and balancers have in common."""
+"""Steps, batches, and what samplers and balancers have in common."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..audit.probes.network import augment_pictures, to_pictures
 from ..rebalance.curriculum import RowIndex
-from .config import AugmentConfig, TrainConfig
+from .config import TrainConfig
 from .network import FusionNet, Outputs
 from .optimizer import DistributedContext
 
@@ -149,50 +148,6 @@ def to_batch(
         loss_weight=torch.from_numpy(np.ascontiguousarray(loss_weight)).to(device, non_blocking=True),
         size=len(step.rows),
     )
-
-
-def augment(batch: Batch, shapes: Sequence[tuple[int, ...]], config: AugmentConfig, *, seed: int) -> Batch:
-    """Augment a batch: pictures and frames are cropped and mirrored, spectrograms masked, vectors not changed."""
-    rng = np.random.default_rng(seed)
-    return replace(
-        batch,
-        inputs=tuple(
-            _augment_inputs(rows, shape, config, rng) for rows, shape in zip(batch.inputs, shapes, strict=True)
-        ),
-    )
-
-
-def _augment_inputs(rows: Tensor, shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> Tensor:
-    if len(rows) == 0:  # a process may have no row of a last step; affine_grid raises for it
-        return rows
-    if len(shape) > 2 and config.pictures:
-        return augment_pictures(to_pictures(rows, shape), rng, min_area=config.min_crop, flip=config.flip)
-    if len(shape) == 2 and config.sound:
-        return mask_spectrograms(to_pictures(rows, shape), config, rng)
-    return rows
-
-
-def mask_spectrograms(pictures: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
-    """Mask bands and time spans of spectrograms (b, 1, 1, mel, t), as SpecAugment does, arXiv 1904.08779.
-
-    A mask's width is uniform from 0 to its share of the axis, its position uniform; masked values are NaN, which
-    networks replace by the mean.
-    """
-    masked = pictures.float().clone()
-    for axis, num_masks, share in (
-        (4, config.time_masks, config.time_share),
-        (3, config.band_masks, config.band_share),
-    ):
-        size = masked.shape[axis]
-        width = np.floor(rng.random((len(masked), num_masks)) * (share * size + 1)).astype(np.int64)
-        start = np.floor(rng.random((len(masked), num_masks)) * (size - width + 1)).astype(np.int64)
-        positions = np.arange(size)
-        # (b, size)
-        is_masked = ((positions >= start[..., None]) & (positions < (start + width)[..., None])).any(axis=1)
-        shape = [len(masked), 1, 1, 1, 1]
-        shape[axis] = size
-        masked.masked_fill_(torch.from_numpy(is_masked).to(masked.device).view(shape), torch.nan)
-    return masked
 
 
 OutputFunction = Callable[[Outputs, Tensor], Tensor]

@@ -185,6 +185,7 @@ class AugmentConfig:
         pictures: Crop and mirror pictures, as in OGM-GE's code.
         min_crop: Smallest crop, as a share of the picture's area in (0, 1].
         flip: Mirror half of the pictures; turn off where left and right distinguish classes.
+        frames: Of media.network_frame_choices frames of a segment train on one at random, not on the middle one.
         sound: Apply the masks of SpecAugment (arXiv 1904.08779), without its time warping.
         time_masks: Number of masks along time.
         time_share: Widest time mask, as a share of the time steps (our value).
@@ -195,6 +196,7 @@ class AugmentConfig:
     pictures: bool = True
     min_crop: float = 0.08
     flip: bool = True
+    frames: bool = True
     sound: bool = True
     time_masks: int = 2
     time_share: float = 0.1
@@ -218,6 +220,8 @@ class TrainConfig:
         sampling: Constants of samplers, {section: {key: value}}; `methods.resolve` checks and completes them.
         balancing: Constants of balancing methods, in the same form.
         width: Width of the ResNet-18 encoders; 1 is the full width.
+        normalise_pictures: Normalisation of their pictures, see NetworkConfig.
+        normalise_sound: Normalisation of their spectrograms, see NetworkConfig.
     """
 
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -227,3 +231,5 @@ class TrainConfig:
     sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     balancing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     width: float = 1.0
+    normalise_pictures: str = "data"
+    normalise_sound: str = "data"

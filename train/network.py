@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..audit.metrics import Floats, shapley
-from ..audit.probes.network import build_trunk, to_pictures
+from ..audit.probes.crops import to_pictures
+from ..audit.probes.network import build_trunk
 from . import FUSIONS
 from .fusion import Fusion
 

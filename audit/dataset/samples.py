@@ -142,10 +142,13 @@ def stratified_cut(
     fraction: float,
     seed: int,
     purpose: str,
+    at_most: bool = False,
 ) -> NDArray[np.bool_]:
     """Return a mask (n,) of `fraction` of the rows, at least one, drawn by hash(seed, group or id).
 
-    With groups whole groups are drawn; without, the fraction is the same in every class.
+    With groups whole groups are drawn, as closely to the fraction as their order allows, and at least one; without, the
+    fraction is the same in every class. at_most: No more rows are drawn than without groups: a group that would exceed
+    them is passed over. Where every group would, the mask is False everywhere.
     """
     if group is None:
         keys = hash_rank(sample_id, seed=seed, purpose=purpose)
@@ -155,6 +158,13 @@ def stratified_cut(
         return is_drawn
     names, sizes = np.unique(group.astype(str), return_counts=True)
     order = np.argsort(hash_rank(names.tolist(), seed=seed, purpose=purpose), kind="stable")
+    if at_most:
+        rows_left, drawn = max(1, round(fraction * len(label))), np.zeros(len(names), dtype=bool)
+        for index in order.tolist():
+            if sizes[index] <= rows_left and drawn.sum() < len(names) - 1:
+                drawn[index] = True
+                rows_left -= int(sizes[index])
+        return np.isin(group.astype(str), names[drawn])
     group_middle = np.cumsum(sizes[order]) - sizes[order] / 2  # a group is drawn if its middle lies below the fraction
     num_groups = max(1, int((group_middle < fraction * sizes.sum()).sum()))
     drawn_groups = order[: min(num_groups, len(names) - 1)]  # at least one group is not drawn
