@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..audit.dataset.columns import SPLITS
-from ..audit.errors import ConfigError, DatasetError, ManifestError, choices
-from .curriculum import RowIndex, with_validation
+from ..audit.errors import ConfigError, DatasetError, ManifestError
+from .curriculum import RowIndex, split_rows
 from .manifest import Manifest, is_text, read_manifest
-
-log = logging.getLogger("mmaudit")
 
 ID_FIELDS = ("sample_id", "__key__")  # of a sample, in this order: of mmaudit's own exports, and of WebDataset
 _NUM_SHOWN = 3  # ids in a message
@@ -89,42 +85,13 @@ def keep(
         >>> pipeline = webdataset.WebDataset("clips-{000..009}.tar").select(keep)
     """
     opened = open_manifest(manifest)
-    rows = split_rows(opened, split, validation_fraction=validation_fraction, seed=seed)
+    rows = split_rows(opened.table, split, validation_fraction=validation_fraction, seed=seed)
     return Keep(ids=frozenset(opened.table["sample_id"].take(rows).to_pylist()), id_of=id_of)
 
 
 def open_manifest(manifest: Manifest | str | Path) -> Manifest:
     """Return the manifest, read from its file where it is a path."""
     return manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-
-
-def split_rows(manifest: Manifest, split: str | Sequence[str], *, validation_fraction: float, seed: int) -> RowIndex:
-    """Return the rows of splits of a manifest, ascending; see `keep`. Raises ManifestError where there are none."""
-    names = (split,) if isinstance(split, str) else tuple(split)
-    for name in names:
-        if name not in SPLITS:
-            raise ConfigError(f"split {name!r}: {choices(str(name), SPLITS)}")
-    if not 0 <= validation_fraction < 1:
-        raise ConfigError(f"validation_fraction is {validation_fraction}: it must lie in [0, 1)")
-    column = manifest.table["split"]
-    has_validation = bool(pc.any(pc.equal(column, "validation")).as_py())
-    if not has_validation and validation_fraction > 0 and {"train", "validation"} & {*names}:
-        label = np.asarray(manifest.numbers("label"), dtype=np.int32)
-        cut = with_validation(
-            manifest.table, manifest.strings("sample_id"), label, fraction=validation_fraction, seed=seed
-        )
-        log.warning(
-            "the manifest has no validation split: %d of its %d training rows are cut as one, as in finetune "
-            "(validation_fraction=0 cuts none)",
-            int((cut == "validation").sum()),
-            pc.sum(pc.equal(column, "train")).as_py(),
-        )
-        column = pa.chunked_array([pa.array(cut, pa.string())])
-    rows = np.flatnonzero(pc.is_in(column, value_set=pa.array(names)).to_numpy(zero_copy_only=False))
-    if len(rows) == 0:
-        counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
-        raise ManifestError(f"the manifest has no rows of split {' or '.join(names)}: it has {counts}")
-    return rows
 
 
 def sample_id(sample: Any, id_of: str | Identify | None) -> Any:

@@ -12,7 +12,7 @@ from manifests import make_manifest
 
 import mmaudit
 from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError
-from mmaudit.rebalance.keep import split_rows
+from mmaudit.rebalance.curriculum import split_rows
 from mmaudit.train.config import FinetuneConfig
 
 
@@ -69,7 +69,7 @@ def test_wrong_splits_raise() -> None:
     with pytest.raises(ManifestError, match="no rows of split test"):
         mmaudit.keep(manifest, split="test")
     with pytest.raises(ConfigError, match="validation_fraction"):
-        split_rows(manifest, "train", validation_fraction=1.0, seed=0)
+        split_rows(manifest.table, "train", validation_fraction=1.0, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # WebDataset leaves its files open

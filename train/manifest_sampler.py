@@ -13,8 +13,8 @@ import torch.utils.data
 from ..audit.errors import ConfigError, choices
 from ..audit.hashing import digest, splitmix64
 from ..audit.parsing import build_config
-from ..rebalance.curriculum import OrderConfig, RowIndex, id_keys
-from ..rebalance.keep import Identify, dataset_ids, join_ids, open_manifest, split_rows
+from ..rebalance.curriculum import OrderConfig, RowIndex, id_keys, split_rows
+from ..rebalance.keep import Identify, dataset_ids, join_ids, open_manifest
 from ..rebalance.manifest import Manifest
 from .batches import ModelReader
 from .config import FinetuneConfig, TrainConfig
@@ -103,7 +103,7 @@ class ManifestSampler(torch.utils.data.Sampler[int]):
         if not 0 <= rank < num_replicas:
             raise ConfigError(f"rank {rank} of {num_replicas} processes: it must lie in [0, num_replicas)")
         opened = open_manifest(manifest)
-        rows = split_rows(opened, split, validation_fraction=validation_fraction, seed=seed)
+        rows = split_rows(opened.table, split, validation_fraction=validation_fraction, seed=seed)
         names = dataset_ids(dataset, ids, id_of)
         rows, index = join_ids(opened.table["sample_id"], rows, names, allow_missing=allow_missing)
         self.num_replicas, self.rank, self.epoch = num_replicas, rank, 0
