@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
     from .rebalance.verify import Verification
+    from .train.custom_loop import Balanced, balance
+    from .train.custom_network import MultimodalModel
     from .train.manifest_sampler import ManifestBatchSampler, ManifestSampler
 
 __version__ = "0.1.0"
@@ -46,11 +48,14 @@ _NAMES = {
     "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],
     "rebalance.verify": ["Verification"],
+    "train.custom_loop": ["Balanced", "balance"],
+    "train.custom_network": ["MultimodalModel"],
     "train.manifest_sampler": ["ManifestBatchSampler", "ManifestSampler"],
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Balanced",
     "Card",
     "CheckResult",
     "Dataset",
@@ -68,6 +73,7 @@ __all__ = [
     "MethodTable",
     "Mixture",
     "MmauditError",
+    "MultimodalModel",
     "ReplayResult",
     "ReportResult",
     "RunConfig",
@@ -76,6 +82,7 @@ __all__ = [
     "SplitSummary",
     "Verification",
     "__version__",
+    "balance",
     "card",
     "check",
     "demo",

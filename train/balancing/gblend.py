@@ -80,6 +80,7 @@ class Gblend(Balancer):
     config_type = GblendConfig
     paper = "Wang et al., CVPR 2020"
     has_unimodal_loss = True
+    evaluates = ("train", "validation", "copies")
     state_fields = ("weights",)
     config: GblendConfig
 

@@ -45,6 +45,7 @@ class Mses(Balancer):
     config_type = MsesConfig
     paper = "Fujimori et al., ACPR 2019"
     has_unimodal_loss = True
+    evaluates = ("validation",)
     state_fields = ("lowest_loss", "epochs_without_improvement")
     config: MsesConfig
 
