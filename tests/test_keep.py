@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from manifests import make_manifest
 
@@ -70,20 +68,3 @@ def test_wrong_splits_raise() -> None:
         mmaudit.keep(manifest, split="test")
     with pytest.raises(ConfigError, match="validation_fraction"):
         split_rows(manifest.table, "train", validation_fraction=1.0, seed=0)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # WebDataset leaves its files open
-def test_datasets_and_webdataset_filter_by_it(tmp_path: Path) -> None:
-    import datasets
-    import webdataset
-
-    manifest = make_manifest(20)
-    ids = manifest.strings("sample_id").tolist()
-    rows = datasets.Dataset(pa.table({"sample_id": ids, "x": list(range(20))}))
-    predicate = mmaudit.keep(manifest)
-    assert set(rows.filter(predicate)["sample_id"]) == predicate.ids
-    with webdataset.TarWriter(str(tmp_path / "clips.tar")) as tar:
-        for number, name in enumerate(ids):
-            tar.write({"__key__": name, "cls": str(number).encode()})
-    pipeline = webdataset.WebDataset(str(tmp_path / "clips.tar"), shardshuffle=False).select(predicate)
-    assert {sample["__key__"] for sample in pipeline} == predicate.ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import gaussian_table
-from manifests import make_manifest
+from manifests import encode_manifest, make_manifest
 from torch.utils.data import DataLoader
 
 from mmaudit import Manifest
-from mmaudit.audit.dataset.dataset import open_dataset
-from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError
-from mmaudit.audit.features.encode import encode_dataset
-from mmaudit.audit.features.encoded_samples import collect_encoded
-from mmaudit.audit.features.encoders import preprocessing
-from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.workers import no_progress
-from mmaudit.cli.config import RunConfig
-from mmaudit.rebalance.manifest import COLUMNS
 
 
 @pytest.fixture(scope="module")
 def clip_manifest(clip_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """A manifest of the clips, split by hand; the run is beside it."""
-    return _scored(clip_source, tmp_path_factory.mktemp("run") / "run")
+    return encode_manifest(clip_source, tmp_path_factory.mktemp("run") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -46,28 +37,7 @@ def vector_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vector_manifest(vector_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return _scored(vector_source, tmp_path_factory.mktemp("run") / "run")
-
-
-def _scored(data: Path, run: Path) -> Manifest:
-    """Encode data into the feature cache of a run, and keep all samples in a manifest with scores of 0."""
-    dataset, media = open_dataset(data), MediaConfig()
-    tasks = encode_dataset(dataset, run / "features", media=media, num_workers=0, progress=no_progress)
-    samples = read_samples(dataset, seed=0, test_fraction=0.2)
-    n, encoded = len(samples), collect_encoded(dataset, samples, tasks)
-    values: dict[str, Any] = {
-        "sample_id": samples.sample_id,
-        "label": samples.label,
-        "label_name": [samples.class_names[code] for code in samples.label],
-        "split": samples.split,
-        "content": encoded.content,
-        "rank": np.arange(n),
-        "weight": np.ones(n),
-    }
-    table = pa.table({name: pa.array(values.get(name, [None] * n), type_) for name, type_ in COLUMNS.items()})
-    modalities = [{**asdict(item), "preprocessing": preprocessing(item, media)} for item in dataset.modalities]
-    scores = {"config": RunConfig().scoring_config(), "modalities": modalities}
-    return Manifest(table=table, provenance={"scores": scores, "features": str(run / "features")})
+    return encode_manifest(vector_source, tmp_path_factory.mktemp("run") / "run")
 
 
 def test_media_are_decoded_as_score_does(clip_manifest: Manifest, clip_source: Path) -> None:
@@ -126,7 +96,7 @@ def test_a_missing_modality_is_none_or_nan(tmp_path: Path) -> None:
     index = table.column_names.index("touch")
     path = tmp_path / "missing.parquet"
     pq.write_table(table.set_column(index, "touch", pa.array(cells, pa.list_(pa.float32()))), path)
-    manifest = _scored(path, tmp_path / "run")
+    manifest = encode_manifest(path, tmp_path / "run")
     options: dict[str, Any] = {"split": ("train", "test"), "validation_fraction": 0}
     decoded = manifest.to_torch(data=path, **options)
     cached = manifest.to_torch(features=tmp_path / "run" / "features", **options)

@@ -81,7 +81,7 @@ def test_a_curriculum_grows_and_passes_go_on_to_the_next_epoch() -> None:
     assert lengths == [len(sampler.order(epoch)) for epoch in range(41)]
     assert lengths[0] == int(180 * OrderConfig().share(1))
     assert lengths[-1] == 180
-    assert sampler.epoch == 41
+    assert (sampler.epoch, sampler.next_epoch) == (40, 41)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -140,7 +140,30 @@ def test_a_state_resumes_exactly_also_with_other_processes(sampling: str) -> Non
     assert [set().union(*step) for step in zip(*parts, strict=True)] == [set(step) for step in whole[len(done) :]]
     sampler.load_state_dict(state)
     assert [index for index in sampler] == [index for step in whole[2:] for index in step]
-    assert (sampler.epoch, sampler.position) == (1, 0)
+    assert (sampler.epoch, sampler.next_epoch) == (0, 1)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "bss-h"])
+def test_a_loop_that_stops_after_the_last_step_goes_on_to_the_next_epoch(sampling: str) -> None:
+    """Lightning counts the steps and asks for no more; the length is then that of the next epoch."""
+    for build in (lambda sampler: sampler, lambda sampler: ManifestBatchSampler(sampler, 4)):
+        sampler = opened(sampling)
+        stream = build(sampler)
+        for epoch in range(3):
+            num = len(stream)
+            steps = iter(stream)
+            assert len([next(steps) for _ in range(num)]) == num
+            assert sampler.epoch == epoch
+            assert sampler.position == len(sampler.order())
+        state = sampler.state_dict()
+        sampler.set_epoch(sampler.epoch)
+        assert len(stream) == num
+        sampler.load_state_dict(state)
+        sampler.set_epoch(2)
+        assert list(stream) == []  # of epoch 2 nothing is left
+        sampler.load_state_dict(state)
+        assert list(stream)
+        assert sampler.epoch == 3
 
 
 def test_another_epoch_or_pass_starts_from_the_beginning() -> None:

@@ -112,6 +112,9 @@ class ManifestSampler(torch.utils.data.Sampler[int]):
         self._model: ModelReader = _NoModel(sampling)  # type: ignore[assignment]
         self._identity = _identity(self._sampler.pool, sampling, settings or {}, seed=seed)
         self.position = self._resume_at = 0
+        self.is_drawn = (
+            False  # whether the pass has drawn its last sample; a loop may stop there without asking for more
+        )
         self._cached: tuple[int, RowIndex] | None = None
         self.order()  # samplings that evaluate the model raise here
 
@@ -123,21 +126,27 @@ class ManifestSampler(torch.utils.data.Sampler[int]):
             indices = order[block + self.rank : min(block + _BLOCK * step, len(order)) : step].tolist()
             for number, index in enumerate(indices, start=1):
                 self.position = min(block + number * step, len(order))
+                self.is_drawn = self.position == len(order)
                 yield index
         if 0 < tail <= self.rank:  # as many as the other processes: a sample of the last step once more
-            self.position = len(order)
+            self.position, self.is_drawn = len(order), True
             yield int(order[len(order) - tail + (self.rank - tail) % tail])
         self.end_pass()
 
     def __len__(self) -> int:
-        """Return how many indices this process draws in the present epoch, if it is drawn from the start."""
-        return -(-len(self.order()) // self.num_replicas)
+        """Return how many indices this process draws in a pass from the start that begins now."""
+        return -(-len(self.order(self.next_epoch)) // self.num_replicas)
+
+    @property
+    def next_epoch(self) -> int:
+        """Epoch of a pass that begins now."""
+        return self.epoch + self.is_drawn
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from 0 as in PyTorch: epoch 0 is epoch 1 of `mmaudit.order` and of the pacing.
 
-        Without a call each complete pass is followed by the next epoch. A position that `load_state_dict` has set is
-        kept where the epoch is the same.
+        Without a call a complete pass is followed by the next epoch, and an incomplete one by the same epoch. A
+        position that `load_state_dict` has set is kept where the epoch is the same.
 
         Args:
             epoch: Number of the epoch, at least 0.
@@ -149,6 +158,7 @@ class ManifestSampler(torch.utils.data.Sampler[int]):
             raise ConfigError(f"epoch {epoch}: epochs of a sampler are counted from 0")
         if epoch != self.epoch:
             self.epoch, self.position, self._resume_at = int(epoch), 0, 0
+        self.is_drawn = False
 
     def order(self, epoch: int | None = None) -> RowIndex:
         """Return the dataset's indices (n',) in the order of an epoch, over all processes.
@@ -193,18 +203,19 @@ class ManifestSampler(torch.utils.data.Sampler[int]):
                 "other samples here; start a new epoch, or restore the settings"
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self._resume_at = self.position
+        self._resume_at, self.is_drawn = self.position, self.position >= len(self.order())
 
     def begin_pass(self) -> tuple[RowIndex, int]:
         """Return the epoch's order and the position at which this pass begins."""
+        start = 0 if self.is_drawn else self._resume_at
+        self.epoch, self._resume_at, self.is_drawn = self.next_epoch, 0, False
         order = self.order()
-        start, self._resume_at = min(self._resume_at, len(order)), 0
         self.position = start
         return order, start
 
     def end_pass(self) -> None:
-        """Go on to the next epoch."""
-        self.epoch, self.position = self.epoch + 1, 0
+        """Record that the epoch is drawn: the next pass is the next epoch."""
+        self.position, self.is_drawn = len(self.order()), True
 
 
 class ManifestBatchSampler(torch.utils.data.BatchSampler):
@@ -242,20 +253,20 @@ class ManifestBatchSampler(torch.utils.data.BatchSampler):
         sampler = self.sampler
         local_part = DistributedContext(rank=sampler.rank, world_size=sampler.num_replicas)
         order, start = sampler.begin_pass()
-        for begin in range(start, len(order), self.batch_size):
+        last = len(order) - (len(order) - start) % self.batch_size if self.drop_last else len(order)
+        for begin in range(start, last, self.batch_size):
             step = order[begin : begin + self.batch_size]
-            if self.drop_last and len(step) < self.batch_size:
-                break
             local = step[local_part.slice(len(step))]
             if len(local) == 0:
                 local = step[[sampler.rank % len(step)]]
             sampler.position = begin + len(step)
+            sampler.is_drawn = begin + self.batch_size >= last
             yield local.tolist()
         sampler.end_pass()
 
     def __len__(self) -> int:
-        """Return the number of steps in the present epoch, if it is drawn from the start."""
-        num = len(self.sampler.order())
+        """Return the number of steps in a pass from the start that begins now."""
+        num = len(self.sampler.order(self.sampler.next_epoch))
         return num // self.batch_size if self.drop_last else -(-num // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
