@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import mmaudit
 from mmaudit.audit.errors import ConfigError, TrainError
 from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.balancing.balancer import Balancer
 from mmaudit.train.batches import Step, to_batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -24,6 +26,7 @@ REFUSED = {  # with batches for train and validation
     "greedy": "cross-modal path",
     "mla": "one classifier that all modalities share",
     "mmcosine": "scaled cosines",
+    "reconboost": "share one classifier",
     "gblend": "trains copies of the network",
     "mslr": "learning rate per modality",
 }
@@ -97,14 +100,24 @@ def test_every_method_trains_or_is_refused_before_any_step(name: str, kind: type
 
 def test_what_a_method_evaluates_is_declared() -> None:
     """Without the batches it is refused at once, not in the epoch that needs them."""
-    for name, key in (("gmm", "train"), ("pmr", "train"), ("mses", "validation")):
+    for name, key in (("gmm", "train"), ("pmr", "train"), ("relearning", "train"), ("mses", "validation")):
         with pytest.raises(ConfigError, match=f"balancing {name} evaluates {key} samples between epochs: pass {key}"):
             build(name, Net(), **{key: None})
-    for name in set(BALANCERS) - {*REFUSED, "gmm", "pmr", "mses"}:
+    for name in set(BALANCERS) - {*REFUSED, "gmm", "pmr", "relearning", "mses"}:
         balanced = build(name, Net(), train=None, validation=None)
         for epoch in range(2):
             balanced.set_epoch(epoch)
             balanced.step(*data()[0])
+
+
+@pytest.mark.parametrize("name", list(BALANCERS))
+def test_declared_evaluations_are_those_of_the_source(name: str) -> None:
+    method = BALANCERS.load(name)
+    source = "".join(inspect.getsource(base) for base in method.__mro__[: method.__mro__.index(Balancer)])
+    calls = {"train": ".read(", "validation": ".read_validation(", "copies": ".train_copy("}
+    called = {key for key, call in calls.items() if f"model_reader{call}" in source}
+    called |= {"validation"} if "validation." in inspect.getsource(method.end_epoch) else set()
+    assert called == {*method.evaluates}
 
 
 @pytest.mark.parametrize("kind", [Net, Split])
@@ -127,7 +140,7 @@ def test_joint_is_a_plain_loop(kind: type[Net]) -> None:
         torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("name", ["joint", "sum", "ogm", "ogm-ge", "agm"])
+@pytest.mark.parametrize("name", ["joint", "sum", "ogm", "ogm-ge", "agm", "lfm", "dgl"])
 def test_steps_are_those_of_finetune(name: str) -> None:
     """A network of the form of mmaudit's own has the same weights after the same steps."""
     torch.manual_seed(0)

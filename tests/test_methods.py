@@ -27,10 +27,17 @@ torch.set_num_threads(1)
 # Settings in which every method is active within two epochs.
 ACTIVE = replace(
     with_options(QUICK, epochs=2),
-    balancing={"gmm": {"warmup_epochs": 1}, "gblend": {"super_epoch": 1}, "mses": {"patience": 1}},
+    balancing={
+        "gmm": {"warmup_epochs": 1},
+        "gblend": {"super_epoch": 1},
+        "mses": {"patience": 1},
+        "reconboost": {"stage_epochs": 1, "rectify_epochs": 1},
+        "relearning": {"every_epochs": 1, "strength": 1.0},
+    },
     sampling={
         "bss": {"every_epochs": 1},
         "smv": {"every_epochs": 1, "warmup_epochs": 1},
+        "remix": {"warmup_epochs": 1},
         "dus": {"horizon": 2},
     },
 )
@@ -153,6 +160,16 @@ def test_every_balancer_trains_three_modalities(tmp_path: Path, balancing: str) 
     config = config_of("uniform", balancing)
     history = fine_tune(make_examples(80, num_modalities=3), tmp_path, config).history
     assert all(math.isfinite(record["train_loss"]) for record in history)
+
+
+@pytest.mark.parametrize("balancing", BALANCERS)
+def test_every_balancer_trains_in_half_precision(tmp_path: Path, balancing: str) -> None:
+    config = config_of("uniform", balancing)
+    expected = fine_tune(make_examples(80), tmp_path / "float32", config).history[0]["train_loss"]
+    for precision in ("bfloat16", "float16"):  # the scaler of float16 may skip the first of the three steps
+        history = fine_tune(make_examples(80), tmp_path / precision, with_options(config, precision=precision)).history
+        assert all(math.isfinite(value) for record in history for value in record.values())
+        assert history[0]["train_loss"] == pytest.approx(expected, rel=0.15)
 
 
 @pytest.mark.parametrize("sampling", SAMPLERS)

@@ -24,7 +24,6 @@ from mmaudit.audit.probes.network_probe import NetworkProbe, fit_network
 from mmaudit.audit.probes.probe_set import (
     CalibratedProbe,
     Calibration,
-    Fit,
     Probe,
     ProbeSet,
     fit_calibrated_probe,
@@ -41,7 +40,7 @@ FREE = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None,
 IDS = np.array([f"s{row:04d}" for row in range(N)], dtype=object)
 LABEL = (np.arange(N) % K).astype(np.int32)
 CLASSES = Target(task="classification", label=LABEL, num_outputs=K)
-HONEST: Fit = partial(fit_probe, config=ProbeConfig(l2_penalties=(1e-2,)))
+HONEST = partial(fit_probe, config=ProbeConfig(l2_penalties=(1e-2,)))
 
 
 def cross(target: Target) -> CrossFit:

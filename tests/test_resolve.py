@@ -29,21 +29,20 @@ def warnings_of(config: TrainConfig) -> list[str]:
 
 
 # Requirements of each method, stated independently of the source.
-HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "mla"}
+HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "dgl", "inforeg", "mla"}
 ONE_MODALITY = {"joint", "sum"}
-FUSION_OF = {"greedy": {"mmtm"}, "mla": {"shared"}}
+FUSION_OF: dict[str, set[str]] = {"greedy": {"mmtm"}, "mla": {"shared"}, "mmcosine": set(), "reconboost": set()}
 PER_MODALITY_SAMPLERS = {"dus-h", "dus-rl"}
 
 
 def is_valid(fusion: str, sampling: str, balancing: str, only: str | None) -> bool:
-    general = set() if BALANCERS.load(balancing).own_fusion else set(FUSIONS) - {"shared"}
-    if fusion != "auto" and fusion not in FUSION_OF.get(balancing, general):
+    if fusion != "auto" and fusion not in FUSION_OF.get(balancing, set(FUSIONS) - {"shared"}):
         return False
     if sampling in PER_MODALITY_SAMPLERS and balancing not in HAS_UNIMODAL_LOSS:
         return False
     if only is None:
         return True
-    is_unimodal = balancing in ONE_MODALITY and sampling not in {*PER_MODALITY_SAMPLERS, "smv"}
+    is_unimodal = balancing in ONE_MODALITY and sampling not in {*PER_MODALITY_SAMPLERS, "smv", "remix"}
     return is_unimodal and fusion in ("auto", "concat", "late")
 
 
@@ -81,7 +80,7 @@ def test_every_combination_is_accepted_or_raises() -> None:
         (
             {"sampling": "dus-h", "balancing": "ogm"},
             "--sampling dus-h selects samples per modality, and --balancing ogm has no unimodal loss that trains on "
-            "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, mla",
+            "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, dgl, inforeg, mla",
         ),
         (
             {"only": "audio", "balancing": "pmr"},

@@ -244,7 +244,15 @@ def test_pool_has_the_training_rows() -> None:
 
 @pytest.mark.parametrize(
     ("balancing", "fusion", "own_heads"),
-    [("joint", "concat", False), ("mmpareto", "concat", True), ("greedy", "mmtm", False), ("mla", "shared", False)],
+    [
+        ("joint", "concat", False),
+        ("mmpareto", "concat", True),
+        ("greedy", "mmtm", False),
+        ("mla", "shared", False),
+        ("lfm", "lfm", False),
+        ("reconboost", "reconboost", False),
+        ("inforeg", "concat", True),
+    ],
 )
 def test_method_gets_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:
     config = build_network(make_examples(), resolve(with_options(balancing=balancing))).config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, distributed, nn
 from ..audit.errors import ConfigError, choices
 from ..audit.hashing import digest
 from ..rebalance.curriculum import RowIndex
-from .balancing.balancer import Balancer
+from .balancing.balancer import Balancer, Validation
 from .batches import Batch, Loss, OutputFunction
 from .config import FinetuneConfig, OptimConfig, TrainConfig
 from .custom_network import CustomNet, check_model, in_eval_mode
@@ -76,11 +77,18 @@ class Balanced:
             raise ConfigError(f"epoch {epoch}: epochs of a loop are counted from 0")
         if epoch == self._epoch:
             return
-        if self._epoch is not None and "validation" in self._balancer.evaluates:
-            self._balancer.end_epoch(self._epoch + 1, validate(self._reader, net=self._net))  # type: ignore[arg-type]
+        if self._epoch is not None:
+            self._balancer.end_epoch(self._epoch + 1, self._validation())
         self._net.follow_mode()
         self._balancer.begin_epoch(epoch + 1, self._reader)
         self._epoch, self._step = epoch, 0
+
+    def _validation(self) -> Validation:
+        """Return the validation results of the epoch; NaN where the method does not use them."""
+        if "validation" in self._balancer.evaluates:
+            return validate(self._reader, net=self._net)  # type: ignore[arg-type]
+        unknown = (math.nan,) * self._net.num_modalities
+        return Validation(loss=math.nan, accuracy=math.nan, unimodal_loss=unknown, unimodal_accuracy=unknown)
 
     def step(
         self, inputs: Inputs, label: Tensor, *, weight: Tensor | None = None, present: Tensor | None = None
@@ -284,7 +292,8 @@ def balance(
     check_custom(method, balancer_type, num_modalities=len(model.encoders))  # type: ignore[arg-type]
     _check_loop(method, balancer_type, train=train, validation=validation)
     has_logits = callable(getattr(model, "unimodal_logits", None))
-    heads = balancer_type.own_heads or (balancer_type.needs_unimodal_logits and not has_logits)
+    needs_logits = balancer_type.needs_unimodal_logits or "validation" in balancer_type.evaluates
+    heads = balancer_type.own_heads or (needs_logits and not has_logits)
     net = CustomNet(model, heads=heads)
     if heads:
         optimizer.add_param_group({"params": list(net.heads.parameters())})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -70,15 +70,19 @@ class CustomFusion(Fusion):
 
     def __init__(self, model: nn.Module, encoders: Sequence[nn.Module]) -> None:
         nn.Module.__init__(self)
-        object.__setattr__(self, "_model", model)  # not registered: its parameters are those of the network
+        self.model = model
         self.decomposes = callable(getattr(model, "unimodal_logits", None))  # type: ignore[misc]
         inside = {id(module) for encoder in encoders for module in encoder.modules()}
-        encoder_weights = {id(weight) for encoder in encoders for weight in encoder.parameters()}
-        self.weights = nn.ParameterList(p for p in model.parameters() if id(p) not in encoder_weights)
         object.__setattr__(self, "_outside", [module for module in model.modules() if id(module) not in inside])
+        self._encoder_weights = {id(weight) for encoder in encoders for weight in encoder.parameters()}
 
-    _model: MultimodalModel
     _outside: list[nn.Module]
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that are in no encoder, with their names in this module."""
+        for name, parameter in super().named_parameters(*args, **options):
+            if id(parameter) not in self._encoder_weights:
+                yield name, parameter
 
     def train(self, mode: bool = True) -> CustomFusion:
         """Set training or eval mode of all modules outside the encoders."""
@@ -89,11 +93,11 @@ class CustomFusion(Fusion):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the fused logits (b, k)."""
-        return self._model.fuse(tuple(features))
+        return self.model.fuse(tuple(features))  # type: ignore[operator, no-any-return]
 
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the unimodal logits (m, b, k)."""
-        logits: Tensor = self._model.unimodal_logits(tuple(features))  # type: ignore[attr-defined]
+        logits: Tensor = self.model.unimodal_logits(tuple(features))  # type: ignore[operator]
         return logits
 
 

@@ -117,7 +117,7 @@ def check_schedule(methods: Methods) -> list[str]:
 def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:
     """Return the balancer of `--balancing auto`, and log the reason where it is not joint."""
     option, name = f"--sampling {settings.sampling}", sampler.usual_balancing
-    reason = "it selects samples per modality, which only unimodal losses train on"
+    reason = sampler.balancing_reason
     fusion: type[Fusion] | None = None if settings.fusion == "auto" else FUSIONS.load(settings.fusion)
     if fusion is not None and fusion.usual_balancing != "joint":
         option, name, reason = f"--fusion {settings.fusion}", fusion.usual_balancing, fusion.balancing_reason

@@ -67,7 +67,7 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     columns = dataset.columns
     tables = [(dataset.read(shard, modalities=False), shard) for shard in dataset.shards]
     sample_id = np.array([name for rows, shard in tables for name in dataset.sample_ids(rows, shard)], dtype=object)
-    rows = pa.concat_tables([rows for rows, _ in tables])
+    rows = pa.concat_tables([rows for rows, _ in tables], promote_options="permissive")
     for name in columns.id:
         if num_null := rows[name].null_count:
             raise DatasetError(
@@ -112,7 +112,7 @@ def _unique_columns(dataset: Dataset) -> str | None:
     """Return the value of --id that makes ids unique: the id columns after one of groups or ids, else one column."""
     types = zip(dataset.schema.names, dataset.schema.types, strict=True)
     names = [name for name, type_ in types if (is_text(type_) or pa.types.is_integer(type_)) and "," not in name]
-    rows = pa.concat_tables([shard.read(names) for shard in dataset.shards])
+    rows = pa.concat_tables([shard.read(names) for shard in dataset.shards], promote_options="permissive")
     columns = dataset.columns
     others = [name for name in names if name not in columns.names or name == columns.group]
     outer = sorted(name for name in others if name == columns.group or name.lower().endswith("id"))

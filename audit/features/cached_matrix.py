@@ -1,9 +1,6 @@
 """Feature matrices in the feature cache on disk, and contents that recur in them by chance.
 
 Equal contents of such rows are no sign of a copy. All rules here are mmaudit's own. n samples, d features.
-
-
-Equal contents of such rows are no sign of a copy. All rules here are mmaudit's own. n samples, d features.
 """
 
 from __future__ import annotations

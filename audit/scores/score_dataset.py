@@ -169,14 +169,16 @@ class _ProbeFitter:
         self.purpose = ""  # of the fits after those of the scores and their controls
         self.lock = Lock()
 
-    def __call__(self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+    def __call__(
+        self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit], *, parts: Sequence[Probe] = ()
+    ) -> Probe:
         detail = self.purpose or ("" if target is self.target else "controls, on shuffled labels")
         with self.lock:
             self.progress("probe", min(self.done, self.total), self.total, detail=detail)
         if isinstance(inputs, FeatureMatrix) and is_network(inputs.status.modality):
             probe = self._train(inputs, target, cross_fits)
         else:
-            probe = fit_probe(inputs, target, cross_fits, config=self.config, device=self.device)
+            probe = fit_probe(inputs, target, cross_fits, config=self.config, device=self.device, parts=parts)
         with self.lock:
             self.done += 1
             self.progress("probe", min(self.done, self.total), self.total, detail=detail)

@@ -116,12 +116,15 @@ class Balancer(Method):
 
         The heads get detached features: unimodal logits are learned while only the fused loss trains the encoders.
         """
-        loss = batch.mean_fused(cross_entropy(outputs.fused, batch.label))
-        if self.net.has_own_heads:
-            with self.optimization.autocast():
-                logits = self.net.unimodal_logits([f.detach() for f in outputs.features])
-            loss = loss + batch.mean_unimodal(cross_entropy(logits, batch.label)).sum()
-        return loss
+        return batch.mean_fused(cross_entropy(outputs.fused, batch.label)) + self.head_loss(outputs, batch)
+
+    def head_loss(self, outputs: Outputs, batch: Batch) -> Tensor | float:
+        """Compute this process's part of the mean cross entropies of separate heads on detached features; 0 without."""
+        if not self.net.has_own_heads:
+            return 0.0
+        with self.optimization.autocast():
+            logits = self.net.unimodal_logits([f.detach() for f in outputs.features])
+        return batch.mean_unimodal(cross_entropy(logits, batch.label)).sum()
 
     def summed_losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute this process's part of the mean cross entropy of the fused logits plus that of every modality."""

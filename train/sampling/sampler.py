@@ -59,6 +59,7 @@ class Sampler(Method):
     Attributes:
         selects_per_modality: It selects samples of each modality, which only losses of single modalities train on.
         usual_balancing: Balancer of `--balancing auto`.
+        balancing_reason: Why it is another one than joint, for the log.
         order_fields: Fields of the section `order` that it uses.
         adaptive: A step depends on the outputs of the last one, which rules out reading ahead.
 
@@ -71,6 +72,7 @@ class Sampler(Method):
 
     selects_per_modality: ClassVar[bool] = False
     usual_balancing: ClassVar[str] = "joint"
+    balancing_reason: ClassVar[str] = "it selects samples per modality, which only unimodal losses train on"
     order_fields: ClassVar[tuple[str, ...]] = ()
     adaptive: ClassVar[bool] = False
 
