@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
+import torch.utils.data
 from numpy.typing import NDArray
 
 from ..audit.dataset.dataset import DataConfig, Dataset, open_dataset
@@ -38,7 +38,7 @@ class RowSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ManifestDataset:
+class ManifestDataset(torch.utils.data.Dataset[Any]):
     """Map-style dataset of PyTorch; returned by `Manifest.to_torch`.
 
     A sample is a dictionary: `sample_id`, a string; `label`, the manifest's class number; `weight`, its weight in the
@@ -219,7 +219,7 @@ class MediaRows:
 
     def read(self, row: int) -> dict[str, Any]:
         """Load and decode the modalities of a row."""
-        inputs = {}
+        inputs: dict[str, Any] = {}
         for modality in self.dataset.modalities:
             if (cell := self._cell(modality.column, row)) is None:
                 inputs[modality.name] = None

@@ -67,7 +67,7 @@ def data(n: int = 48, *, seed: int = 0) -> list[tuple[dict[str, Tensor], Tensor]
         name: torch.eye(3)[label] @ torch.ones(3, size).triu() + 0.3 * torch.randn(n, size, generator=generator)
         for name, size in SIZES.items()
     }
-    parts = torch.randperm(n, generator=generator).split(16)
+    parts = torch.randperm(n, generator=generator).view(-1, 16)
     return [({name: x[rows] for name, x in inputs.items()}, label[rows]) for rows in parts]
 
 
@@ -133,8 +133,8 @@ def test_joint_is_a_plain_loop(kind: type[Net]) -> None:
     torch.manual_seed(1)
     for inputs, label in data():
         optimizer.zero_grad()
-        logits = plain.fuse([encoder(inputs[key]) for key, encoder in plain.encoders.items()])  # type: ignore[operator]
-        nn.functional.cross_entropy(logits, label).backward()
+        logits = plain.fuse([encoder(inputs[key]) for key, encoder in plain.encoders.items()])
+        torch.autograd.backward(nn.functional.cross_entropy(logits, label))
         optimizer.step()
     for ours, expected in zip(weights(model), weights(plain), strict=True):
         torch.testing.assert_close(ours, expected)
@@ -151,7 +151,7 @@ def test_steps_are_those_of_finetune(name: str) -> None:
         encoder.layers.load_state_dict(model.encoders[key].state_dict())  # type: ignore[union-attr]
     for head, part in zip(net.fusion.heads, model.head.weight.chunk(2, dim=1), strict=True):  # type: ignore[arg-type]
         head.weight.data.copy_(part)
-    net.fusion.bias.data.copy_(model.head.bias)  # type: ignore[operator, union-attr]
+    net.fusion.bias.data.copy_(model.head.bias)  # type: ignore[operator]
     config = OptimConfig(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.0, precision="float32")
     optimization = Optimization(net, config, device="cpu", distributed=SINGLE_PROCESS)
     balancer = BALANCERS.load(name)(net, optimization, epochs=1)

@@ -63,7 +63,8 @@ def test_splits_and_transforms(clip_manifest: Manifest, clip_source: Path) -> No
 
 def test_workers_read_the_same_samples(vector_manifest: Manifest, vector_source: Path) -> None:
     features = vector_manifest.provenance["features"]
-    for options in ({"data": vector_source}, {"features": features}):
+    sources: list[dict[str, Any]] = [{"data": vector_source}, {"features": features}]
+    for options in sources:
         dataset = vector_manifest.to_torch(**options, validation_fraction=0)
         dataset[0]  # fills the cache, which is not pickled
         loaders = [DataLoader(dataset, 8, num_workers=workers) for workers in (0, 1)]
@@ -128,7 +129,8 @@ def test_other_data_and_caches_raise(
     changed = replace(vector_manifest, table=vector_manifest.table.set_column(index, "content", content))
     with pytest.raises(ManifestError, match="have changed since the manifest was made"):
         changed.to_torch(features=vector_manifest.provenance["features"])
-    for options in ({}, {"data": vector_source, "features": tmp_path}):
+    both: dict[str, Any] = {"data": vector_source, "features": tmp_path}
+    for options in ({}, both):
         with pytest.raises(ConfigError, match="pass either data"):
             vector_manifest.to_torch(**options)
 

@@ -80,7 +80,7 @@ class Balanced:
         if self._epoch is not None:
             self._balancer.end_epoch(self._epoch + 1, self._validation())
         self._net.follow_mode()
-        self._balancer.begin_epoch(epoch + 1, self._reader)
+        self._balancer.begin_epoch(epoch + 1, self._reader)  # type: ignore[arg-type]
         self._epoch, self._step = epoch, 0
 
     def _validation(self) -> Validation:

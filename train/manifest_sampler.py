@@ -109,7 +109,7 @@ class ManifestSampler(torch.utils.data.Sampler[int]):
         self.num_replicas, self.rank, self.epoch = num_replicas, rank, 0
         self._index = index  # of each row of the pool, the dataset's index
         self._sampler = _open_sampler(_pool(opened, rows), sampling, settings or {}, seed=seed)
-        self._model: ModelReader = _NoModel(sampling)  # type: ignore[assignment]
+        self._model: ModelReader = _NoModel(sampling)
         self._identity = _identity(self._sampler.pool, sampling, settings or {}, seed=seed)
         self.position = self._resume_at = 0
         self.is_drawn = (
