@@ -19,11 +19,10 @@ Weights = dict[str, Tensor]
 def fusion_of(name: str, dims: tuple[int, ...] = DIMS) -> Fusion:
     torch.manual_seed(0)
     fusion: Fusion = FUSIONS.load(name)(dims, num_classes=6, hidden=7)
-    for tensor in (
-        *fusion.parameters(),
-        *fusion.buffers(),
-    ):  # biases start at 0, which would hide errors in sums
-        nn.init.normal_(tensor, std=0.5)
+    for parameter in fusion.parameters():  # biases start at 0, which would hide errors in sums
+        nn.init.normal_(parameter, std=0.5)
+    if isinstance(fusion, Mmtm):
+        nn.init.uniform_(fusion.mean)
     return fusion.eval()
 
 
@@ -66,10 +65,6 @@ def film_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
     return linear(w, "head", hidden)
 
 
-def excited(features: Tensor, excitation: Tensor) -> Tensor:
-    return features * 2 / (1 + (-excitation).exp())
-
-
 def mean_excitations_by_hand(w: Weights, dims: tuple[int, ...] = DIMS) -> list[Tensor]:
     return [w["mean"][sum(dims[:j]) : sum(dims[: j + 1])] for j in range(len(dims))]
 
@@ -79,8 +74,8 @@ def mmtm_by_hand(w: Weights, features: list[Tensor], *, cut: tuple[int, ...] = (
     means = mean_excitations_by_hand(w, tuple(f.shape[1] for f in features))
     logits = torch.zeros(11, 6)
     for j, f in enumerate(features):
-        excitation = means[j] if j in cut else linear(w, f"excite.{j}", squeezed)
-        logits = logits + linear(w, f"heads.{j}", excited(f, excitation))
+        excitation = means[j] if j in cut else 1 / (1 + (-linear(w, f"excite.{j}", squeezed)).exp())
+        logits = logits + linear(w, f"heads.{j}", 2 * f * excitation) / len(features)
     return logits
 
 
@@ -148,7 +143,7 @@ def unimodal_by_hand(name: str, w: Weights, j: int, f: Tensor) -> Tensor:
         return f @ w[f"heads.{j}.weight"].T + w["bias"] / 3
     if name == "shared":
         return linear(w, "head", linear(w, f"bring.{j}", f))
-    return linear(w, f"heads.{j}", excited(f, mean_excitations_by_hand(w)[j]) if name == "mmtm" else f)
+    return linear(w, f"heads.{j}", 2 * f * mean_excitations_by_hand(w)[j] if name == "mmtm" else f)
 
 
 @torch.no_grad()
@@ -201,18 +196,20 @@ def test_mmtm_squeezes_two_modalities_to_a_quarter() -> None:
 
 @torch.no_grad()
 def test_mmtm_updates_mean_excitations_in_training_only() -> None:
-    fusion = random_mmtm()
-    w, expected = fusion.state_dict(), torch.zeros(12)
+    """The mean over all training steps of the excitations after the sigmoid; before the first it is 0.5."""
+    fusion, means = random_mmtm(), list[Tensor]()
+    w = fusion.state_dict()
+    assert fusion.mean.tolist() == [0.5] * 12
     for step in range(3):
         features = [f + step for f in random_features()]
         squeezed = linear(w, "squeeze", torch.cat(features, dim=1)).clamp(min=0)
-        mean = torch.cat([linear(w, f"excite.{j}", squeezed).mean(dim=0) for j in range(3)])
-        expected = 0.9 * expected + 0.1 * mean
+        means.append(torch.cat([linear(w, f"excite.{j}", squeezed).sigmoid().mean(dim=0) for j in range(3)]))
+        expected = torch.stack(means).mean(dim=0)
         fusion.train()(features)
         torch.testing.assert_close(fusion.mean, expected)
         fusion.eval()(features)
         torch.testing.assert_close(fusion.mean, expected)
-    assert expected.abs().min() > 1e-4
+    assert (means[0] - means[2]).abs().max() > 0.01
     fusion.train()([torch.zeros(0, dim) for dim in DIMS])  # a process may have no row of a last step
     torch.testing.assert_close(fusion.mean, expected)
 
@@ -228,7 +225,7 @@ def test_mmtm_cut_uses_the_mean_excitation(cut: tuple[int, ...]) -> None:
     torch.testing.assert_close(fusion(features), expected, rtol=1e-4, atol=1e-5)
     assert (fusion(features) - uncut).abs().max() > 0.01
     if len(cut) == 3:
-        torch.testing.assert_close(fusion(features), fusion.unimodal_logits(features).sum(dim=0))
+        torch.testing.assert_close(fusion(features), fusion.unimodal_logits(features).mean(dim=0))
 
 
 def test_mmtm_cut_passes_no_gradient_to_its_excitation() -> None:
@@ -270,3 +267,12 @@ def test_shared_weights_the_more_confident_modality_higher() -> None:
     assert fused[0, 0].item() == pytest.approx(float(weight[0] * sure + weight[1] * unsure), rel=1e-5)
     equal = fusion([torch.tensor([[0.7]]), torch.tensor([[0.7]])])
     assert equal[0].tolist() == pytest.approx([0.7, -0.7])  # weights sum to 1
+
+
+@torch.no_grad()
+def test_shared_with_fixed_weights_is_their_weighted_sum() -> None:
+    fusion, features = fusion_of("shared", (4, 4)), random_features((4, 4))
+    assert isinstance(fusion, Shared)
+    first, second = fusion.unimodal_logits(features)
+    fusion.weights.copy_(torch.tensor([0.55, 0.45]))
+    torch.testing.assert_close(fusion(features), 0.55 * first + 0.45 * second)

@@ -140,9 +140,9 @@ def test_unknown_method_raises_with_the_nearest(options: dict[str, Any], words: 
 
 
 def test_last_epoch_before_first_epoch_raises() -> None:
-    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after last_epoch 50"):
+    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after last_epoch 51"):
         OgmConfig(first_epoch=55)
-    assert OgmConfig(first_epoch=50).last_epoch == 50
+    assert OgmConfig(first_epoch=51).last_epoch == 51
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_resolved_sections_have_all_constants_of_the_methods_in_use_only() -> No
     sections: dict[str, dict[str, Any]] = {"ogm": {"alpha": 1}, "gmm": {"lam_gap": 2.0}}
     methods = resolve(TrainConfig(finetune=finetune, balancing=sections))
     assert methods.balancer_config == OgmConfig(alpha=1.0)
-    assert methods.config.balancing == {"ogm": {"alpha": 1.0, "first_epoch": 1, "last_epoch": 50}}
+    assert methods.config.balancing == {"ogm": {"alpha": 1.0, "first_epoch": 1, "last_epoch": 51}}
     bss = {"score_source": "model", "every_epochs": 8, "beta": 0.6, "alpha": 1.0}
     assert methods.config.sampling == {"bss": bss}
     unused = resolve(TrainConfig(balancing=sections)).config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..audit.errors import ConfigError
@@ -12,7 +12,7 @@ from ..audit.parsing import check_choices, check_ranges
 from ..rebalance.curriculum import OrderConfig
 from . import TRACKERS
 
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 # Fewest validation samples that may select an epoch: two of them selected the first of 60, at chance accuracy.
@@ -76,7 +76,8 @@ class OptimConfig:
     """How weights are updated. All default values are mmaudit's own; BSS uses sgd, lr 1e-2, weight_decay 1e-4, step 70.
 
     Args:
-        optimizer: One of OPTIMIZERS.
+        optimizer: One of OPTIMIZERS: adamw subtracts the weight decay from the weights, adam and sgd add it to the
+            gradients.
         lr: Learning rate, above 0.
         weight_decay: Weight decay, at least 0.
         momentum: Momentum of sgd, in [0, 1).
@@ -138,6 +139,20 @@ class OptimConfig:
         if self.schedule == "cosine":
             return (1 + math.cos(math.pi * (epoch - 1 - warmup_epochs) / (epochs - warmup_epochs))) / 2
         return self.lr_fall ** ((epoch - 1) // self.lr_step) if self.schedule == "step" else 1.0
+
+    def without_effect(self) -> list[str]:
+        """Return one warning for each setting that was changed and has no effect beside the others."""
+        needs = {
+            "momentum": (self.optimizer == "sgd", f"optim.optimizer {self.optimizer}"),
+            "lr_step": (self.schedule == "step", f"optim.schedule {self.schedule}"),
+            "lr_fall": (self.schedule == "step", f"optim.schedule {self.schedule}"),
+        }
+        default = {field.name: field.default for field in fields(self)}
+        return [
+            f"optim.{name} {getattr(self, name):g} has no effect with {setting}"
+            for name, (has_effect, setting) in needs.items()
+            if not has_effect and getattr(self, name) != default[name]
+        ]
 
     def late_start(self, epochs: int) -> str | None:
         """Return a warning if the learning rate never reaches its full value, or never falls, in so few epochs."""

@@ -104,14 +104,15 @@ def load_fusion(name: str) -> type[Fusion]:
 
 
 def check_schedule(methods: Methods) -> list[str]:
-    """Return one warning for each setting that never starts or never ends in so few epochs."""
+    """Return one warning for each setting that never starts or never ends in so few epochs, or has no effect."""
     config = methods.config
     warnings = (
         methods.sampler.late_start(methods.sampler_config, config),
         methods.balancer.late_start(methods.balancer_config, config),
         config.optim.late_start(config.finetune.epochs),
     )
-    return [f"{config.finetune.epochs} epochs are too few: {warning}" for warning in warnings if warning]
+    too_few = [f"{config.finetune.epochs} epochs are too few: {warning}" for warning in warnings if warning]
+    return too_few + config.optim.without_effect()
 
 
 def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...audit.errors import ConfigError
+from ...audit.parsing import check_ranges
 from ..batches import Batch, Method, ModelReader
 from ..fusion import Fusion
 from ..network import FusionNet, Outputs, cross_entropy
@@ -23,6 +25,16 @@ class Validation:
     accuracy: float
     unimodal_loss: tuple[float, ...]
     unimodal_accuracy: tuple[float, ...]
+
+
+def check_window(section: str, config: Any) -> None:
+    """Raise ConfigError where no epoch lies between a config's `first_epoch` and `last_epoch`, counted from 1."""
+    check_ranges(section, config, first_epoch="[1, 1e9]", last_epoch="[1, 1e9]")
+    if config.last_epoch < config.first_epoch:
+        raise ConfigError(
+            f"{section}.first_epoch is {config.first_epoch}, after last_epoch {config.last_epoch}: "
+            "no epoch would be modulated"
+        )
 
 
 class Balancer(Method):
@@ -143,10 +155,13 @@ class Balancer(Method):
         names = self.net.config.modalities
         return {f"{prefix}_{name}": float(value) for name, value in zip(names, numbers, strict=True)}
 
-    def scale_gradients(self, coefficients: Sequence[float] | Tensor) -> None:
-        """Multiply the gradients of each modality's encoder by its coefficient (m,)."""
-        for encoder, coefficient in zip(self.net.encoders, coefficients, strict=True):
-            gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+    def scale_gradients(
+        self, coefficients: Sequence[float] | Tensor, groups: Sequence[Sequence[nn.Parameter]] | None = None
+    ) -> None:
+        """Multiply the gradients of each modality's parameters, by default its encoder's, by its coefficient (m,)."""
+        groups = [list(encoder.parameters()) for encoder in self.net.encoders] if groups is None else groups
+        for parameters, coefficient in zip(groups, coefficients, strict=True):
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:
                 torch._foreach_mul_(gradients, coefficient)
 
