@@ -231,16 +231,27 @@ def test_heads_are_added_to_the_optimizer_only_where_they_are_needed() -> None:
         assert set(model.state_dict()) == names
 
 
-def test_evaluation_between_epochs_leaves_the_modes_as_they_are() -> None:
+@pytest.mark.parametrize("name", ["joint", "pmr", "agm", "dgl", "mses"])
+def test_the_modes_of_the_network_stay_as_they_are(name: str) -> None:
     model = Net()
     model.train()
     model.encoders["image"].eval()  # a frozen part of the user's
-    balanced = build("pmr", model)
-    balanced.set_epoch(0)
-    assert model.training
-    assert model.head.training
-    assert model.encoders["audio"].training
-    assert not model.encoders["image"].training
+    model.head.eval()
+    before = {key: module.training for key, module in model.named_modules()}
+    balanced = build(name, model)
+    for epoch in range(2):
+        balanced.set_epoch(epoch)
+        balanced.step(*data()[0])
+        assert {key: module.training for key, module in model.named_modules()} == before
+
+
+def test_token_numbers_are_inputs_too() -> None:
+    model = Net()
+    model.encoders["image"] = nn.EmbeddingBag(10, 8)
+    inputs, label = data()[0]
+    for name in ("agm", "ogm-ge"):
+        balanced = build(name, model, train=None, validation=None)
+        assert balanced.step({**inputs, "image": torch.arange(64).view(16, 4) % 10}, label).isfinite()
 
 
 def test_wrong_networks_and_settings_raise() -> None:

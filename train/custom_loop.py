@@ -227,6 +227,7 @@ class LoaderReader:
         if batches is None:
             raise ConfigError("the method evaluates samples between epochs: pass train and validation to balance")
         values = []
+        self.net.follow_mode()
         with in_eval_mode(self.net), torch.no_grad():
             for inputs, label in batches:
                 batch = self._collate(inputs, label)

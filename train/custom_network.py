@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..audit.errors import ConfigError, TrainError
@@ -53,10 +54,13 @@ class CustomEncoder(nn.Module):
     def __init__(self, module: nn.Module, *, name: str, num_features: int) -> None:
         super().__init__()
         self.module, self.name, self.num_features = module, name, num_features
+        self.inputs_standardized = True  # an input of 0 stands for an absent one, not NaN
+        self._dtype: torch.dtype | None = None
 
     def forward(self, rows: Tensor) -> Tensor:
         """Compute the features (b, d). Raises TrainError for another shape."""
-        features: Tensor = self.module(rows)
+        self._dtype = self._dtype or rows.dtype
+        features: Tensor = self.module(rows if self._dtype.is_floating_point else rows.to(self._dtype))
         if features.shape != (len(rows), self.num_features):
             raise TrainError(
                 f"the encoder of {self.name} returns features of shape {tuple(features.shape)}, must be "
@@ -77,6 +81,7 @@ class CustomFusion(Fusion):
         self._encoder_weights = {id(weight) for encoder in encoders for weight in encoder.parameters()}
 
     _outside: list[nn.Module]
+    _modes: list[bool] | None = None
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters that are in no encoder, with their names in this module."""
@@ -85,10 +90,12 @@ class CustomFusion(Fusion):
                 yield name, parameter
 
     def train(self, mode: bool = True) -> CustomFusion:
-        """Set training or eval mode of all modules outside the encoders."""
+        """Set training or eval mode of all modules outside the encoders; see `CustomNet.train`."""
+        if self.training and not mode:
+            self._modes = [module.training for module in self._outside]
+        for module, training in zip(self._outside, self._modes or [True] * len(self._outside), strict=True):
+            module.training = mode and training
         self.training = mode
-        for module in self._outside:
-            module.training = mode
         return self
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -130,16 +137,23 @@ class CustomNet(FusionNet):
         device = next(model.parameters()).device
         self.heads = nn.ModuleList(nn.Linear(size, num_classes, device=device) for size in sizes)
         self._frozen = frozenset()
+        self._modes: list[tuple[nn.Module, bool]] | None = None
+
+    def train(self, mode: bool = True) -> CustomNet:
+        """Set training or eval mode; after eval mode each module gets the mode of before: some may be frozen."""
+        if self.training and not mode:
+            self._modes = [(module, module.training) for module in (*self.modules(), self.fusion)]
+        super().train(mode)
+        self.fusion.training = mode
+        for module, training in self._modes or () if mode else ():
+            module.training = training
+        return self
 
     def follow_mode(self) -> None:
         """Set the mode of the views to that of the user's network; frozen encoders stay in eval mode."""
         self.training = self.fusion.training = self.model.training
         for j in self._frozen:
             self.encoders[j].eval()
-
-    def modes(self) -> list[tuple[nn.Module, bool]]:
-        """Return every module and whether it is in training mode."""
-        return [(module, module.training) for module in (*self.modules(), self.fusion)]
 
 
 def check_model(model: nn.Module) -> None:
@@ -170,10 +184,9 @@ def check_model(model: nn.Module) -> None:
 @contextmanager
 def in_eval_mode(net: CustomNet) -> Iterator[None]:
     """Put all modules into eval mode, and restore each one's mode."""
-    modes = net.modes()
+    training = net.training
     net.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        net.train(training)
