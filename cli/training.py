@@ -327,7 +327,7 @@ def evaluate(
         examples = loaded.examples
         if manifest is None and loaded.digest != metrics["manifest_digest"]:
             raise RunError(
-                f"the data have changed since {folder.name} was trained on them; pass other ones as --manifest"
+                f"the data have changed since {folder.name} was trained on them; pass a manifest with --manifest"
             )
         if config.finetune.only is not None:
             examples = examples.only(config.finetune.only)
