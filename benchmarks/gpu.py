@@ -2,8 +2,8 @@
 
 Run with: python benchmarks/gpu.py [--cpu] [--quick] [SECTION ...], less than eight minutes on one card. It needs torch,
 numpy, scipy, scikit-learn, pandas, safetensors, pillow and pyarrow; the section `tests` also pytest and hypothesis.
-Neither media libraries nor `datasets` are imported; without transformers, whose ResNet-18 mmaudit trains, the throughput
-is that of the same layers in plain torch. Sections, which stop when the time is up:
+Neither media libraries nor `datasets` are imported; without transformers, whose ResNet-18 mmaudit trains, it measures the
+throughput of the same layers in plain torch. Sections, which stop when the time is up:
 
     precisions  losses in bfloat16, float16 and compiled, against float32; the bound is 5% and 2 points of accuracy
     throughput  two ResNet-18s, frames of 224 pixels and spectrograms of 257 x 300: clips/s and share of the peak, which
