@@ -2,7 +2,7 @@
 
 Run with: python benchmarks/gpu.py [--cpu] [--quick] [SECTION ...], less than eight minutes on one card. It needs torch,
 numpy, scipy, scikit-learn, pandas, safetensors, pillow and pyarrow; the section `tests` also pytest and hypothesis.
-Neither media libraries nor `datasets` are imported; without transformers, whose ResNet-18 mmaudit trains, it measures the
+Media libraries and `datasets` are not imported; without transformers, whose ResNet-18 mmaudit trains, it measures the
 throughput of the same layers in plain torch. Sections, which stop when the time is up:
 
     precisions  losses in bfloat16, float16 and compiled, against float32; the bound is 5% and 2 points of accuracy
