@@ -343,7 +343,7 @@ def methods(*, kind: str | None = None) -> MethodTable:
         ['uniform', 'bss-h']
     """
     if kind is not None and kind not in _REGISTRIES:
-        raise ConfigError(f"--kind {kind}: {choices(kind, _REGISTRIES)}")
+        raise ConfigError(f"--kind {kind}: no such kind; {choices(kind, _REGISTRIES)}")
     registries = _REGISTRIES if kind is None else {kind: _REGISTRIES[kind]}
     return MethodTable(rows=tuple(list_methods(registries)))
 

@@ -245,7 +245,7 @@ def draw_rows(weight: NDArray[np.float64], *, key: Keys, draw: str, seed: int, e
     """
     _check_epoch(epoch)
     if draw not in DRAWS:
-        raise ConfigError(f"order.draw is {draw}: {choices(draw, DRAWS)}")
+        raise ConfigError(f"order.draw is {draw}; {choices(draw, DRAWS)}")
     if key.shape != weight.shape or len(weight) == 0:
         raise ManifestError(
             f"key has shape {key.shape}, weights {weight.shape}: they must be equal and not empty; use one manifest's"
