@@ -193,9 +193,12 @@ def _cut_alike(short_of: Mapping[str, str]) -> list[list[str]]:
 def _cut_around_difference(
     names: list[str], *, cut: Callable[[str], str], fits: Callable[[str], bool]
 ) -> dict[str, str]:
-    """Cut names to the part that differs, with as much of their start and end as fits."""
+    """Cut names to the words that differ, or to the part that does, with as much of their start and end as fits."""
     prefix = _common_length(names)
     suffix = _common_length([name[prefix:][::-1] for name in names])
+    words = (_trimmed(names[0][:prefix]), _trimmed(names[0][len(names[0]) - suffix :][::-1]))
+    if all(fits(f"…{name[words[0] : len(name) - words[1]]}…") for name in names):
+        prefix, suffix = words
     short_of = {}
     for name in names:
         core = name[prefix : len(name) - suffix]
@@ -203,6 +206,11 @@ def _cut_around_difference(
         texts = [text for text in texts if fits(text)]
         short_of[name] = texts[-1] if texts else cut(core)
     return short_of
+
+
+def _trimmed(text: str) -> int:
+    """Return the length of a text without the letters and digits at its end, which belong to the next word."""
+    return next((length for length in range(len(text), 0, -1) if not text[length - 1].isalnum()), 0)
 
 
 def _common_length(names: list[str]) -> int:

@@ -267,6 +267,16 @@ def test_legends_name_every_branch_and_both_levels_of_guessing() -> None:
     assert {"_hidden", "$x$", "audio", "fused", "uniform 0.250", "majority 0.300"} <= set(names)
 
 
+def test_losses_of_a_single_epoch_are_drawn_at_a_whole_number() -> None:
+    numbers = finetune_of(("audio", "visual"))
+    numbers |= {"best_epoch": 1, "history": {"epoch": [1], "train_loss": [2.0], "validation_loss": [1.5]}}
+    with canvas():
+        figure = draw_finetune(numbers, palette(("audio", "visual")))
+        shown = [label.get_text() for label in shown_ticks(figure.axes[1].xaxis) if label in boxes_of(figure)]
+    assert shown == ["0", "1", "2"]
+    assert {line.get_marker() for line in figure.axes[1].lines if line.get_label() != "kept"} == {"o"}
+
+
 def test_training_maps_end_where_the_samples_end() -> None:
     numbers = numbers_of(uniform(3), names=("a", "b", "c"))
     for modality in numbers["training"]:
