@@ -50,7 +50,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/balanced.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/honesty.py
-	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/resnet.py
 
 # The real data sets are not part of the project: DATA names the folder that holds them.

@@ -73,6 +73,17 @@ def dataset_type(type_: pa.DataType) -> pa.DataType:
     return _map_nested(type_, _element_type)
 
 
+def small_offsets(schema: pa.Schema) -> pa.Schema:
+    """Return the schema with strings, bytes and lists of 32-bit offsets: large ones hold the same values."""
+    return pa.schema([field.with_type(_small_type(field.type)) for field in schema])
+
+
+def _small_type(type_: pa.DataType) -> pa.DataType:
+    if pa.types.is_large_list(type_):
+        return pa.list_(type_.value_field.with_type(_small_type(type_.value_type)))
+    return {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}.get(type_, _map_nested(type_, _small_type))
+
+
 def is_list(type_: pa.DataType) -> bool:
     """Return whether a plain type is a list of any number, or a fixed number, of elements."""
     return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))

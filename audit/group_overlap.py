@@ -2,14 +2,7 @@
 
 A column qualifies by its values, not by its name. It groups the samples if the split separates its values far better
 than chance, or if samples with the same value are more alike than others of their class. All rules are mmaudit's own.
-n samples, p projected features, v values.
-
-
-n samples, b rows, p projected features, v values.
-
-A column qualifies by its values, not by its name. It groups the samples if the split separates its values far better
-than chance, or if samples with the same value are more alike than others of their class. All rules are mmaudit's own.
-n samples, p projected features, v values.
+Likeness is tested by permutations within classes. n samples, b rows, p projected features, v values.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,18 @@ from mmaudit.train.finetune import finetune_on
 FRAMES, CLASSES, EPOCHS = 3, 30, 4
 
 
-def draw(num_clips: int, *, size: int, mel: tuple[int, int]) -> Examples:
+def draw(num_clips: int, *, size: int, mel: tuple[int, int], num_frames: int = FRAMES) -> Examples:
+    """Draw clips of `num_frames` frames of size x size pixels and a spectrogram of this shape."""
     rng = np.random.default_rng(0)
     label = rng.integers(0, CLASSES, num_clips)
-    frames = rng.integers(0, 256, (num_clips, FRAMES * size * size * 3), dtype=np.uint8)
+    frames = rng.integers(0, 256, (num_clips, num_frames * size * size * 3), dtype=np.uint8)
     sound = rng.standard_normal((num_clips, mel[0] * mel[1]), dtype=np.float32)
     split = np.array(["train"] * (num_clips - 64) + ["validation"] * 32 + ["test"] * 32, dtype=object)
     nothing: dict[str, Any] = {name: np.zeros(num_clips) for name in ("discrepancy", "balance", "p_balanced")}
     return Examples(
         sample_id=np.array([f"s{number}" for number in range(num_clips)], dtype=object),
         inputs=(MatrixInputs(matrix=sound), MatrixInputs(matrix=frames)),
-        shapes=(mel, (FRAMES, size, size, 3)),
+        shapes=(mel, (num_frames, size, size, 3)),
         present=np.ones((num_clips, 2), dtype=bool),
         content=np.array([f"c{number}" for number in range(num_clips)], dtype=object),
         modalities=("audio", "visual"),
@@ -80,6 +82,14 @@ def peak(device: str, dtype: torch.dtype, *, size: int) -> float:
     return max(rates)
 
 
+def gflop_per_clip(examples: Examples, config: TrainConfig, device: str) -> float:
+    """Count the GFLOP of one epoch's products by clip, with the evaluation of the validation and test samples."""
+    once = replace(config, finetune=replace(config.finetune, epochs=1))
+    with FlopCounterMode(display=False) as counter:
+        seconds_per_epoch(examples, once, device)
+    return float(counter.get_total_flops() / 1e9 / len(examples.rows("train")))
+
+
 def main(quick: bool) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -99,12 +109,8 @@ def main(quick: bool) -> int:
                 width=width,
             )
             seconds = seconds_per_epoch(examples, config, device)
-            clips = len(examples.rows("train"))
-            once = TrainConfig(finetune=FinetuneConfig(epochs=1, batch_size=batch), width=width)
-            with FlopCounterMode(display=False) as counter:
-                seconds_per_epoch(examples, once, device)
-            gflop = counter.get_total_flops() / 1e9 / clips  # including the evaluation of validation and test samples
-            rate = clips / seconds
+            rate = len(examples.rows("train")) / seconds
+            gflop = gflop_per_clip(examples, config, device)
             share = rate * gflop / 1e3 / peak_rate
             row = f"{rate:.0f} | {rate * (FRAMES + 1):.0f} | {gflop:.2f} | {share:.0%}"
             print(f"| {batch} | {balancing} | {row} |", flush=True)

@@ -21,7 +21,8 @@ from ..audit.findings import Leakage
 from ..audit.group_overlap import read_group_columns
 from ..audit.leakage import ModalityContent, find_leakage
 from ..audit.locks import write_lock
-from .config import RunConfig, load_config
+from .config import RunConfig, load_settings
+from .effects import effects_in_checking, warn_without_effect
 from .progress import progress_bars
 from .provenance import open_encodable
 from .run import Run
@@ -174,9 +175,10 @@ def check(
         split=split,
         allow_outside=allow_outside,
     )
-    config = load_config(config, settings, {**keywords, "seed": seed})
+    config, given = load_settings(config, settings, {**keywords, "seed": seed})
     run_dir = Run.open(run)
     dataset = open_encodable(data, config.data)
+    warn_without_effect("check", given, effects_in_checking(config, dataset.modalities))
     run_dir.check_folder()
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
     with progress_bars(progress) as report_progress:

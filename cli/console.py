@@ -281,15 +281,14 @@ def _cells(texts: Iterable[str], width: int) -> list[str]:
     """
     from rich.cells import cell_len
 
-    def cut(text: str) -> str:
-        kept = len(text)
-        while (
-            cell_len(part := text if kept >= len(text) else f"{text[: kept // 3]}…{text[kept // 3 - kept :]}") > width
-        ):
-            kept -= 1
-        return part
+    def fits(text: str) -> bool:
+        return cell_len(text) <= width
 
-    names = cut_distinct([printable(text) for text in texts], cut=cut, fits=lambda text: cell_len(text) <= width)
+    def cut(text: str) -> str:
+        parts = (f"{text[: kept // 3]}…{text[kept // 3 - kept :]}" for kept in range(len(text) - 1, 0, -1))
+        return text if fits(text) else next(filter(fits, parts))
+
+    names = cut_distinct([printable(text) for text in texts], cut=cut, fits=fits)
     return [" " * (width - cell_len(name)) + name for name in names]
 
 
@@ -322,6 +321,7 @@ def print_finetune(result: FinetuneResult) -> None:
     fused = metrics["test"]["all"]["branches"]["fused"]
     interval = f"[{fused['accuracy_low']:.3f}, {fused['accuracy_high']:.3f}]"
     print_line(f"  fused: 95% {interval}, MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
+    _print_answer(metrics)
     if metrics["test_labels_in_scores"]:
         print_line(
             "note: the probes behind this manifest were fitted on test samples too, so test labels influenced the "
@@ -330,12 +330,19 @@ def print_finetune(result: FinetuneResult) -> None:
     print_line(f"fine-tuning: {result.folder}")
 
 
+def _print_answer(metrics: dict[str, Any]) -> None:
+    """Print which logits are tested as the fused prediction, where they are not the fusion's own."""
+    added = {"heads": "the unimodal logits", "all": "the fused and unimodal logits"}.get(metrics.get("answer", "fused"))
+    if added is not None:
+        print_line(f"  fused here: the sum of {added} (finetune.answer = {metrics['answer']})")
+
+
 def print_evaluate(evaluation: dict[str, Any]) -> None:
     """Print all metrics by subset, the classes of lowest recall, and the contribution of each modality."""
-    samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest']}"
+    samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest'] or 'its data'}"
     print_line(f"{evaluation['name']} on {samples}")
     if evaluation.get("num_trained_on", 0) is None:
-        print_line("  overlap with its training samples unknown: its own manifest was removed or has changed")
+        print_line("  overlap with its training samples unknown: its manifest was removed or changed, or it had none")
     elif evaluation.get("num_trained_on"):
         print_line(
             f"  {evaluation['num_trained_on']} of them were used in training or validation: metrics are too high"
@@ -351,6 +358,7 @@ def print_evaluate(evaluation: dict[str, Any]) -> None:
         for branch in [branch for branch in ordered if branch in subset.get("branches", {})]:
             cells = " ".join(f"{subset['branches'][branch][key]:>9.3f}" for key in measures)
             print_line(f"  {name} {subset['n']:>6} {branch_cells[branch]} {cells}")
+    _print_answer(evaluation)
     classes = evaluation["test_by_class"].items()
     weakest = sorted((row["branches"]["fused"]["recall"], name) for name, row in classes if row["n"])[:3]
     print_line(f"  lowest recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")
@@ -373,7 +381,10 @@ def _print_contribution(analysis: dict[str, Any]) -> None:
 
 
 def print_methods(summary: dict[str, Any]) -> None:
-    """Print one line per method, and below it what it needs."""
+    """Print one line per method, and below it what it needs; or the presets."""
+    if "presets" in summary:
+        print_presets(summary["presets"])
+        return
     rows = summary["methods"]
     width = max(len(row["name"]) for row in rows)
     for row in rows:
@@ -381,6 +392,16 @@ def print_methods(summary: dict[str, Any]) -> None:
         print_line(f"{row['kind']:<9} {row['name']:<{width}}  {row['help']}{paper}")
         if row["needs"]:
             print_line(f"{'':<9} {'':<{width}}  needs {'; '.join(row['needs'])}")
+
+
+def print_presets(presets: list[dict[str, Any]]) -> None:
+    """Print each preset with its paper, reported figures, what is not stated and what it cannot reproduce."""
+    width = max(len(preset["name"]) for preset in presets)
+    for preset in presets:
+        print_line(f"{preset['name']:<{width}}  {preset['title']} ({preset['paper']})")
+        for heading, key in (("reported", "reported"), ("not stated", "not_stated"), ("differs", "differs")):
+            for text in preset[key]:
+                print_line(f"{'':<{width}}  {heading}: {text}")
 
 
 def print_report(summary: dict[str, Any]) -> None:

@@ -324,9 +324,9 @@ def demo(
         recovered = recovery(Path(folder) / "truth.parquet", run_dir.scores())
         numbers = asdict(recovered)
         write_json({**numbers, "interval": list(numbers["interval"])}, run_dir.recovery_file)
-        balanced = split(run=run_dir.folder, config=config, balanced=True, overwrite=True)
-        split(run=run_dir.folder, config=config, gmm="balanced", overwrite=True)
+        balanced = split(run=run_dir.folder, seed=seed, balanced=True, overwrite=True)
+        split(run=run_dir.folder, seed=seed, gmm="balanced", overwrite=True)
         for sampling in ("uniform", "bss-h"):
-            finetune("balanced", run=run_dir.folder, config=config, sampling=sampling, progress=progress)
+            finetune("balanced", run=run_dir.folder, seed=seed, sampling=sampling, progress=progress)
         page = report(run=run_dir.folder).page
     return DemoResult(recovery=recovered, num_kept=balanced.num_kept, distance=balanced.distance, report=page)

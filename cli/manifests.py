@@ -16,7 +16,8 @@ from ..rebalance.card import dataset_card
 from ..rebalance.curriculum import batch_rows, epoch_order, id_keys, num_steps, training_rows, with_validation
 from ..rebalance.diff import ManifestDiff, diff_manifests
 from ..rebalance.manifest import Manifest, compute_digests, read_manifest, read_provenance
-from .config import RunConfig, load_config
+from .config import RunConfig, load_settings
+from .effects import effects_in_order, scored_settings, warn_without_effect
 from .progress import progress_bars
 from .provenance import Origin, SourceOptions, open_source, origin_of
 from .run import Run
@@ -310,10 +311,11 @@ def order(
         >>> for step, ids in mmaudit.order("balanced", epoch=3).steps(): ...
     """
     keywords = {"seed": seed, "order.order": order, "order.pacing": pacing, "finetune.batch_size": batch_size}
-    config = load_config(config, settings, keywords)
+    config, given = load_settings(config, settings, keywords)
     if epoch < 1:
         raise ConfigError(f"--epoch {epoch}: epochs are counted from 1")
     opened = read_manifest(Run.open(run).find_manifest(str(manifest)))
+    warn_without_effect("order", given, effects_in_order(config), recorded=scored_settings(opened.provenance))
     rows = _training_rows(opened, config)
     ids = opened.table["sample_id"].take(rows)
     order_rows = epoch_order(

@@ -18,7 +18,8 @@ from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..rebalance.manifest import compute_digests, dropped_path, read_provenance
 from ..rebalance.recipe import Recipe, make_split, recipe_from_record
 from ..rebalance.score_tables import ScoreFiles, open_scores
-from .config import RunConfig, load_config
+from .config import RunConfig, load_settings
+from .effects import effects_in_splitting, warn_without_effect
 from .provenance import origin_of, sign_manifest, trusted_folder
 from .run import Run, replacing_manifest
 
@@ -161,7 +162,7 @@ def split(
         "split.by": by,
         "split.grid": grid or None,
     }
-    config = load_config(config, settings, keywords)
+    config, given = load_settings(config, settings, keywords)
     run_dir = Run.open(run)
     recipe = Recipe(
         seed=config.seed,
@@ -176,9 +177,10 @@ def split(
         exclude=tuple(str(run_dir.find_manifest(reference)) for reference in exclude),
         resplit=resplit,
     )
-    if scores is None:
-        run_dir.record()
-        scores = run_dir.scores_file
+    scored = run_dir.record()["config"] if scores is None else None
+    scores = run_dir.scores_file if scores is None else scores
+    effects = effects_in_splitting(config, balanced=balanced, gmm=gmm is not None)
+    warn_without_effect("split", given, effects, recorded=scored)
     shards = open_scores(scores, seed=config.seed)
     single_table = scores if isinstance(scores, (str, Path)) else None
     with _staged_manifest(run_dir, dry_run=dry_run, overwrite=overwrite) as path_of:

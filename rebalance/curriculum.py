@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.dataset.columns import SPLITS
@@ -16,6 +18,8 @@ from ..audit.dataset.samples import stratified_cut
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import hash_ids, hash_rank, splitmix64
 from ..audit.parsing import check_choices, check_ranges
+
+log = logging.getLogger("mmaudit")
 
 
 class Pacing(Protocol):
@@ -169,21 +173,65 @@ class _Epoch:
 def with_validation(
     table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
 ) -> NDArray[np.object_]:
-    """Return the split of each row (n,), with a validation split cut from the training rows where there is none."""
+    """Return the split of each row (n,), with a validation split cut from the training rows where there is none.
+
+    It takes no more than `fraction` of the training rows, in whole groups; 0 cuts none. Where every group is larger it
+    is cut within groups, which a warning states: the validation loss then also measures what is learned of a group.
+    """
     split = np.array(table["split"].to_pylist(), dtype=object)
     unknown = {str(name) for name in split} - set(SPLITS)
     if unknown:
         raise ManifestError(
             f"column split of the manifest has {sorted(unknown)[0]!r}, must be one of train, validation, test"
         )
-    if "validation" in split:
+    if "validation" in split or fraction == 0:
         return split
     train = np.flatnonzero(split == "train")
     groups = table["group"].to_pylist() if "group" in table.column_names else [None]
     group = None if None in groups else np.array(groups, dtype=object)[train]
-    selected = stratified_cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
+    options: dict[str, Any] = {"fraction": fraction, "seed": seed, "purpose": "validation split"}
+    selected = stratified_cut(ids[train], label[train], group, **options, at_most=True)
+    if group is not None and not selected.any():
+        selected = stratified_cut(ids[train], label[train], None, **options)
+        log.warning(
+            "no group has as few as %d training samples (finetune.validation_fraction %g of %d): the validation split "
+            "is cut within groups",
+            int(selected.sum()),
+            fraction,
+            len(train),
+        )
     split[train[selected]] = "validation"
     return split
+
+
+def split_rows(table: pa.Table, split: str | Sequence[str], *, validation_fraction: float, seed: int) -> RowIndex:
+    """Return the rows of splits of a manifest, ascending; a validation split is cut as in `with_validation`.
+
+    Without one, and with a fraction of 0, there is none. Raises ManifestError where the manifest has no such rows.
+    """
+    names = (split,) if isinstance(split, str) else tuple(split)
+    for name in names:
+        if name not in SPLITS:
+            raise ConfigError(f"split {name!r}: no such split; {choices(str(name), SPLITS)}")
+    if not 0 <= validation_fraction < 1:
+        raise ConfigError(f"validation_fraction is {validation_fraction}: it must lie in [0, 1)")
+    column = table["split"]
+    has_validation = bool(pc.any(pc.equal(column, "validation")).as_py())
+    if not has_validation and validation_fraction > 0 and {"train", "validation"} & {*names}:
+        ids, label = np.array(table["sample_id"].to_pylist(), dtype=object), table["label"].to_numpy().astype(np.int32)
+        cut = with_validation(table, ids, label, fraction=validation_fraction, seed=seed)
+        num_cut, num_train = int((cut == "validation").sum()), pc.sum(pc.equal(column, "train")).as_py()
+        log.warning(
+            "the manifest has no validation split: %d of its %d training rows are cut as one, as in finetune "
+            "(validation_fraction=0 cuts none)",
+            num_cut,
+            num_train,
+        )
+        column = pa.chunked_array([pa.array(cut, pa.string())])
+    rows: RowIndex = np.flatnonzero(pc.is_in(column, value_set=pa.array(names)).to_numpy(zero_copy_only=False))
+    if len(rows) == 0:
+        raise ManifestError(f"the manifest has no rows of split {' or '.join(names)}")
+    return rows
 
 
 def training_rows(

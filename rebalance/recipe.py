@@ -2,10 +2,6 @@
 
 A split is uniform by the scores that it is selected by, also where these are noise. So the same split is made by the
 scores of one half of the features, and its distance is measured by those of the other half, both ways. Ours.
-
-
-A split is uniform by the scores that it is selected by, also where these are noise. So the same split is made by the
-scores of one half of the features, and its distance is measured by those of the other half, both ways. Ours.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from ..audit.dataset.cells import load_cell
 from ..audit.dataset.modalities import Modality
 from ..audit.errors import ConfigError, ManifestError, UnusableError
 from ..audit.hashing import digest
-from ..audit.media.files import Medium, open_stream
+from ..audit.media.media_file import Medium, open_stream
 from .export import Exporter, ExportJob, plain_rows, split_name
 
 SAMPLES_PER_TAR = 1_000

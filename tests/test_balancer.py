@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmaudit.train.balancing import BALANCERS
-from mmaudit.train.balancing.balancer import Balancer
+from mmaudit.train.balancing.balancer import Balancer, SumConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -17,10 +17,13 @@ from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
 torch.set_num_threads(1)
 NUM, CLASSES = 6, 3
+FUSED_ONLY = SumConfig(unimodal_weight=0.0)
 LOSS_WEIGHT = torch.tensor([0.1, 0.3, 0.2, 0.2, 0.1, 0.1])
 
 
-def build_method(name: str, *, own_heads: bool = False, precision: str = "float32") -> Balancer:
+def build_method(
+    name: str, *, own_heads: bool = False, precision: str = "float32", config: SumConfig | None = None
+) -> Balancer:
     torch.manual_seed(0)
     shapes, classes = ((4,), (5,)), tuple(map(str, range(CLASSES)))
     net = FusionNet(
@@ -29,7 +32,7 @@ def build_method(name: str, *, own_heads: bool = False, precision: str = "float3
     optim = OptimConfig(optimizer="sgd", lr=0.5, momentum=0.0, weight_decay=0.0, precision=precision)
     optimization = Optimization(net, optim, device="cpu", distributed=SINGLE_PROCESS)
     optimization.begin_epoch(1, epochs=1)
-    balancer: Balancer = BALANCERS.load(name)(net, optimization, epochs=1)
+    balancer: Balancer = BALANCERS.load(name)(net, optimization, config, epochs=1)
     return balancer
 
 
@@ -60,6 +63,25 @@ def test_sum_adds_the_unimodal_cross_entropies() -> None:
     outputs = method.net(batch.inputs)
     expected = sum(LOSS_WEIGHT.numpy() @ cross_entropy(z, batch.label) for z in (outputs.fused, *outputs.unimodal))
     assert method.loss(outputs, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("fused_weight", "unimodal_weight"), [(0.1, 0.9), (0.0, 2.0), (3.0, 1.0)])
+def test_sum_has_the_configured_weights(fused_weight: float, unimodal_weight: float) -> None:
+    """BSS trains 0.1 CE(fused) + 0.9 (CE(audio) + CE(visual)) on CREMA-D, with a classifier for each."""
+    config = SumConfig(fused_weight=fused_weight, unimodal_weight=unimodal_weight)
+    method, batch = build_method("sum", own_heads=True, config=config), make_batch()
+    outputs = method.net(batch.inputs)
+    fused, *unimodal = (LOSS_WEIGHT.numpy() @ cross_entropy(z, batch.label) for z in (outputs.fused, *outputs.unimodal))
+    expected = fused_weight * fused + unimodal_weight * sum(unimodal)
+    assert method.loss(outputs, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sum_without_unimodal_weight_trains_encoders_as_joint() -> None:
+    joint, summed = (build_method("joint", own_heads=True), build_method("sum", own_heads=True, config=FUSED_ONLY))
+    for method in (joint, summed):
+        method.step(make_batch())
+    for name, weight in joint.net.state_dict().items():
+        assert torch.equal(weight, summed.net.state_dict()[name])
 
 
 def test_weight_of_0_removes_a_sample_from_one_loss_only() -> None:

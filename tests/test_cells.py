@@ -17,7 +17,8 @@ from mmaudit.audit.dataset.cells import CellLoader, check_files, load_cell
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.errors import DatasetError, Reason, UnusableError
 from mmaudit.audit.media.audio import decode_audio, decode_native
-from mmaudit.audit.media.files import MAX_ARRAY_BYTES, MediaConfig
+from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.media.media_file import MAX_ARRAY_BYTES
 
 FLOW = Modality(name="flow", column="flow_frames", kind="frames")
 

@@ -234,7 +234,7 @@ def test_environment_sets_constants_of_methods(monkeypatch: pytest.MonkeyPatch) 
 def test_a_given_config_is_not_changed_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMAUDIT_PROBE_FOLDS", "3")
     config = RunConfig(data=DataConfig(modality=("a", "b")))
-    assert load_config(config) is config
+    assert load_config(config) == config
     assert load_config(config, keywords={"finetune.epochs": 3}) == replace(config, finetune=FinetuneConfig(epochs=3))
 
 

@@ -90,6 +90,16 @@ def test_encodings_separators_and_blanks_do_not_change_the_rows(
     assert read_csv_rows(tmp_path / name).to_pylist() == TABLE
 
 
+@pytest.mark.parametrize("first", [b"sep=;\r\n", b"\xef\xbb\xbfsep=;\n", b'"SEP=;"\n'])
+def test_first_line_that_states_the_separator_is_no_header(tmp_path: Path, first: bytes) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_bytes(first + b'id;label\n1;x,1\n2;"a; b"\n')
+    assert read_csv_rows(path).to_pylist() == [{"id": "1", "label": "x,1"}, {"id": "2", "label": "a; b"}]
+    path.write_bytes(first + b"id;label\n1;x\n2;y;z\n")
+    with pytest.raises(DatasetError, match="line 4 has 3 fields"):
+        read_csv_rows(path)
+
+
 def test_unusual_separator_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     (tmp_path / "a.csv").write_text("a;b\n1;2\n")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from mmaudit.rebalance.curriculum import (
     num_steps,
     root_pacing,
     step_pacing,
+    with_validation,
 )
 
 START = st.floats(0.01, 1)
@@ -386,3 +388,27 @@ def test_other_pacings_match_hand_calculation(pacing: str, shares: list[float]) 
     assert [PACINGS[pacing](epoch, start=0.04, grow_epochs=20) for epoch in (1, 5, 10, 15, 19)] == pytest.approx(
         shares, rel=1e-5
     )
+
+
+def split_table(group: Sequence[str | None]) -> tuple[pa.Table, NDArray[np.object_], NDArray[np.int32]]:
+    names = np.array([f"s{number:03d}" for number in range(len(group))], dtype=object)
+    split = ["test"] * 20 + ["train"] * (len(group) - 20)
+    return pa.table({"split": split, "group": group}), names, np.zeros(len(group), dtype=np.int32)
+
+
+def test_validation_split_takes_whole_groups_and_no_more_rows_than_asked_for() -> None:
+    group = [f"g{number}" for number in range(20)] + ["large"] * 60 + [f"s{n // 3}" for n in range(40)]
+    table, names, label = split_table(group)
+    for seed in range(10):
+        split = with_validation(table, names, label, fraction=0.1, seed=seed)
+        drawn = split == "validation"
+        assert 8 <= drawn.sum() <= 10
+        assert not drawn[:80].any()
+        assert all(len(set(drawn[np.array(group) == name].tolist())) == 1 for name in set(group))
+
+
+def test_validation_split_is_cut_within_groups_where_every_group_is_too_large(caplog: pytest.LogCaptureFixture) -> None:
+    table, names, label = split_table([f"g{number % 2}" for number in range(120)])
+    split = with_validation(table, names, label, fraction=0.1, seed=0)
+    assert (split == "validation").sum() == 10
+    assert "no group has as few as 10 training samples (finetune.validation_fraction 0.1 of 100)" in caplog.text

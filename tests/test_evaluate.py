@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
-from training import QUICK, fine_tune, make_examples
+from torch import Tensor
+from training import QUICK, fine_tune, make_examples, with_options
 
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.metrics import wilson_interval
 from mmaudit.train.checkpoint import load_model, read_model_config, save_model
+from mmaudit.train.config import ANSWERS
 from mmaudit.train.evaluate import (
     compute_class_metrics,
     compute_metrics,
@@ -212,9 +214,11 @@ def reader_of(examples: Examples, folder: Path) -> NetworkReader:
     return NetworkReader(set_up(examples, resolve(QUICK), seed=0, device="cpu", distributed=SINGLE_PROCESS), net)
 
 
-def test_evaluate_file_repeats_the_metrics_of_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_evaluate_file_repeats_the_metrics_of_training(tmp_path: Path, answer: str) -> None:
+    """The tested answer is that of the model, not of the config that evaluates it."""
     examples = make_examples(160, noise=2.0)
-    metrics = fine_tune(examples, tmp_path).metrics
+    metrics = fine_tune(examples, tmp_path, with_options(answer=answer, own_heads=True)).metrics
     result = evaluate_file(
         tmp_path / "model.safetensors",
         examples,
@@ -225,7 +229,8 @@ def test_evaluate_file_repeats_the_metrics_of_training(tmp_path: Path) -> None:
         device="cpu",
     )
     assert result.pop("n") == 40
-    assert result == {name: metrics[name] for name in ("test", "test_by_class", "contribution")}
+    assert result == {name: metrics[name] for name in ("answer", "test", "test_by_class", "contribution")}
+    assert result["answer"] == answer
 
 
 def test_metrics_are_of_the_given_rows(tmp_path: Path) -> None:
@@ -430,7 +435,46 @@ def test_measure_contribution_has_both_parts_and_none_without_samples() -> None:
     assert measure_contribution(empty, unimodal_correct[:0], ["audio", "visual"]) == {"n": 0}
 
 
-@pytest.mark.parametrize("fusion", ["concat", "gated"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_tested_answer_by_hand(tmp_path: Path, answer: str) -> None:
+    """Validation, test and contribution are by W [f; g] + b, by the sum of the heads' logits, or by both together."""
+    examples = make_examples(160, noise=1.5)
+    finetuned = fine_tune(examples, tmp_path, with_options(answer=answer, own_heads=True, epochs=2))
+    config, w = read_model_config(tmp_path / "model.safetensors"), load_model(tmp_path / "model.safetensors")
+    net = FusionNet(config).eval()
+    net.load_state_dict(w)
+    rows = examples.rows("test")
+    with torch.no_grad():
+        f, g = net.encode([torch.from_numpy(np.array(inputs.read(rows))) for inputs in examples.inputs])
+
+    def predicted(first: Tensor, second: Tensor) -> NDArray[np.int64]:
+        fused = first @ w["fusion.heads.0.weight"].T + second @ w["fusion.heads.1.weight"].T + w["fusion.bias"]
+        heads = first @ w["heads.0.weight"].T + w["heads.0.bias"] + second @ w["heads.1.weight"].T + w["heads.1.bias"]
+        return np.asarray({"fused": fused, "heads": heads, "all": fused + heads}[answer].argmax(dim=1))
+
+    label = examples.label[rows]
+    accuracy = np.mean(predicted(f, g) == label)
+    assert finetuned.metrics["test"]["all"]["branches"]["fused"]["accuracy"] == pytest.approx(accuracy)
+    contributions = finetuned.metrics["contribution"]["contribution"]["sets"]
+    sets = {tuple(row["modalities"]): row["accuracy"] for row in contributions}
+    assert sets["audio", "visual"] == pytest.approx(accuracy)
+    assert sets[("audio",)] == pytest.approx(np.mean(predicted(f, torch.zeros_like(g)) == label))
+    assert finetuned.metrics["answer"] == config.answer == answer
+
+
+def test_the_epoch_is_selected_by_the_tested_answer(tmp_path: Path) -> None:
+    """The recorded validation accuracy is that of the answer, and the kept epoch has the highest."""
+    examples = make_examples(160, noise=1.5)
+    accuracies = {}
+    for answer in ANSWERS:
+        finetuned = fine_tune(examples, tmp_path / answer, with_options(answer=answer, own_heads=True, epochs=4))
+        accuracies[answer] = [record["validation_accuracy"] for record in finetuned.history]
+        kept = finetuned.metrics["best_epoch"]
+        assert accuracies[answer][kept - 1] == max(accuracies[answer])
+    assert accuracies["heads"] != accuracies["fused"]  # the trainings are the same
+
+
+@pytest.mark.parametrize("fusion", ["concat", "gated-unit"])
 @torch.no_grad()
 def test_correct_by_set_matches_the_network(fusion: str) -> None:
     torch.manual_seed(0)

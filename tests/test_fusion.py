@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmaudit.train import FUSIONS
-from mmaudit.train.fusion import Fusion, Mmtm, Shared
+from mmaudit.train.fusion import Film, Fusion, Gated, Mmtm, Shared
 
 torch.set_num_threads(1)
 
@@ -19,11 +19,10 @@ Weights = dict[str, Tensor]
 def fusion_of(name: str, dims: tuple[int, ...] = DIMS) -> Fusion:
     torch.manual_seed(0)
     fusion: Fusion = FUSIONS.load(name)(dims, num_classes=6, hidden=7)
-    for tensor in (
-        *fusion.parameters(),
-        *fusion.buffers(),
-    ):  # biases start at 0, which would hide errors in sums
-        nn.init.normal_(tensor, std=0.5)
+    for parameter in fusion.parameters():  # biases start at 0, which would hide errors in sums
+        nn.init.normal_(parameter, std=0.5)
+    if isinstance(fusion, Mmtm):
+        nn.init.uniform_(fusion.mean)
     return fusion.eval()
 
 
@@ -50,6 +49,14 @@ def late_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
 
 
 def gated_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
+    gate = 1 / (1 + (-linear(w, "gate", features[0])).exp())
+    others = torch.zeros(11, 7)
+    for j, f in enumerate(features[1:]):
+        others = others + linear(w, f"values.{j}", f)
+    return linear(w, "head", gate * others)
+
+
+def gated_unit_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
     joined = torch.cat(features, dim=1)
     hidden = torch.zeros(11, 7)
     for j, f in enumerate(features):
@@ -59,15 +66,20 @@ def gated_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
 
 
 def film_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
+    modulation = linear(w, "film", features[0])
+    width = modulation.shape[1] // 2
+    others = torch.zeros(11, width)
+    for j, f in enumerate(features[1:]):
+        others = others + (linear(w, f"bring.{j}", f) if f"bring.{j}.weight" in w else f)
+    return linear(w, "head", modulation[:, :width] * others + modulation[:, width:])
+
+
+def film_projected_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
     gamma = features[0] @ w["film.weight"][:7].T + w["film.bias"][:7]
     hidden = features[0] @ w["film.weight"][7:].T + w["film.bias"][7:]
     for j, f in enumerate(features[1:]):
         hidden = hidden + (1 + gamma) * linear(w, f"values.{j}", f)
     return linear(w, "head", hidden)
-
-
-def excited(features: Tensor, excitation: Tensor) -> Tensor:
-    return features * 2 / (1 + (-excitation).exp())
 
 
 def mean_excitations_by_hand(w: Weights, dims: tuple[int, ...] = DIMS) -> list[Tensor]:
@@ -79,8 +91,8 @@ def mmtm_by_hand(w: Weights, features: list[Tensor], *, cut: tuple[int, ...] = (
     means = mean_excitations_by_hand(w, tuple(f.shape[1] for f in features))
     logits = torch.zeros(11, 6)
     for j, f in enumerate(features):
-        excitation = means[j] if j in cut else linear(w, f"excite.{j}", squeezed)
-        logits = logits + linear(w, f"heads.{j}", excited(f, excitation))
+        excitation = means[j] if j in cut else 1 / (1 + (-linear(w, f"excite.{j}", squeezed)).exp())
+        logits = logits + linear(w, f"heads.{j}", 2 * f * excitation) / len(features)
     return logits
 
 
@@ -102,7 +114,9 @@ BY_HAND = {
     "concat": concat_by_hand,
     "late": late_by_hand,
     "gated": gated_by_hand,
+    "gated-unit": gated_unit_by_hand,
     "film": film_by_hand,
+    "film-projected": film_projected_by_hand,
     "mmtm": mmtm_by_hand,
     "shared": shared_by_hand,
 }
@@ -148,7 +162,7 @@ def unimodal_by_hand(name: str, w: Weights, j: int, f: Tensor) -> Tensor:
         return f @ w[f"heads.{j}.weight"].T + w["bias"] / 3
     if name == "shared":
         return linear(w, "head", linear(w, f"bring.{j}", f))
-    return linear(w, f"heads.{j}", excited(f, mean_excitations_by_hand(w)[j]) if name == "mmtm" else f)
+    return linear(w, f"heads.{j}", 2 * f * mean_excitations_by_hand(w)[j] if name == "mmtm" else f)
 
 
 @torch.no_grad()
@@ -187,6 +201,27 @@ def test_gradients_reach_every_parameter_and_feature(name: str) -> None:
         assert tensor.grad.abs().max() > 1e-6, tensor_name
 
 
+@torch.no_grad()
+def test_gated_and_film_of_ogm_ge_on_one_sample() -> None:
+    """Worked out by hand: features x = (1, -1) and y = (2, 3), two classes, identity weights but for the biases."""
+    x, y = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 3.0]])
+    gated, film = (kind((2, 2), num_classes=2, hidden=2) for kind in (Gated, Film))
+    assert isinstance(gated, Gated)
+    assert isinstance(film, Film)
+    for layer in (gated.gate, gated.values[0], gated.head, film.head):
+        assert isinstance(layer, nn.Linear)
+        layer.weight.copy_(torch.eye(2))
+        layer.bias.zero_()
+    gated.head.bias.copy_(torch.tensor([0.5, 0.0]))
+    # sigmoid(1) = 0.7310586, sigmoid(-1) = 0.2689414: h = (1.4621172, 0.8068243).
+    assert gated([x, y])[0].tolist() == pytest.approx([1.9621172, 0.8068243], abs=1e-6)
+    film.film.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, -1.0]]))
+    film.film.bias.zero_()
+    # gamma = (2, -1), beta = (0, 1): h = (2 * 2 + 0, -1 * 3 + 1), where (1 + gamma) would give (6, 1).
+    assert film([x, y])[0].tolist() == pytest.approx([4.0, -2.0])
+    assert [name for name, _ in film.named_parameters()] == ["film.weight", "film.bias", "head.weight", "head.bias"]
+
+
 def random_mmtm() -> Mmtm:
     torch.manual_seed(0)
     fusion = Mmtm(DIMS, num_classes=6, hidden=7)
@@ -201,18 +236,20 @@ def test_mmtm_squeezes_two_modalities_to_a_quarter() -> None:
 
 @torch.no_grad()
 def test_mmtm_updates_mean_excitations_in_training_only() -> None:
-    fusion = random_mmtm()
-    w, expected = fusion.state_dict(), torch.zeros(12)
+    """The mean over all training steps of the excitations after the sigmoid; before the first it is 0.5."""
+    fusion, means = random_mmtm(), list[Tensor]()
+    w = fusion.state_dict()
+    assert fusion.mean.tolist() == [0.5] * 12
     for step in range(3):
         features = [f + step for f in random_features()]
         squeezed = linear(w, "squeeze", torch.cat(features, dim=1)).clamp(min=0)
-        mean = torch.cat([linear(w, f"excite.{j}", squeezed).mean(dim=0) for j in range(3)])
-        expected = 0.9 * expected + 0.1 * mean
+        means.append(torch.cat([linear(w, f"excite.{j}", squeezed).sigmoid().mean(dim=0) for j in range(3)]))
+        expected = torch.stack(means).mean(dim=0)
         fusion.train()(features)
         torch.testing.assert_close(fusion.mean, expected)
         fusion.eval()(features)
         torch.testing.assert_close(fusion.mean, expected)
-    assert expected.abs().min() > 1e-4
+    assert (means[0] - means[2]).abs().max() > 0.01
     fusion.train()([torch.zeros(0, dim) for dim in DIMS])  # a process may have no row of a last step
     torch.testing.assert_close(fusion.mean, expected)
 
@@ -228,7 +265,7 @@ def test_mmtm_cut_uses_the_mean_excitation(cut: tuple[int, ...]) -> None:
     torch.testing.assert_close(fusion(features), expected, rtol=1e-4, atol=1e-5)
     assert (fusion(features) - uncut).abs().max() > 0.01
     if len(cut) == 3:
-        torch.testing.assert_close(fusion(features), fusion.unimodal_logits(features).sum(dim=0))
+        torch.testing.assert_close(fusion(features), fusion.unimodal_logits(features).mean(dim=0))
 
 
 def test_mmtm_cut_passes_no_gradient_to_its_excitation() -> None:
@@ -270,3 +307,12 @@ def test_shared_weights_the_more_confident_modality_higher() -> None:
     assert fused[0, 0].item() == pytest.approx(float(weight[0] * sure + weight[1] * unsure), rel=1e-5)
     equal = fusion([torch.tensor([[0.7]]), torch.tensor([[0.7]])])
     assert equal[0].tolist() == pytest.approx([0.7, -0.7])  # weights sum to 1
+
+
+@torch.no_grad()
+def test_shared_with_fixed_weights_is_their_weighted_sum() -> None:
+    fusion, features = fusion_of("shared", (4, 4)), random_features((4, 4))
+    assert isinstance(fusion, Shared)
+    first, second = fusion.unimodal_logits(features)
+    fusion.weights.copy_(torch.tensor([0.55, 0.45]))
+    torch.testing.assert_close(fusion(features), 0.55 * first + 0.45 * second)

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 from training import draw_batch
 
+from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import RowIndex
 from mmaudit.train.balancing.gblend import MIN_OVERFIT, MIN_WEIGHT, NUM_TRAIN_ROWS, Gblend, GblendConfig, blend_weights
 from mmaudit.train.batches import Batch, Loss, OutputFunction
-from mmaudit.train.config import OptimConfig
+from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
+from mmaudit.train.methods import list_unused, resolve
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
@@ -26,13 +28,19 @@ torch.set_num_threads(1)
 NUMBERS = st.lists(st.floats(-3, 3), min_size=3, max_size=3)
 
 
-def build_gblend(super_epoch: int = 2) -> Gblend:
+def build_gblend(super_epoch: int = 2, *, weights: tuple[str, ...] = (), own_heads: bool = False) -> Gblend:
     torch.manual_seed(0)
-    net = FusionNet(
-        ModelConfig(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
+    plan = ModelConfig(
+        modalities=("audio", "visual"),
+        shapes=((5,), (4,)),
+        classes=("a", "b", "c"),
+        own_heads=own_heads,
+        hidden=6,
+        dropout=0.0,
     )
+    net = FusionNet(plan)
     optimization = Optimization(net, OptimConfig(precision="float32"), device="cpu", distributed=SINGLE_PROCESS)
-    config = GblendConfig(super_epoch=super_epoch, trial_epochs=3)
+    config = GblendConfig(super_epoch=super_epoch, trial_epochs=3, weights=weights)
     return Gblend(net, optimization, config, epochs=8)
 
 
@@ -180,3 +188,68 @@ def test_state_round_trip() -> None:
     state: dict[str, Any] = balancer.state_dict()
     resumed.load_state_dict(state)
     assert resumed.epoch_metrics() == balancer.epoch_metrics()
+
+
+def test_weights_worked_out_by_hand() -> None:
+    """Losses before and after, as (train, validation): G is the fall on validation, O the growth of the difference.
+
+    fused (1.0, 1.0) to (0.2, 0.6): G 0.4, O 0.4 - 0.0; audio (1.1, 1.2) to (0.9, 1.1): G 0.1, O 0.2 - 0.1; visual
+    (1.2, 1.3) to (0.7, 1.2): G 0.1, O 0.5 - 0.1. G / O^2 is 2.5, 10 and 0.625, which sum to 13.125.
+    """
+    balancer = build_gblend()
+    balancer.begin_epoch(1, TableReader(TRAIN, VALIDATION))
+    assert balancer.weights.tolist() == pytest.approx([2.5 / 13.125, 10 / 13.125, 0.625 / 13.125], rel=1e-5)
+
+
+def test_fixed_weights_are_used_and_nothing_is_measured() -> None:
+    balancer, model_reader = build_gblend(weights=("visual=3", "fused=0.5", "audio=0")), TableReader(TRAIN, VALIDATION)
+    for epoch in range(1, 5):
+        balancer.begin_epoch(epoch, model_reader)
+    assert not model_reader.copies
+    assert balancer.weights.tolist() == [0.5, 0.0, 3.0]
+    batch = make_batch()
+    outputs = balancer.net(batch.inputs)
+    expected = 0.5 * weighted_loss(outputs.fused, batch) + 3 * weighted_loss(outputs.unimodal[1], batch)
+    assert float(balancer.loss(outputs, batch).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (("fused=1", "audio=1"), "has weights of fused, audio; it needs one of each of fused, audio, visual"),
+        (("fused=1", "audio=1", "visual=1", "text=1"), "it needs one of each of fused, audio, visual"),
+        (("fused=0", "audio=0", "visual=0"), "not all of them 0"),
+    ],
+)
+def test_fixed_weights_of_other_names_raise(weights: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_gblend(weights=weights)
+
+
+@pytest.mark.parametrize("entry", ["fused", "fused=-1", "fused=x"])
+def test_weight_of_another_form_raises(entry: str) -> None:
+    with pytest.raises(ConfigError, match=r"gblend.weights .* not of the form NAME=FACTOR, such as fused=0.5"):
+        GblendConfig(weights=(entry,))
+
+
+def test_heads_of_its_own_by_default_and_their_losses_train_the_encoders() -> None:
+    for own_heads in (True, False):
+        settings = {"gblend": {"own_heads": own_heads}}
+        methods = resolve(TrainConfig(finetune=FinetuneConfig(balancing="gblend"), balancing=settings))
+        assert methods.has_own_heads is own_heads
+    assert resolve(TrainConfig(finetune=FinetuneConfig(balancing="gblend"))).has_own_heads
+    balancer, batch = build_gblend(weights=("fused=0", "audio=1", "visual=0"), own_heads=True), make_batch()
+    before = copy.deepcopy(balancer.net.state_dict())
+    balancer.step(batch)
+    moved = {name for name, tensor in balancer.net.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {"encoders.0.layers.0.weight", "heads.0.weight"} <= moved
+
+
+def test_constants_of_measurements_are_named_where_nothing_is_measured() -> None:
+    fixed = {"weights": ["fused=1", "audio=1"], "super_epoch": 3}
+    for constants, num_warnings in ((fixed, 1), ({"super_epoch": 3}, 0)):
+        config = TrainConfig(finetune=FinetuneConfig(balancing="gblend"), balancing={"gblend": constants})
+        warnings = list_unused(resolve(config))
+        assert len(warnings) == num_warnings
+        for warning in warnings:
+            assert warning.startswith("balancing.gblend.super_epoch = 3 has no effect: with fixed weights")

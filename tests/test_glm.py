@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -285,6 +285,23 @@ def test_penalties_sharing_a_mask_equal_separate_masks(columns: int, monkeypatch
         np.testing.assert_allclose(shares(stacked, x, index), shares(wide, x, index), atol=1e-6)
         expected = sklearns(x, label, rows=mask[:, index % 3], l2=l2[index])
         np.testing.assert_allclose(shares(stacked, x, index), expected, atol=1e-4)
+
+
+def test_relative_penalties_equal_scaled_features() -> None:
+    """With the penalty c l2, a weight is that of the feature divided by sqrt(c) under l2; each mask has its own c."""
+    x, label = planted(200, 6, 3)
+    factors = np.array([[1e-2, 1, 50, 1, 9, 4], [1, 1, 1, 1e2, 1, 0.1]])
+    design = read_design(MatrixInputs(matrix=x), np.arange(200), products=torch.float64, dtype=torch.float64)
+    design = replace(design, relative_l2=torch.from_numpy(factors))
+    torch_target = TorchTarget(values=torch.from_numpy(label), task="classification", num_outputs=3)
+    loss = GlmLoss.of(design, torch_target, torch.ones(200, 2, dtype=torch.bool))
+    l2 = torch.tensor([0.1, 0.02, 0.03, 0.4], dtype=torch.float64)  # masks 0, 1, 0, 1
+    theta = fit_glm(loss, l2, max_steps=500, tolerance=1e-15).theta
+    z = design.rows.numpy()
+    for model in range(4):
+        scale = np.sqrt(factors[model % 2])
+        expected = LogisticRegression(C=1 / (200 * float(l2[model])), tol=1e-10, max_iter=5_000).fit(z / scale, label)
+        np.testing.assert_allclose(theta[model, :-1].numpy().T, expected.coef_ / scale, atol=1e-4)
 
 
 def test_sparse_features_need_few_steps() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from training import draw_batch
 
+from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing.greedy import Greedy, GreedyConfig, conditional_speeds, slowest_modality
-from mmaudit.train.batches import Batch
+from mmaudit.train.batches import Batch, ModelReader
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.fusion import Mmtm
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -21,6 +23,9 @@ from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimiza
 
 torch.set_num_threads(1)
 
+NO_READER: ModelReader = None  # type: ignore[assignment]  # nothing is read
+ADAMW = OptimConfig(precision="float32")
+SGD = OptimConfig(precision="float32", optimizer="sgd", lr=0.5, momentum=0.0, weight_decay=0.0, schedule="constant")
 NAMES = ("audio", "visual", "text")
 AUDIO_SLOW = torch.tensor([[1e9, 1e7], [1e8, 1e8]])  # so large that a few steps do not change the comparison
 BALANCED = torch.tensor([[1e8, 1e8], [1e8, 1e8]])
@@ -40,12 +45,12 @@ class TwoEqualProcesses(DistributedContext):
 def build_greedy(
     *,
     m: int = 2,
-    alpha: float = 0.5,
-    window: int = 3,
-    rest: int = 1,
     own_heads: bool = False,
+    optim: OptimConfig = ADAMW,
     distributed: DistributedContext = SINGLE_PROCESS,
+    **constants: Any,
 ) -> Greedy:
+    """Build the method in its first epoch; by default it compares in every second step and rebalances one modality."""
     torch.manual_seed(0)
     plan = ModelConfig(
         modalities=NAMES[:m],
@@ -57,13 +62,11 @@ def build_greedy(
         dropout=0.0,
     )
     net = FusionNet(plan)
-    config = GreedyConfig(alpha=alpha, window=window, rest=rest)
-    return Greedy(
-        net,
-        Optimization(net, OptimConfig(precision="float32"), device="cpu", distributed=distributed),
-        config,
-        epochs=2,
-    )
+    values: dict[str, Any] = {"alpha": 0.5, "window": 3, "first_epoch": 1, "rest": 1, "trained": "slow"}
+    config = GreedyConfig(**values | constants)
+    balancer = Greedy(net, Optimization(net, optim, device="cpu", distributed=distributed), config, epochs=2)
+    balancer.begin_epoch(1, NO_READER)
+    return balancer
 
 
 def make_batch(seed: int = 1, *, m: int = 2, present: list[list[bool]] | None = None) -> Batch:
@@ -71,7 +74,8 @@ def make_batch(seed: int = 1, *, m: int = 2, present: list[list[bool]] | None = 
 
 
 def make_state(total: Tensor, *, ordinary: int = 0, slow: int = 0, steps_left: int = 0) -> dict[str, object]:
-    return {"total": total, "ordinary": ordinary, "slow": slow, "steps_left": steps_left, "rebalanced": 0}
+    state = {"total": total, "ordinary": ordinary, "slow": slow, "steps_left": steps_left}
+    return {**state, "epoch": 1, "rebalanced": 0}
 
 
 def changed_parameters(balancer: Greedy, batch: Batch) -> set[str]:
@@ -99,7 +103,8 @@ def test_mu_sums_squared_gradients_over_squared_weights(m: int) -> None:
         batch, net = make_batch(seed, m=m), copy.deepcopy(balancer.net)
         fusion = net.fusion
         assert isinstance(fusion, Mmtm)
-        functional.cross_entropy(net(batch.inputs).fused, batch.label).backward()  # type: ignore[no-untyped-call]
+        branches = fusion.branch_logits(net.encode(batch.inputs))
+        sum(functional.cross_entropy(z, batch.label) for z in branches).backward()  # type: ignore[union-attr]
         for j in range(m):
             paths = ((fusion.excite[j], fusion.squeeze), (net.encoders[j], fusion.heads[j]))
             for row, parts in enumerate(paths):
@@ -112,6 +117,98 @@ def test_mu_sums_squared_gradients_over_squared_weights(m: int) -> None:
     speeds = conditional_speeds(*expected.tolist())
     metrics = balancer.epoch_metrics()
     assert [metrics[f"speed_{name}"] for name in NAMES[:m]] == pytest.approx(speeds, abs=1e-4)
+
+
+def branches_by_hand(w: dict[str, Tensor], batch: Batch, *, cut: int | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Compute the branches' logits of two modalities from the weights, and their excitations."""
+    features = []
+    for j, x in enumerate(batch.inputs):
+        h = x @ w[f"encoders.{j}.layers.0.weight"].T + w[f"encoders.{j}.layers.0.bias"]
+        h = (h - h.mean(dim=1, keepdim=True)) / (h.var(dim=1, keepdim=True, correction=0) + 1e-5).sqrt()
+        features.append((h * w[f"encoders.{j}.layers.1.weight"] + w[f"encoders.{j}.layers.1.bias"]).clamp(min=0))
+    squeezed = (torch.cat(features, dim=1) @ w["fusion.squeeze.weight"].T + w["fusion.squeeze.bias"]).clamp(min=0)
+    logits, excitations = [], []
+    for j, f in enumerate(features):
+        excitation = 1 / (1 + (-(squeezed @ w[f"fusion.excite.{j}.weight"].T + w[f"fusion.excite.{j}.bias"])).exp())
+        excitations.append(excitation)
+        used = w[f"mean.{j}"] if j == cut else excitation
+        logits.append(2 * f * used @ w[f"fusion.heads.{j}.weight"].T + w[f"fusion.heads.{j}.bias"])
+    return logits, excitations
+
+
+def test_three_steps_equal_the_published_ones() -> None:
+    """An ordinary step that starts rebalancing, a rebalancing step, and an ordinary one, by SGD at rate 0.5.
+
+    The gradients are those of CE(x_0) + CE(x_1). The rebalancing step moves every parameter with a gradient, its
+    slow branch is excited by the mean over both steps, a constant, and its speeds are not summed.
+    """
+    balancer = build_greedy(optim=SGD, alpha=0.0, window=1, rest=0, trained="all")
+    w = {name: p.detach().clone() for name, p in balancer.net.named_parameters()}
+    total, means, slow = torch.zeros(2, 2), list[list[Tensor]](), None
+    for step in range(3):
+        batch, before = make_batch(step), {name: p.detach().clone() for name, p in balancer.net.named_parameters()}
+        w = {name: tensor.requires_grad_() for name, tensor in w.items()}
+        cut = slow if step == 1 else None
+        means.append([e.detach().mean(dim=0) for e in branches_by_hand(w, batch, cut=None)[1]])
+        mean = {f"mean.{j}": torch.stack([earlier[j] for earlier in means]).mean(dim=0) for j in range(2)}
+        logits, _ = branches_by_hand(w | mean, batch, cut=cut)
+        losses = [-z.log_softmax(dim=1)[torch.arange(6), batch.label].mean() for z in logits]
+        loss = torch.stack(losses).sum()
+        torch.autograd.backward(loss)
+        if step != 1:
+            for j in range(2):
+                paths = (("fusion.squeeze", f"fusion.excite.{j}"), (f"encoders.{j}", f"fusion.heads.{j}"))
+                for row, prefixes in enumerate(paths):
+                    path = [tensor for name, tensor in w.items() if name.startswith(prefixes)]
+                    gradients = torch.cat([t.grad.flatten() for t in path if t.grad is not None])
+                    weights = torch.cat([t.detach().flatten() for t in path])
+                    assert len(gradients) == len(weights)
+                    total[row, j] += gradients.square().sum() / weights.square().sum()
+            speeds = (total[0] / total[1]).log10()
+            slow = int(speeds.argmax())
+        outputs, step_loss = balancer.step(batch)
+        assert float(step_loss) == pytest.approx(loss.item(), rel=1e-5)
+        torch.testing.assert_close(outputs.fused, (logits[0] + logits[1]) / 2, atol=1e-5, rtol=1e-4)
+        moved = {name: t.grad is not None and bool(t.grad.any()) for name, t in w.items()}
+        w = {name: t.detach() - (0 if t.grad is None else 0.5 * t.grad) for name, t in w.items()}
+        for name, parameter in balancer.net.named_parameters():
+            torch.testing.assert_close(parameter.detach(), w[name], atol=1e-5, rtol=1e-4)
+            assert moved[name] is not (step == 1 and name.startswith(f"fusion.excite.{slow}")), name
+            assert moved[name] is not torch.equal(parameter, before[name])
+    state = balancer.state_dict()
+    torch.testing.assert_close(state["total"], total, rtol=1e-4, atol=1e-8)
+    assert (state["rebalanced"], state["steps_left"], state["slow"]) == (1, 1, slow)
+
+
+def test_rebalancing_starts_in_the_first_epoch_that_allows_it() -> None:
+    """Before it, speeds are summed and no step is counted as rest."""
+    balancer = build_greedy(alpha=0.0, window=1, rest=0, first_epoch=2)
+    for step in range(3):
+        balancer.step(make_batch(step))
+    state = balancer.state_dict()
+    assert (state["steps_left"], state["ordinary"]) == (0, 0)
+    assert state["total"].min() > 0
+    balancer.begin_epoch(2, NO_READER)
+    balancer.step(make_batch(3))
+    assert balancer.state_dict()["steps_left"] == 1
+
+
+def test_defaults_are_those_of_the_authors_code() -> None:
+    config = GreedyConfig()
+    assert (config.alpha, config.window, config.first_epoch, config.rest, config.trained) == (0.01, 5, 2, 0, "all")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trained": "fast"}, "balancing.greedy.trained is 'fast'; .*slow"),
+        ({"first_epoch": 0}, r"balancing.greedy.first_epoch is 0; it must lie in \[1, 1e9\]"),
+        ({"window": 0}, r"balancing.greedy.window is 0; it must lie in \[1, 1e9\]"),
+    ],
+)
+def test_invalid_settings_raise(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        GreedyConfig(**options)
 
 
 def test_comparison_after_rest_and_rebalancing_for_window_steps() -> None:
@@ -163,11 +260,10 @@ def test_rebalancing_step_uses_the_mean_excitation() -> None:
         features = reference.encode(batch.inputs)
         assert isinstance(reference.fusion, Mmtm)
         excitation = reference.fusion.excitations(features)[0]
-        reference.fusion(features)  # updates the running mean first
+        reference.fusion(features)  # updates the mean first
         heads, mean_excitation = reference.fusion.heads, reference.fusion.mean_excitations()[1]
-        expected = heads[0](features[0] * 2 * excitation.sigmoid()) + heads[1](
-            features[1] * 2 * mean_excitation.sigmoid()
-        )
+        branches = heads[0](features[0] * 2 * excitation), heads[1](features[1] * 2 * mean_excitation)
+        expected = (branches[0] + branches[1]) / 2
     outputs, _ = balancer.step(batch)
     assert torch.allclose(outputs.fused, expected, atol=1e-6)
     assert fusion.cut == [False, False]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import mmaudit
 from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.downloads import DOWNLOADS
+from mmaudit.audit.downloads.clips import list_frame_folders, list_media
 from mmaudit.audit.downloads.ingest import Ingested, ingest
 from mmaudit.audit.errors import ConfigError, DatasetError
 from mmaudit.audit.storage import read_parquet
@@ -597,3 +599,19 @@ def test_list_that_is_not_utf8_raises_error(tree: Callable[[str], Path]) -> None
     write_files(root, "train.csv", content=b"\xff\xfe\x00")
     with pytest.raises(DatasetError, match=r"train\.csv cannot be read as text"):
         ingest("ogm-ge", root)
+
+
+def test_linked_folders_are_read_unless_they_lead_to_a_parent(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "clip").mkdir(parents=True)
+    (elsewhere / "clip" / "0.png").touch()
+    (elsewhere / "1.wav").touch()
+    root = tmp_path / "root"
+    (root / "media").mkdir(parents=True)
+    (root / "media" / "link").symlink_to(elsewhere)
+    assert list_media(root, "media", kind="audio") == ["media/link/1.wav"]
+    assert list_frame_folders(root, "media") == ["media/link/clip"]
+    (elsewhere / "back").symlink_to(root)
+    for search in (partial(list_media, kind="audio"), list_frame_folders):
+        with pytest.raises(DatasetError, match="back links to one of its parents"):
+            search(root, "media")

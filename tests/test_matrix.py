@@ -58,6 +58,8 @@ def test_texts_are_read_as_vectors_or_as_terms_beside_the_numbers() -> None:
     assert masked is not None
     assert masked.shape == terms.shape
     assert masked[[0]].indices.tolist() == [NUM_TERMS + 7]
+    by_number, by_term = joint.parts_of_columns(np.array([0, NUM_TERMS - 1, NUM_TERMS, 2 * NUM_TERMS - 1]))
+    assert (by_number.tolist(), by_term.tolist()) == ([1, 1, 1], [0, 0, 2, 2])
     assert np.isnan(text.read(np.array([2]))).all()
     assert (has_terms(joint), has_terms(numbers), has_terms(JointInputs(parts=(numbers,)))) == (True, False, False)
     held = in_memory(joint, rows)

@@ -31,15 +31,14 @@ from mmaudit.audit.media.container import missing_bytes
 from mmaudit.audit.media.files import (
     NUM_BYTES,
     MediaConfig,
-    MediaFile,
     is_hidden,
     is_lfs_pointer,
     is_lfs_pointer_file,
     kind_of_bytes,
     kind_of_path,
-    open_stream,
     similar_path,
 )
+from mmaudit.audit.media.media_file import MediaFile, open_stream
 from mmaudit.audit.media.pictures import decode_frames, decode_image
 
 SOUND = Modality(name="audio", column="audio", kind="audio")

@@ -151,12 +151,13 @@ def test_videos_are_limited_by_pixels_bytes_and_packets(film: Callable[[bool], b
     data = film(False)  # ten frames of 32 x 32
     exact = MediaConfig(max_frame_pixels=32 * 32, max_video_pixels=10 * 32 * 32, max_packets=11)
     np.testing.assert_array_equal(decode_frames(data, exact), decode_frames(data, MediaConfig()))
-    for limits in (
+    small: list[dict[str, Any]] = [
         {"max_frame_pixels": 32 * 32 - 1},
         {"max_video_pixels": 10 * 32 * 32 - 1},
         {"max_video_bytes": 100},
         {"max_packets": 9},
-    ):
+    ]
+    for limits in small:
         assert reason_of(decode_frames, data, replace(exact, **limits)) is Reason.TOO_LARGE
 
 
@@ -204,5 +205,6 @@ def test_default_limits_do_not_change_the_cache_fingerprint() -> None:
     assert "max_seconds" in names
     assert not names & set(BUDGETS)
     for name in BUDGETS:
-        config = replace(MediaConfig(), **{name: 1_000})
+        limit: dict[str, Any] = {name: 1_000}
+        config = replace(MediaConfig(), **limit)
         assert preprocessing(sound, config) != preprocessing(sound, MediaConfig())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from training import QUICK, fine_tune, make_examples, metrics_without_seconds, model_bytes, stop_after, with_options
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.train import checkpoint, finetune
 from mmaudit.train.balancing import BALANCERS
-from mmaudit.train.config import TrainConfig
+from mmaudit.train.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 from mmaudit.train.methods import resolve
 from mmaudit.train.sampling import SAMPLERS
 from mmaudit.train.training_data import build_network
@@ -27,10 +29,17 @@ torch.set_num_threads(1)
 # Settings in which every method is active within two epochs.
 ACTIVE = replace(
     with_options(QUICK, epochs=2),
-    balancing={"gmm": {"warmup_epochs": 1}, "gblend": {"super_epoch": 1}, "mses": {"patience": 1}},
+    balancing={
+        "gmm": {"warmup_epochs": 1},
+        "gblend": {"super_epoch": 1},
+        "mses": {"patience": 1},
+        "reconboost": {"stage_epochs": 1, "rectify_epochs": 1},
+        "relearning": {"every_epochs": 1, "strength": 1.0},
+    },
     sampling={
         "bss": {"every_epochs": 1},
         "smv": {"every_epochs": 1, "warmup_epochs": 1},
+        "remix": {"warmup_epochs": 1},
         "dus": {"horizon": 2},
     },
 )
@@ -80,17 +89,53 @@ def test_pair_repeats_exactly_and_after_an_interruption(tmp_path: Path, sampling
     assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "again") == model_bytes(tmp_path / "whole")
 
 
+# Forms of methods that the settings above do not reach.
+FORMS: dict[str, dict[str, Any]] = {
+    "bss-h by the model": {"sampling": {"bss": {"score_source": "model"}}, "names": ("bss-h", "sum")},
+    "mses, restore": {
+        "balancing": {"mses": {"mode": "restore", "patience": 1, "smoothing": 0.6}},
+        "names": ("", "mses"),
+    },
+    "mslr, accuracy": {"balancing": {"mslr": {"mode": "accuracy", "unimodal_weight": 0.0}}, "names": ("", "mslr")},
+    "gblend, weights": {
+        "balancing": {"gblend": {"weights": ["fused=0.5", "audio=0.2", "visual=0.3"]}},
+        "names": ("", "gblend"),
+    },
+    "gblend, split classifier": {"balancing": {"gblend": {"own_heads": False}}, "names": ("", "gblend")},
+    "pmr, ratio": {"balancing": {"pmr": {"weight": "ratio"}}, "names": ("", "pmr")},
+    "sum, weights": {"balancing": {"sum": {"fused_weight": 0.1, "unimodal_weight": 0.9}}, "names": ("", "sum")},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form_of_a_method_repeats_after_an_interruption(tmp_path: Path, form: str) -> None:
+    sections = {axis: FORMS[form].get(axis, {}) for axis in ("sampling", "balancing")}
+    sampling, balancing = FORMS[form]["names"]
+    options = {"sampling": sampling or "uniform", "balancing": balancing, "epochs": 8 if "mslr" in form else 4}
+    config = replace(with_options(QUICK, answer="heads", own_heads=True, **options), **sections)
+    if form == "gblend, split classifier":
+        config = with_options(config, answer="fused", own_heads=False)
+    examples = make_examples(80)
+    uninterrupted = fine_tune(examples, tmp_path / "whole", config)
+    assert all(math.isfinite(value) for record in uninterrupted.history for value in record.values())
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(examples, tmp_path / "part", config, progress=stop_after(2))
+    resumed = fine_tune(examples, tmp_path / "part", config)
+    assert resumed.history == uninterrupted.history
+    assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("sampling", "balancing"), MARKED_PAIRS)
 def test_pair_updates_all_parameters_but_frozen_encoders(tmp_path: Path, sampling: str, balancing: str) -> None:
     examples = make_examples(80)
     config = config_of(sampling, balancing, freeze=("audio",), own_heads=balancing != "mla")
     fine_tune(examples, tmp_path, config)
     torch.manual_seed(0)
-    before = build_network(examples, resolve(config)).state_dict()
+    before = build_network(examples, resolve(config))
     after = load_file(tmp_path / "model.safetensors")
-    assert before.keys() == after.keys()
-    unchanged = {name for name in before if torch.equal(before[name], after[name])}
-    frozen = {name for name in before if name.startswith("encoders.0.layers")}
+    assert before.state_dict().keys() == after.keys()
+    unchanged = {name for name, parameter in before.named_parameters() if torch.equal(parameter, after[name])}
+    frozen = {name for name, _ in before.named_parameters() if name.startswith("encoders.0.")}
     assert unchanged == frozen
 
 
@@ -117,6 +162,58 @@ def test_run_killed_within_an_epoch_resumes_at_the_step(
     resumed = fine_tune(examples, tmp_path / "part", config)
     assert resumed.history == uninterrupted.history
     assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "whole")
+
+
+# On a CPU "auto" is float32. Each method trains under nine of the 27 settings, which have every pair of an optimiser, a
+# schedule and a precision; `make test-all` has all of them.
+HALF_AND_FULL = PRECISIONS[1:]
+PAIRWISE = [
+    (optimizer, schedule, HALF_AND_FULL[(i + j) % len(HALF_AND_FULL)])
+    for i, optimizer in enumerate(OPTIMIZERS)
+    for j, schedule in enumerate(SCHEDULES)
+]
+OPTIMISATIONS = [
+    pytest.param(*setting, marks=[] if setting in PAIRWISE else pytest.mark.slow)
+    for setting in product(OPTIMIZERS, SCHEDULES, HALF_AND_FULL)
+]
+METHODS = [("uniform", balancing) for balancing in BALANCERS] + [(sampling, "sum") for sampling in SAMPLERS]
+
+
+def test_nine_settings_have_every_pair() -> None:
+    for axes, values in (
+        ((0, 1), product(OPTIMIZERS, SCHEDULES)),
+        ((0, 2), product(OPTIMIZERS, HALF_AND_FULL)),
+        ((1, 2), product(SCHEDULES, HALF_AND_FULL)),
+    ):
+        assert {tuple(setting[axis] for axis in axes) for setting in PAIRWISE} == set(values)
+
+
+@pytest.mark.parametrize(("sampling", "balancing"), METHODS)
+@pytest.mark.parametrize(("optimizer", "schedule", "precision"), OPTIMISATIONS)
+def test_method_trains_under_optimizer_schedule_and_precision(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sampling: str,
+    balancing: str,
+    optimizer: str,
+    schedule: str,
+    precision: str,
+) -> None:
+    """Loss and weights are finite, and all parameters move; without files and the test metrics, half of the time."""
+    weights: dict[str, Tensor] = {}
+    monkeypatch.setattr(finetune, "evaluate_network", lambda *args, **options: {})
+    monkeypatch.setattr(finetune, "save_state", lambda state, path: None)
+    monkeypatch.setattr(finetune, "save_model", lambda state, path, about: weights.update(state))
+    config = config_of(
+        sampling, balancing, optimizer=optimizer, schedule=schedule, precision=precision, lr_step=1, lr_fall=0.5
+    )
+    examples = make_examples(80)
+    history = fine_tune(examples, tmp_path, config).history
+    assert all(math.isfinite(value) for record in history for value in record.values())
+    torch.manual_seed(0)
+    before = build_network(examples, resolve(config))
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert not [name for name, p in before.named_parameters() if torch.equal(p, weights[name])]
 
 
 @pytest.mark.parametrize("balancing", BALANCERS)
@@ -153,6 +250,16 @@ def test_every_balancer_trains_three_modalities(tmp_path: Path, balancing: str) 
     config = config_of("uniform", balancing)
     history = fine_tune(make_examples(80, num_modalities=3), tmp_path, config).history
     assert all(math.isfinite(record["train_loss"]) for record in history)
+
+
+@pytest.mark.parametrize("balancing", BALANCERS)
+def test_every_balancer_trains_in_half_precision(tmp_path: Path, balancing: str) -> None:
+    config = config_of("uniform", balancing)
+    expected = fine_tune(make_examples(80), tmp_path / "float32", config).history[0]["train_loss"]
+    for precision in ("bfloat16", "float16"):  # the scaler of float16 may skip the first of the three steps
+        history = fine_tune(make_examples(80), tmp_path / precision, with_options(config, precision=precision)).history
+        assert all(math.isfinite(value) for record in history for value in record.values())
+        assert history[0]["train_loss"] == pytest.approx(expected, rel=0.15)
 
 
 @pytest.mark.parametrize("sampling", SAMPLERS)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from training import draw_batch, select_rows
 
+from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing.mla import Mla, MlaConfig, project_out, relax_to_identity
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
@@ -59,8 +61,8 @@ def build_mla(
     *,
     same_width: bool = True,
     own_heads: bool = False,
-    ridge: float = 1e-6,
     distributed: DistributedContext = SINGLE_PROCESS,
+    **constants: Any,
 ) -> Mla:
     torch.manual_seed(0)
     plan = ModelConfig(
@@ -75,7 +77,8 @@ def build_mla(
     net = FusionNet(plan)
     if not same_width:  # as with encoders of different widths
         net.fusion.bring = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
-    config = MlaConfig(ridge=ridge)
+    ridge = {} if constants.get("projection") == "none" else {"ridge": 1e-6}
+    config = MlaConfig(**ridge | constants)
     return Mla(net, RecordingOptimization(net, optim, device="cpu", distributed=distributed), config, epochs=2)
 
 
@@ -255,3 +258,61 @@ def test_two_processes_take_the_step_of_one() -> None:
     parameters = dict(distributed.net.named_parameters())
     for name, p in single.net.named_parameters():
         assert torch.allclose(p, parameters[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("projection", ["features", "none"])
+def test_three_turns_by_hand(projection: str) -> None:
+    """SGD with momentum, MLA's own: every turn updates what has a gradient; m <- 0.9 m + g + 0.1 w, w <- w - 0.2 m.
+
+    Before a turn P moves 1/6 of the way to the identity and loses the direction h of the turn before: P -= (P h)(P
+    h)^T / (ridge + h^T P h); the gradient of the classifier's weights is then G P. Without the projection it is G.
+    """
+    momentum_sgd = replace(PLAIN, lr=0.2, momentum=0.9, weight_decay=0.1, schedule="constant")
+    balancer, batch = build_mla(momentum_sgd, projection=projection), make_batch()
+    net, share = copy.deepcopy(balancer.net), torch.from_numpy(WEIGHT / WEIGHT.sum())
+    features = net.encode(batch.inputs)
+    head, bias = (p.detach().double().numpy() for p in net.fusion.head.parameters())  # type: ignore[union-attr]
+    p_matrix, direction, momentum = np.eye(6), np.zeros(6), [np.zeros((3, 6)), np.zeros(3)]
+    for j, changes in enumerate(weight_changes_by_turn(balancer, batch)):
+        h = features[j].detach().double().numpy()
+        z = np.exp(h @ head.T + bias)
+        error = (z / z.sum(axis=1, keepdims=True) - np.eye(3)[batch.label.numpy()]) * share.numpy()[:, None]
+        gradient = [error.T @ h, error.sum(axis=0)]
+        if projection == "features":
+            p_matrix = p_matrix * 5 / 6 + np.eye(6) / 6
+            along = p_matrix @ direction
+            p_matrix = p_matrix - np.outer(along, along) / (1e-6 + direction @ along)
+            gradient[0], direction = gradient[0] @ p_matrix, share.numpy() @ h
+        momentum = [0.9 * m + g + 0.1 * w for m, g, w in zip(momentum, gradient, (head, bias), strict=True)]
+        for name, m in zip(("weight", "bias"), momentum, strict=True):
+            assert changes[f"fusion.head.{name}"].numpy() == pytest.approx(-0.2 * m, rel=1e-3, abs=1e-6)
+        assert {name.split(".")[1] for name in changes if name.startswith("encoders") and changes[name].any()} == {
+            str(j)
+        }
+        head, bias = head - 0.2 * momentum[0], bias - 0.2 * momentum[1]
+
+
+def test_fixed_weights_are_the_fusion_and_saved_with_it() -> None:
+    balancer, batch = build_mla(PLAIN, weights=(0.35, 0.25, 0.4)), make_batch()
+    outputs = balancer.net(batch.inputs)
+    expected = torch.einsum("j,jbk->bk", torch.tensor([0.35, 0.25, 0.4]), outputs.unimodal)
+    torch.testing.assert_close(outputs.fused, expected)
+    by_entropy = build_mla(PLAIN)
+    assert not torch.allclose(by_entropy.net(batch.inputs).fused, expected, atol=1e-3)
+    by_entropy.net.load_state_dict(balancer.net.state_dict())
+    torch.testing.assert_close(by_entropy.net(batch.inputs).fused, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"projection": "off"}, "balancing.mla.projection is 'off'; .*none"),
+        ({"projection": "none", "ridge": 0.1}, "balancing.mla.ridge has no effect with balancing.mla.projection none"),
+        ({"weights": (0.5, -0.5)}, r"balancing.mla.weights is \[0.5, -0.5\]"),
+        ({"weights": (0.0, 0.0)}, "balancing.mla.weights are all 0"),
+        ({"weights": (0.55, 0.45)}, "balancing.mla.weights has 2 entries for 3 modalities: audio, visual, text"),
+    ],
+)
+def test_invalid_settings_raise(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_mla(PLAIN, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ torch.set_num_threads(1)
 NAN = float("nan")
 
 
-def build_mses(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int, ...] = ()) -> Mses:
+def build_mses(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int, ...] = (), **constants: Any) -> Mses:
     torch.manual_seed(0)
     plan = ModelConfig(
         modalities=("audio", "visual"),
@@ -34,7 +35,7 @@ def build_mses(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int,
     net = FusionNet(plan)
     net.freeze_encoders(freeze)
     optimization = Optimization(net, OptimConfig(precision="float32", lr=0.1), device="cpu", distributed=SINGLE_PROCESS)
-    config = MsesConfig(patience=patience)
+    config = MsesConfig(patience=patience, **constants)
     return Mses(net, optimization, config, epochs=9)
 
 
@@ -142,3 +143,75 @@ def test_state_round_trip() -> None:
     resumed.load_state_dict(original.state_dict())
     assert changed_tensors(resumed) == changed_tensors(original)
     assert end_epochs(resumed, (0.9, 0.1)) == end_epochs(original, (0.9, 0.1)) == [(True, True)]
+
+
+def test_smoothed_criterion_by_hand() -> None:
+    """0.6 of the loss of the epoch before, unsmoothed, and 0.4 of this one; the first loss as it is.
+
+    Losses 1.0, 0.5, 0.7, 0.9, 0.1, 0.1: criteria 1.0, 0.8, 0.58, 0.78, 0.58, 0.1. The unsmoothed lowest loss, 0.5, is
+    that of epoch 2, and the smoothed one, 0.58, that of epoch 3, which epoch 5 equals.
+    """
+    losses = [(value, 1.0) for value in (1.0, 0.5, 0.7, 0.9, 0.1, 0.1)]
+    lowest, since = [], []
+    balancer = build_mses(patience=99, smoothing=0.6)
+    for number, loss in enumerate(losses, start=1):
+        end_epochs_from(balancer, number, loss)
+        lowest.append(balancer.lowest_loss[0])
+        since.append(balancer.epochs_without_improvement[0])
+    assert lowest == pytest.approx([1.0, 0.8, 0.58, 0.58, 0.58, 0.1])
+    assert since[:4] == [0, 0, 0, 1]
+    assert since[5] == 0
+    plain = build_mses(patience=99)
+    end_epochs(plain, *losses[:4])
+    assert plain.lowest_loss[0] == 0.5
+    assert plain.epochs_without_improvement[0] == 2
+
+
+def end_epochs_from(balancer: Mses, epoch: int, unimodal_loss: tuple[float, float]) -> None:
+    balancer.end_epoch(
+        epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=unimodal_loss, unimodal_accuracy=(0.5, 0.5))
+    )
+
+
+def weights_of(balancer: Mses) -> dict[str, Tensor]:
+    return copy.deepcopy(balancer.net.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["freeze", "restore"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_restore_goes_back_to_the_best_epoch_of_the_modality(mode: str, resumed: bool) -> None:
+    """Audio is best after epoch 1 and stops after epoch 3; visual improves in every epoch and trains on."""
+    balancer, weights = build_mses(patience=2, mode=mode, unimodal_weight=0.0), []
+    for epoch, audio in enumerate((0.5, 0.6, 0.6), start=1):
+        balancer.begin_epoch(epoch, cast(Any, None))
+        changed_tensors(balancer)
+        weights.append(weights_of(balancer))
+        end_epochs_from(balancer, epoch, (audio, 1 - epoch / 10))
+        for (
+            name,
+            tensor,
+        ) in balancer.net.state_dict().items():  # what the loop records after the epoch is what it tested
+            assert torch.equal(tensor, weights[-1][name])
+    if resumed:
+        original, balancer = balancer, build_mses(patience=2, mode=mode, unimodal_weight=0.0)
+        balancer.net.load_state_dict(original.net.state_dict())
+        balancer.optimization.load_state_dict(original.optimization.state_dict())
+        balancer.load_state_dict(original.state_dict())
+    balancer.begin_epoch(4, cast(Any, None))
+    expected = weights[0 if mode == "restore" else 2]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in balancer.net.state_dict().items())
+    visual_weight = dict(balancer.net.named_parameters())["encoders.1.layers.0.weight"]
+    step = balancer.optimization.optimizer.state[visual_weight]["step"]
+    assert float(step) == (1 if mode == "restore" else 3)
+    changed = changed_tensors(balancer)
+    assert not any(name.startswith("encoders.0") for name in changed)
+    assert any(name.startswith("encoders.1") for name in changed)
+    end_epochs_from(balancer, 4, (0.1, 0.5))
+    balancer.begin_epoch(5, cast(Any, None))  # a frozen modality is not restored again
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in balancer.net.state_dict().items())
+
+
+def test_loss_without_unimodal_terms_is_the_fused_one() -> None:
+    balancer, batch = build_mses(unimodal_weight=0.0, fused_weight=2.0), make_batch()
+    fused, _, loss = losses_of(balancer, batch)
+    assert float(loss) == pytest.approx(2 * fused, rel=1e-5)

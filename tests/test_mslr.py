@@ -14,9 +14,10 @@ from training import draw_batch
 
 from mmaudit.rebalance.curriculum import RowIndex
 from mmaudit.train.balancing.balancer import Validation
-from mmaudit.train.balancing.mslr import Mslr, MslrConfig, dynamic_factors, smooth_factor
+from mmaudit.train.balancing.mslr import Mslr, MslrConfig, accuracy_factor, dynamic_factors, smooth_factor
 from mmaudit.train.batches import Loss, OutputFunction
-from mmaudit.train.config import OptimConfig
+from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
+from mmaudit.train.methods import list_unused, resolve
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies
 from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
@@ -47,13 +48,15 @@ class InitialLosses:
 INITIAL_LOSSES = (math.log(3), 1.5 * math.log(2))  # unimodal losses of InitialLosses
 
 
-def build_mslr(mode: str, *, factors: tuple[str, ...] = (), max_factor: float = 10.0, epochs: int = 5) -> Mslr:
+def build_mslr(
+    mode: str, *, factors: tuple[str, ...] = (), max_factor: float = 10.0, epochs: int = 5, unimodal_weight: float = 1.0
+) -> Mslr:
     torch.manual_seed(0)
     net = FusionNet(
         ModelConfig(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
     )
     optim = OptimConfig(precision="float32", lr=0.1, schedule="constant", modality_lr=factors)
-    config = MslrConfig(mode=mode, max_factor=max_factor)
+    config = MslrConfig(mode=mode, max_factor=max_factor, unimodal_weight=unimodal_weight)
     return Mslr(net, Optimization(net, optim, device="cpu", distributed=SINGLE_PROCESS), config, epochs=epochs)
 
 
@@ -160,3 +163,56 @@ def test_state_round_trip() -> None:
     end_epoch(original, 1, 0.9, 0.3)
     resumed.load_state_dict(original.state_dict())
     assert rates_of_epoch(resumed, 2) == rates_of_epoch(original, 2) != [1, 1, 1]
+
+
+ACCURACIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.48)
+# The sixth accuracy over the mean 0.4 of the five before, and the seventh over 0.48, the mean of 0.3 to 0.6.
+RATIOS = [1.0] * 6 + [0.6 / 0.4, 0.48 / 0.48]
+
+
+def test_accuracy_mode_by_hand() -> None:
+    """0.9 and 1.1 times the last accuracy over the mean of the five before, from the seventh epoch on."""
+    balancer, rates = build_mslr("accuracy", factors=("audio=0.9", "visual=1.1"), epochs=9), []
+    for epoch in range(1, 9):
+        rates.append(rates_of_epoch(balancer, epoch))
+        if epoch <= len(ACCURACIES):
+            accuracy = (ACCURACIES[epoch - 1], 0.25)
+            balancer.end_epoch(
+                epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=(1.0, 1.0), unimodal_accuracy=accuracy)
+            )
+    assert [audio for audio, *_ in rates] == pytest.approx([0.9 * ratio for ratio in RATIOS])
+    assert [visual for _, visual, _ in rates] == pytest.approx([1.1] * 8)  # its accuracy does not change
+    assert [rest for *_, rest in rates] == pytest.approx([1] * 8)
+
+
+def test_accuracy_of_0_has_factor_1() -> None:
+    assert accuracy_factor([0.0] * 5 + [0.3]) == 1
+    assert accuracy_factor([0.5] * 5 + [0.0]) == 0
+
+
+def test_accuracy_mode_resumes() -> None:
+    original, resumed = build_mslr("accuracy"), build_mslr("accuracy")
+    for epoch, accuracy in enumerate(ACCURACIES[:6], start=1):
+        original.begin_epoch(epoch, InitialLosses(original.net))
+        original.end_epoch(
+            epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=(1.0, 1.0), unimodal_accuracy=(accuracy, 0.5))
+        )
+    resumed.load_state_dict(original.state_dict())
+    assert rates_of_epoch(resumed, 7) == pytest.approx([1.5, 1, 1])
+
+
+def test_without_unimodal_terms_the_loss_is_the_fused_one() -> None:
+    balancer, batch = build_mslr("accuracy", unimodal_weight=0.0), draw_batch([0, 1, 2])
+    outputs = balancer.net(batch.inputs)
+    expected = cross_entropies(outputs, batch.label)[0].mean()
+    assert float(balancer.loss(outputs, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_constants_of_the_dynamic_mode_are_named_in_others() -> None:
+    for mode, num_warnings in (("accuracy", 1), ("dynamic", 0)):
+        config = TrainConfig(
+            finetune=FinetuneConfig(balancing="mslr"), balancing={"mslr": {"mode": mode, "strength": 2.0}}
+        )
+        warnings = list_unused(resolve(config))
+        assert len(warnings) == num_warnings
+        assert all(text.startswith("balancing.mslr.strength = 2.0 has no effect") for text in warnings)

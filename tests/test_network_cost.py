@@ -11,6 +11,7 @@ import torch
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import NetworkConfig
+from mmaudit.audit.probes.crops import PictureView
 from mmaudit.audit.probes.cross_fit import CrossFit
 from mmaudit.audit.probes.network import describe_cost, row_passes, seconds_per_row
 
@@ -59,5 +60,5 @@ def test_timed_steps_leave_no_trace(num_rows: int) -> None:
     inputs = MatrixInputs(matrix=np.zeros((num_rows, 16 * 16 * 3), np.uint8))
     target = Target(task="classification", label=np.zeros(num_rows, np.int32), num_outputs=2)
     state, config = torch.get_rng_state(), NetworkConfig(width=1 / 16)
-    assert seconds_per_row(inputs, (16, 16, 3), target, config=config, device="cpu") > 0
+    assert seconds_per_row(inputs, PictureView(shape=(16, 16, 3)), target, config=config, device="cpu") > 0
     assert torch.equal(torch.get_rng_state(), state)

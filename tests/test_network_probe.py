@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import ConfigError, DatasetError, ScoreError
+from mmaudit.audit.features.encoders import StoredPictures
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import NetworkConfig
+from mmaudit.audit.probes.crops import PictureView
 from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
 from mmaudit.audit.probes.network_probe import fit_network
 from mmaudit.audit.probes.probe_set import Probe
@@ -66,11 +68,13 @@ def fit(
     device: str = "cpu",
     progress: Progress = no_progress,
     folder: Path | None = None,
+    stored: StoredPictures | None = None,
 ) -> Probe:
     inputs = MatrixInputs(matrix=rows) if isinstance(rows, np.ndarray) else rows
     cross_fits = cross_fits or (cross(target.label),)
+    view = PictureView(shape=shape, stored=stored)
     return fit_network(
-        inputs, shape, target, cross_fits, config=config, seed=seed, device=device, progress=progress, folder=folder
+        inputs, view, target, cross_fits, config=config, seed=seed, device=device, progress=progress, folder=folder
     )
 
 
@@ -417,3 +421,26 @@ def test_missing_transformers_raises_with_the_install_command(monkeypatch: pytes
     rows, target = planted(PICTURE)
     with pytest.raises(ConfigError, match=r'pip install "mmaudit\[hf\]"'):
         fit(rows, target)
+
+
+def test_probe_of_stored_pictures_is_independent_of_row_order_and_learns_from_crops() -> None:
+    rows, target = planted((12, 12, 3))
+    sizes = np.tile(np.array([16, 12], "<u2").view(np.uint8), (len(rows), 1))
+    stored = StoredPictures(num_frames=1, num_choices=1, side=12, is_sized=True)
+    matrix = np.concatenate([rows, sizes], axis=1)
+    own = cross(target.label)
+    options: dict[str, Any] = {"shape": (8, 8, 3), "stored": stored}
+    assert accuracy(fit(matrix, target, own, config=THOROUGH, **options), target) > 0.6
+    probe = fit(matrix, target, own, **options)
+    order = np.random.default_rng(0).permutation(len(rows))
+    moved = CrossFit(fold=own.fold[order], inner=own.inner[order], fits=own.fits[order], key=own.key[order])
+    reordered = fit(matrix[order], target.take(order), moved, **options)
+    np.testing.assert_array_equal(reordered.logits(np.argsort(order)), probe.logits(np.arange(len(rows))))
+
+
+@pytest.mark.parametrize("name", ["imagenet", "none"])
+def test_fixed_normalisation_changes_the_probe(name: str, fitted: Fitted) -> None:
+    rows, target, probe = fitted
+    other = fit(rows, target, config=replace(QUICK, normalise_pictures=name))
+    assert not np.array_equal(other.logits(np.arange(4))[0], probe.logits(np.arange(4))[0])
+    assert np.isfinite(other.logits(np.arange(len(rows)))).all()

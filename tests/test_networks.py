@@ -16,17 +16,17 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import NetworkConfig
+from mmaudit.audit.probes.crops import PictureView, augment_pictures, to_pictures
 from mmaudit.audit.probes.network import (
     Network,
     NetworkTarget,
-    augment_pictures,
     build_network,
-    check_shape,
+    check_view,
     input_statistics,
-    to_pictures,
 )
 
 SOUND, PICTURE, FRAMES = (8, 12), (9, 8, 3), (2, 9, 8, 3)
+VIEW = PictureView(shape=PICTURE)
 RNG = np.random.default_rng(0)
 
 
@@ -94,7 +94,7 @@ def test_outputs_do_not_depend_on_input_scale() -> None:
     for inputs in (rows, louder):
         net = network()
         net.trunk.standardise_by(
-            *input_statistics(MatrixInputs(matrix=inputs), PICTURE, batch_size=6).channel_moments(np.arange(20))
+            *input_statistics(MatrixInputs(matrix=inputs), VIEW, batch_size=6).channel_moments(np.arange(20))
         )
         outputs.append(net(to_pictures(torch.from_numpy(inputs), PICTURE)))
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-3, rtol=1e-3)
@@ -128,15 +128,15 @@ def test_weights_depend_on_the_seed_only() -> None:
 @pytest.mark.parametrize("missing", [(3,), (2, 2, 2, 2, 2)])
 def test_unsupported_shapes_raise(missing: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"a network reads \(mel, t\), .* not inputs of shape"):
-        check_shape(missing, int(np.prod(missing)))
+        check_view(PictureView(shape=missing), int(np.prod(missing)))
 
 
 def test_rows_of_another_length_raise() -> None:
     with pytest.raises(
         ConfigError, match=r"shape \(9, 8, 3\) have 216 numbers, but a row has 200: .* encode them again"
     ):
-        check_shape(PICTURE, 200)
-    check_shape(PICTURE, 216)
+        check_view(VIEW, 200)
+    check_view(VIEW, 216)
 
 
 def test_missing_transformers_raises_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_crops_are_inside_the_picture_and_within_the_area_bounds(least_area: flo
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_statistics_give_channel_moments_over_any_rows(dtype: Any) -> None:
     matrix = RNG.integers(0, 256, (20, 216)).astype(dtype)
-    statistics = input_statistics(MatrixInputs(matrix=matrix), PICTURE, batch_size=6)
+    statistics = input_statistics(MatrixInputs(matrix=matrix), VIEW, batch_size=6)
     rows = np.array([3, 19, 7])
     mean, scale = statistics.channel_moments(rows)
     pixels = matrix[rows].reshape(-1, 3).astype(float)
@@ -198,7 +198,7 @@ def test_statistics_give_channel_moments_over_any_rows(dtype: Any) -> None:
     touched = matrix.copy()
     touched[11, 5] += 1
     contents = {
-        input_statistics(MatrixInputs(matrix=inputs), PICTURE, batch_size=6).content for inputs in (matrix, touched)
+        input_statistics(MatrixInputs(matrix=inputs), VIEW, batch_size=6).content for inputs in (matrix, touched)
     }
     assert statistics.content in contents
     assert len(contents) == 2
@@ -207,7 +207,7 @@ def test_statistics_give_channel_moments_over_any_rows(dtype: Any) -> None:
 def test_statistics_mark_missing_rows() -> None:
     matrix = np.ones((5, 216), np.float32)
     matrix[2] = np.nan
-    statistics = input_statistics(MatrixInputs(matrix=matrix), PICTURE, batch_size=2)
+    statistics = input_statistics(MatrixInputs(matrix=matrix), VIEW, batch_size=2)
     assert statistics.present.tolist() == [True, True, False, True, True]
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.balancing.balancer import Balancer
-from mmaudit.train.balancing.ogm import OgmConfig, mean_of_others, ogm_coefficients
+from mmaudit.train.balancing.ogm import OgmConfig, mean_of_others, modulated_parameters, ogm_coefficients
 from mmaudit.train.batches import Batch, ModelReader
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -122,19 +125,68 @@ def test_mean_of_others_ignores_invalid_values() -> None:
     assert means.tolist() == [2.0, 1.0, 1.5]
 
 
+def published_coefficients(method: Balancer, batch: Batch, *, alpha: float) -> list[float]:
+    """Compute eq. 10 of the paper in numpy: scores of W_j f_j + b / 2, and 1 - tanh(alpha rho) for rho > 1."""
+    weights = {name: tensor.numpy() for name, tensor in method.net.state_dict().items()}
+    scores = []
+    for j, f in enumerate(method.net.encode(batch.inputs)):
+        z = f.detach().numpy() @ weights[f"fusion.heads.{j}.weight"].T + weights["fusion.bias"] / 2
+        p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+        scores.append(p[np.arange(len(z)), batch.label.numpy()].sum())
+    ratio = scores[1] / scores[0]
+    if ratio > 1:
+        return [1.0, 1 - np.tanh(alpha * ratio)]
+    return [1 - np.tanh(alpha / ratio), 1.0]
+
+
 def test_only_encoder_gradients_are_damped() -> None:
-    plain, method = build_method("joint"), build_method("ogm", ogm=OgmConfig(alpha=0.5))
-    for balancer in (plain, method):
-        balancer.net.fusion.heads[0].weight.data[:] = 0.5 * torch.eye(3, 8)  # type: ignore[index, union-attr]
-    outputs = method.net(make_batch().inputs)
-    score = outputs.confidence(make_batch().label)[1:].sum(dim=1)
-    coefficients = ogm_coefficients(score, alpha=0.5)
-    assert coefficients.min() < 1
-    plain_changes, damped_changes = weight_changes(plain, make_batch()), weight_changes(method, make_batch())
-    for name, step in plain_changes.items():
-        factor = next((coefficients[j] for j in range(2) if name.startswith(f"encoders.{j}.")), torch.ones(()))
-        torch.testing.assert_close(damped_changes[name], factor * step, atol=1e-6, rtol=1e-4)
-    assert list(method.epoch_metrics().values()) == pytest.approx(coefficients.tolist(), rel=1e-5)
+    leaders = set()
+    for seed in range(4):
+        plain, method = build_method("joint"), build_method("ogm", ogm=OgmConfig(alpha=0.5))
+        torch.manual_seed(seed)
+        fusion = {name: torch.randn_like(tensor) for name, tensor in plain.net.fusion.state_dict().items()}
+        for balancer in (plain, method):
+            balancer.net.fusion.load_state_dict(fusion)
+        coefficients = published_coefficients(method, make_batch(), alpha=0.5)
+        plain_changes, damped_changes = weight_changes(plain, make_batch()), weight_changes(method, make_batch())
+        for name, step in plain_changes.items():
+            factor = next((coefficients[j] for j in range(2) if name.startswith(f"encoders.{j}.")), 1.0)
+            torch.testing.assert_close(damped_changes[name], factor * step, atol=1e-6, rtol=1e-4)
+        assert list(method.epoch_metrics().values()) == pytest.approx(coefficients, rel=1e-5)
+        leaders.add(coefficients.index(min(coefficients)))
+    assert leaders == {0, 1}
+
+
+def test_convolutions_alone_are_modulated_and_get_noise() -> None:
+    """As in the authors' code; in encoders without any, everything is modulated, and matrices get noise."""
+    pictures = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 8))
+    assert [p.shape for p in modulated_parameters(pictures)] == [(4, 1, 3, 3)]
+    vectors = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+    assert len(modulated_parameters(vectors)) == 4
+
+
+def test_authors_window_of_51_epochs() -> None:
+    """Their epochs 0 to 50 are epochs 1 to 51."""
+    for epoch, is_modulated in ((1, True), (51, True), (52, False)):
+        method = build_method("ogm", ogm=OgmConfig(alpha=0.8))
+        method.net.fusion.heads[0].weight.data[:] = 0.5 * torch.eye(3, 8)  # type: ignore[index, union-attr]
+        method.begin_epoch(epoch, NO_READER)
+        method.step(make_batch())
+        assert (min(method.epoch_metrics().values()) < 0.95) is is_modulated
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"first_epoch": 3, "last_epoch": 2}, "balancing.ogm.first_epoch is 3, after last_epoch 2: no epoch would be"),
+        ({"first_epoch": 0}, r"balancing.ogm.first_epoch is 0; it must lie in \[1, 1e9\]"),
+        ({"last_epoch": 0}, r"balancing.ogm.last_epoch is 0; it must lie in \[1, 1e9\]"),
+        ({"alpha": -1.0}, r"balancing.ogm.alpha is -1.0; it must lie in \[0, 1000\]"),
+    ],
+)
+def test_invalid_settings_raise(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        OgmConfig(**options)
 
 
 @pytest.mark.parametrize("name", ["ogm", "ogm-ge"])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.pictures import decode_folders, decode_frames, read_frames, segment_middles
+from mmaudit.audit.media.pictures import decode_folders, decode_frames, decode_sized_frames, segment_middles
 
 MEDIA = MediaConfig()
 
@@ -85,7 +85,7 @@ def test_segment_middles_lie_in_equal_parts(count: int, num_parts: int) -> None:
 
 def test_frames_in_original_size() -> None:
     frames = np.repeat(scene(10, step=2), 2, axis=2)
-    decoded = read_frames(film(frames), num_frames=10, size=None, config=MediaConfig())
+    decoded = decode_sized_frames(film(frames), num_frames=10, size=None, config=MediaConfig()).pixels
     assert decoded.shape == (10, 64, 128, 3)
     assert np.abs(decoded.astype(int) - frames).mean() < 6
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import RowIndex
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.balancing.balancer import Balancer
-from mmaudit.train.balancing.pmr import PmrConfig, distances, lag_weights
+from mmaudit.train.balancing.pmr import LAG_WEIGHTS, PmrConfig, distances, lag_weights
 from mmaudit.train.batches import Batch, Loss, OutputFunction
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -121,38 +123,82 @@ def test_distances_are_euclidean_and_differentiable_everywhere() -> None:
     assert bool(slope.isfinite().all())
 
 
+def weights_of(scores: list[float], weight: str) -> list[float]:
+    return lag_weights(torch.tensor(scores), weight=weight).tolist()
+
+
 def test_lag_weights_by_hand() -> None:
     """S = 4, 5: w = 5 / 4 - 1 for the first; 1, 5: above 1, clipped to 1; 4, 5, 6: 5.5 / 4 - 1."""
-    assert lag_weights(torch.tensor([4.0, 5.0])).tolist() == pytest.approx([0.25, 0.0])
-    assert lag_weights(torch.tensor([1.0, 5.0])).tolist() == [1.0, 0.0]
-    assert lag_weights(torch.tensor([4.0, 5.0, 6.0])).tolist() == pytest.approx([0.375, 0.0, 0.0])
-    assert lag_weights(torch.tensor([4.0, 0.0])).tolist() == [0.0, 0.0]
+    assert weights_of([4.0, 5.0], "ratio") == pytest.approx([0.25, 0.0])
+    assert weights_of([1.0, 5.0], "ratio") == [1.0, 0.0]
+    assert weights_of([4.0, 5.0, 6.0], "ratio") == pytest.approx([0.375, 0.0, 0.0])
+    assert weights_of([4.0, 0.0], "ratio") == [0.0, 0.0]
+    assert weights_of([0.30, 0.27], "ratio") == pytest.approx([0.0, 1 / 9], abs=1e-6)
 
 
-@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=4), st.floats(0.1, 10))
-def test_most_confident_modality_has_weight_0_in_any_unit(scores: list[float], unit: float) -> None:
+def test_hard_weights_by_hand() -> None:
+    """The authors' code: alpha for the modality whose summed confidence is lower, 0 for the other, 0 for both if equal.
+
+    Of three, those below the mean of the other two: of 3, 5, 6 the first, of 1, 2, 6 the first two.
+    """
+    assert weights_of([0.30, 0.27], "hard") == [0.0, 1.0]
+    assert weights_of([0.27, 0.30], "hard") == [1.0, 0.0]
+    assert weights_of([0.3, 0.3], "hard") == [0.0, 0.0]
+    assert weights_of([3.0, 5.0, 6.0], "hard") == [1.0, 0.0, 0.0]
+    assert weights_of([1.0, 2.0, 6.0], "hard") == [1.0, 1.0, 0.0]
+    assert weights_of([4.0, 0.0], "hard") == [0.0, 0.0]
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=4), st.floats(0.1, 10), st.sampled_from(LAG_WEIGHTS))
+def test_most_confident_modality_has_weight_0_in_any_unit(scores: list[float], unit: float, weight: str) -> None:
     score = torch.tensor(scores, dtype=torch.float64)
-    weights = lag_weights(score)
-    torch.testing.assert_close(lag_weights(unit * score), weights, atol=1e-9, rtol=1e-6)
+    weights = lag_weights(score, weight=weight)
+    if weight == "ratio":
+        torch.testing.assert_close(lag_weights(unit * score, weight=weight), weights, atol=1e-9, rtol=1e-6)
+    else:
+        assert torch.equal(lag_weights(4 * score, weight=weight), weights)  # a power of 2 rounds nothing
     assert float(weights[score.argmax()]) == pytest.approx(0, abs=1e-9)
     assert float(weights.min()) >= 0
     assert float(weights.max()) <= 1
 
 
-def test_prototypes_are_class_means_with_momentum() -> None:
+def test_a_loss_worked_out_apart_from_the_implementation() -> None:
+    """Three samples, two classes, one feature a modality, prototypes -1 and 1: p of class 1 is sigmoid(2 f).
+
+    The first modality has features -0.5, 0.5, 0.5, the second -0.25, 0.25, -0.5, the last of which is wrong.
+    """
+    first = [1 / (1 + math.exp(-1.0))] * 3
+    second = [1 / (1 + math.exp(-0.5))] * 2 + [1 / (1 + math.exp(1.0))]
+    label = torch.tensor([0, 1, 1])
+    prototypes = torch.tensor([[-1.0], [1.0]])
+    confidences, losses = [], []
+    for features in ([-0.5, 0.5, 0.5], [-0.25, 0.25, -0.5]):
+        logits = -distances(torch.tensor(features)[:, None], prototypes)
+        confidences.append(float(logits.softmax(dim=1).gather(1, label[:, None]).mean()))
+        losses.append(float(torch.nn.functional.cross_entropy(logits, label)))
+    assert confidences == pytest.approx([np.mean(first), np.mean(second)], rel=1e-5)
+    assert losses == pytest.approx([-np.log(first).mean(), -np.log(second).mean()], rel=1e-5)
+    assert weights_of(confidences, "hard") == [0.0, 1.0]
+
+
+def test_prototypes_are_class_means_with_momentum_from_the_third_epoch() -> None:
+    """Those of the untrained network are replaced before epoch 2: 0.75 P_2 + 0.25 mean_3 before epoch 3."""
     method = build_in_epoch(pmr=PmrConfig(momentum=0.75))
-    first = class_means(method)
-    for prototype, expected in zip(method.state_dict()["prototypes"], first, strict=True):
-        torch.testing.assert_close(prototype, expected)
-    method.step(make_batch())
-    second = class_means(method)
-    method.begin_epoch(2, CountingReader(method.net, make_inputs(), torch.arange(NUM) % 3))
-    for prototype, old, new in zip(method.state_dict()["prototypes"], first, second, strict=True):
-        torch.testing.assert_close(prototype, 0.75 * old + 0.25 * new)
+    means = [class_means(method)]
+    for epoch in (2, 3):
+        method.step(make_batch())
+        means.append(class_means(method))
+        method.begin_epoch(epoch, CountingReader(method.net, make_inputs(), torch.arange(NUM) % 3))
+        expected = means[1] if epoch == 2 else [0.75 * old + 0.25 * new for old, new in zip(*means[1:], strict=True)]
+        for prototype, mean in zip(method.state_dict()["prototypes"], expected, strict=True):
+            torch.testing.assert_close(prototype, mean)
+    assert not torch.allclose(means[0][0], means[1][0])
 
 
-def test_loss_by_hand_and_gradient_for_the_weaker_modality_only() -> None:
-    plain, method, batch = build_in_epoch("joint"), build_in_epoch(pmr=PmrConfig(alpha=0.6)), make_batch()
+@pytest.mark.parametrize("kind", LAG_WEIGHTS)
+def test_loss_by_hand_and_gradient_for_the_weaker_modality_only(kind: str) -> None:
+    plain, batch = build_in_epoch("joint"), make_batch()
+    method = build_in_epoch(pmr=PmrConfig(alpha=0.6, weight=kind))
     outputs = method.net(batch.inputs)
     score, pce = [], []
     for f, prototype in zip(outputs.features, class_means(method), strict=True):
@@ -161,7 +207,8 @@ def test_loss_by_hand_and_gradient_for_the_weaker_modality_only() -> None:
         pce.append(-float(p.log().mean()))
     weight = [min(max(score[1 - j] / score[j] - 1, 0), 1) for j in range(2)]
     assert weight[0] == 0
-    assert weight[1] > 0.1
+    assert 0.1 < weight[1] < 0.9
+    weight = [0.0, 1.0] if kind == "hard" else weight
     expected = plain.loss(outputs, batch).item() + 0.6 * weight[1] * pce[1]
     assert method.loss(outputs, batch).item() == pytest.approx(expected, rel=1e-5)
     assert list(method.epoch_metrics().values()) == pytest.approx(weight, rel=1e-4)
@@ -199,7 +246,7 @@ def test_prototype_loss_ends_with_the_last_epoch() -> None:
 
 
 def test_class_without_samples_has_no_prototype_and_no_loss() -> None:
-    method, plain = build_method(), build_method("joint")
+    method, plain = build_method(pmr=PmrConfig(weight="ratio", momentum=0.5)), build_method("joint")
     label = torch.arange(NUM) % 3
     is_known = label < 2
     method.begin_epoch(
@@ -219,13 +266,13 @@ def test_class_without_samples_has_no_prototype_and_no_loss() -> None:
     assert method.loss(outputs, batch).item() == pytest.approx(expected, rel=1e-5)
     assert all(bool(step.isfinite().all()) for step in weight_changes(method, batch).values())
     before = [matrix.clone() for matrix in method.state_dict()["prototypes"]]
-    method.begin_epoch(2, CountingReader(method.net, make_inputs(), label))
+    method.begin_epoch(3, CountingReader(method.net, make_inputs(), label))
     for prototype, old, mean in zip(method.state_dict()["prototypes"], before, class_means(method), strict=True):
         torch.testing.assert_close(prototype[2], mean[2])  # the first mean of a class has no momentum
         torch.testing.assert_close(prototype[:2], (old[:2] + mean[:2]) / 2)
     last = [matrix[2].clone() for matrix in method.state_dict()["prototypes"]]
     method.begin_epoch(
-        3, CountingReader(method.net, tuple(matrix[is_known] for matrix in make_inputs()), label[is_known])
+        4, CountingReader(method.net, tuple(matrix[is_known] for matrix in make_inputs()), label[is_known])
     )
     for prototype, old in zip(method.state_dict()["prototypes"], last, strict=True):
         assert torch.equal(prototype[2], old)  # without samples the prototype stays
@@ -254,6 +301,13 @@ def test_samples_outside_the_fused_loss_train_the_weaker_modality() -> None:
     changes = weight_changes(method, unimodal_batch)
     assert float(changes["encoders.1.layers.0.weight"].abs().sum()) > 0
     assert float(changes["encoders.0.layers.0.weight"].abs().sum()) == 0
+
+
+def test_defaults_are_those_of_the_authors_code() -> None:
+    """alpha 1, momentum 0.2, epochs 0 to 100; a hard weight."""
+    assert PmrConfig() == PmrConfig(alpha=1.0, weight="hard", momentum=0.2, last_epoch=101)
+    with pytest.raises(ConfigError, match=r"balancing.pmr.weight .*hard.*ratio"):
+        PmrConfig(weight="soft")
 
 
 def test_two_processes_take_the_step_of_one() -> None:

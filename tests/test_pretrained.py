@@ -39,7 +39,7 @@ from mmaudit.audit.features.pretrained import (
 from mmaudit.audit.features.vectors import EncodedCell
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.pictures import read_frames, read_picture
+from mmaudit.audit.media.pictures import decode_sized_frames, decode_sized_image
 from mmaudit.audit.workers import no_progress
 
 transformers: Any = typed  # incomplete type annotations
@@ -173,11 +173,13 @@ def test_audio_vectors_equal_direct_forward_pass(models: Path, inputs: dict[str,
 
 @torch.no_grad()
 def test_image_and_video_vectors_equal_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
-    picture = Image.fromarray(read_picture(inputs["image"][0], size=None, config=MediaConfig()))
+    picture = Image.fromarray(decode_sized_image(inputs["image"][0], size=None, config=MediaConfig()).pixels)
     frames = {
         count: [
             Image.fromarray(frame)
-            for frame in read_frames(inputs["video"][0], num_frames=count, size=None, config=MediaConfig())
+            for frame in decode_sized_frames(
+                inputs["video"][0], num_frames=count, size=None, config=MediaConfig()
+            ).pixels
         ]
         for count in (4, 6)
     }
@@ -208,7 +210,7 @@ def test_text_vectors_equal_direct_forward_pass_and_are_truncated(models: Path) 
 def test_pooler_without_weights_is_not_used(models: Path, inputs: dict[str, list[Any]]) -> None:
     model: Any = transformers.AutoModel.from_pretrained(models / "classifier", add_pooling_layer=False).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(models / "classifier")
-    picture = Image.fromarray(read_picture(inputs["image"][0], size=None, config=MediaConfig()))
+    picture = Image.fromarray(decode_sized_image(inputs["image"][0], size=None, config=MediaConfig()).pixels)
     with torch.no_grad():
         expected = model(**processor([picture], return_tensors="pt")).last_hidden_state.mean(1)[0]
     np.testing.assert_allclose(vector(models, "classifier", "image", inputs["image"][0]), expected, atol=1e-6)

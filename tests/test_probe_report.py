@@ -19,12 +19,12 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
+from mmaudit.audit.probes.crops import PictureView
 from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
 from mmaudit.audit.probes.network_probe import NetworkProbe, fit_network
 from mmaudit.audit.probes.probe_set import (
     CalibratedProbe,
     Calibration,
-    Fit,
     Probe,
     ProbeSet,
     fit_calibrated_probe,
@@ -41,7 +41,7 @@ FREE = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None,
 IDS = np.array([f"s{row:04d}" for row in range(N)], dtype=object)
 LABEL = (np.arange(N) % K).astype(np.int32)
 CLASSES = Target(task="classification", label=LABEL, num_outputs=K)
-HONEST: Fit = partial(fit_probe, config=ProbeConfig(l2_penalties=(1e-2,)))
+HONEST = partial(fit_probe, config=ProbeConfig(l2_penalties=(1e-2,)))
 
 
 def cross(target: Target) -> CrossFit:
@@ -293,7 +293,16 @@ def test_network_control_detects_training_on_scored_rows(leaks: bool) -> None:
             key = np.arange(len(repeated_rows), dtype=np.uint64)
             own = CrossFit(fold=fold, inner=own.inner[repeated_rows], fits=own.fits[repeated_rows], key=key)
             inputs, target = MatrixInputs(matrix=inputs.read(repeated_rows)), target.take(repeated_rows)
-        return fit_network(inputs, (8, 8, 3), target, [own], config=config, seed=0, device="cpu", progress=no_progress)
+        return fit_network(
+            inputs,
+            PictureView(shape=(8, 8, 3)),
+            target,
+            [own],
+            config=config,
+            seed=0,
+            device="cpu",
+            progress=no_progress,
+        )
 
     logits = np.zeros((24, K), np.float32)
     probe_set = probe_set_of(target, logits, logits)

@@ -285,7 +285,8 @@ def test_joint_probe_concatenates_features_of_samples_with_any_modality() -> Non
     ]
     fitted_inputs: list[Inputs] = []
 
-    def fit(inputs: Inputs, fit_target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+    def fit(inputs: Inputs, fit_target: Target, cross_fits: Sequence[CrossFit], *, parts: Sequence[Probe]) -> Probe:
+        assert list(parts) == [calibrated.probe for calibrated in probes]
         fitted_inputs.append(inputs)
         return StoredProbe(by_repeat=logits)
 
@@ -295,6 +296,24 @@ def test_joint_probe_concatenates_features_of_samples_with_any_modality() -> Non
     np.testing.assert_array_equal(fitted_inputs[0].read(rows), np.hstack([part.matrix for part in parts]))
     probe_set = ProbeSet(probes=tuple(probes), joint=joint, target=target)
     np.testing.assert_array_equal(probe_set.joint_inputs.read(rows), fitted_inputs[0].read(rows))
+
+
+def test_joint_probe_with_a_part_of_noise_is_near_the_other_part() -> None:
+    """The loss of the informative part alone is 0.65, of both 0.68, and under one penalty for both 0.98."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, N).astype(np.int32)
+    signal = rng.standard_normal((N, 40)).astype(np.float32)
+    signal[:, :3] += 1.5 * np.eye(3, dtype=np.float32)[label]
+    noise = rng.standard_normal((N, 400)).astype(np.float32)
+    target, rows = Target(task="classification", label=label, num_outputs=3), np.arange(N)
+    fit, present = partial(fit_probe, config=ProbeConfig(gaussian=False)), np.ones(N, bool)
+    probes = [
+        fit_calibrated_probe(name, MatrixInputs(matrix=x), target, [cross()], present=present, fit=fit)
+        for name, x in (("signal", signal), ("noise", noise))
+    ]
+    joint = fit_joint_probe(probes, target, [cross()], fit=fit)
+    alone, together = (log_loss(probe.predict(rows, target).probability, label) for probe in (probes[0], joint))
+    assert together < alone + 0.06
 
 
 def test_min_scale_is_that_of_the_best_probe() -> None:

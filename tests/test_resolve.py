@@ -29,21 +29,20 @@ def warnings_of(config: TrainConfig) -> list[str]:
 
 
 # Requirements of each method, stated independently of the source.
-HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "mla"}
+HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "dgl", "inforeg", "mla"}
 ONE_MODALITY = {"joint", "sum"}
-FUSION_OF = {"greedy": {"mmtm"}, "mla": {"shared"}}
+FUSION_OF: dict[str, set[str]] = {"greedy": {"mmtm"}, "mla": {"shared"}, "mmcosine": set(), "reconboost": set()}
 PER_MODALITY_SAMPLERS = {"dus-h", "dus-rl"}
 
 
 def is_valid(fusion: str, sampling: str, balancing: str, only: str | None) -> bool:
-    general = set() if BALANCERS.load(balancing).own_fusion else set(FUSIONS) - {"shared"}
-    if fusion != "auto" and fusion not in FUSION_OF.get(balancing, general):
+    if fusion != "auto" and fusion not in FUSION_OF.get(balancing, set(FUSIONS) - {"shared"}):
         return False
     if sampling in PER_MODALITY_SAMPLERS and balancing not in HAS_UNIMODAL_LOSS:
         return False
     if only is None:
         return True
-    is_unimodal = balancing in ONE_MODALITY and sampling not in {*PER_MODALITY_SAMPLERS, "smv"}
+    is_unimodal = balancing in ONE_MODALITY and sampling not in {*PER_MODALITY_SAMPLERS, "smv", "remix"}
     return is_unimodal and fusion in ("auto", "concat", "late")
 
 
@@ -76,12 +75,18 @@ def test_every_combination_is_accepted_or_raises() -> None:
         (
             {"balancing": "ogm", "fusion": "shared"},
             "--balancing ogm does not support --fusion shared: a shared classifier is trained one modality at a time, "
-            "which only mla does; use --fusion concat or late or gated or film or mmtm",
+            "which only mla does; use --fusion concat or late or gated or gated-unit or film or film-projected "
+            "or mmtm",
         ),
         (
             {"sampling": "dus-h", "balancing": "ogm"},
             "--sampling dus-h selects samples per modality, and --balancing ogm has no unimodal loss that trains on "
-            "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, mla",
+            "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, dgl, inforeg, mla",
+        ),
+        (
+            {"answer": "heads"},
+            "finetune.answer = heads has no effect: the fused logits of --fusion concat are the sum of the unimodal "
+            "ones; give the modalities heads of their own with --set finetune.own_heads=true",
         ),
         (
             {"only": "audio", "balancing": "pmr"},
@@ -141,9 +146,9 @@ def test_unknown_method_raises_with_the_nearest(options: dict[str, Any], words: 
 
 
 def test_last_epoch_before_first_epoch_raises() -> None:
-    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after last_epoch 50"):
+    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after last_epoch 51"):
         OgmConfig(first_epoch=55)
-    assert OgmConfig(first_epoch=50).last_epoch == 50
+    assert OgmConfig(first_epoch=51).last_epoch == 51
 
 
 @pytest.mark.parametrize(
@@ -233,8 +238,8 @@ def test_resolved_sections_have_all_constants_of_the_methods_in_use_only() -> No
     sections: dict[str, dict[str, Any]] = {"ogm": {"alpha": 1}, "gmm": {"lam_gap": 2.0}}
     methods = resolve(TrainConfig(finetune=finetune, balancing=sections))
     assert methods.balancer_config == OgmConfig(alpha=1.0)
-    assert methods.config.balancing == {"ogm": {"alpha": 1.0, "first_epoch": 1, "last_epoch": 50}}
-    bss = {"score_source": "model", "every_epochs": 8, "beta": 0.6, "alpha": 1.0}
+    assert methods.config.balancing == {"ogm": {"alpha": 1.0, "first_epoch": 1, "last_epoch": 51}}
+    bss = {"score_source": "auto", "every_epochs": 8, "beta": 0.6, "alpha": 1.0}
     assert methods.config.sampling == {"bss": bss}
     unused = resolve(TrainConfig(balancing=sections)).config
     assert (unused.sampling, unused.balancing) == ({}, {})
@@ -290,9 +295,27 @@ def test_table_lists_every_method_with_the_meaning_of_its_constants() -> None:
     assert by_name["greedy"].needs == ("2 modalities", "--fusion mmtm")
     assert by_name["shared"].needs == ("--balancing mla",)
     order_keys = [key.key for key in by_name["bss-h"].keys]
-    assert order_keys == ["order.pacing", "order.start", "order.grow_epochs", "order.steps"]
+    assert [key for key in order_keys if key.startswith("order.")] == [
+        *("order.pacing", "order.start", "order.grow_epochs", "order.steps")
+    ]
+    assert "sampling.bss.score_source" in order_keys
 
 
 def test_names_and_help_need_no_torch() -> None:
     code = "import sys; from mmaudit.train.methods import list_methods; list_methods(details=False)"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"own_heads": True}, {"fusion": "gated"}, {"balancing": "gblend"}, {"fusion": "mmtm"}]
+)
+def test_answers_that_differ_are_accepted(options: dict[str, Any]) -> None:
+    for answer in ("heads", "all"):
+        assert resolve(TrainConfig(finetune=FinetuneConfig(answer=answer, **options))).config.finetune.answer == answer
+
+
+def test_weights_of_the_summed_losses_must_leave_one() -> None:
+    with pytest.raises(ConfigError, match=r"balancing.sum.fused_weight and .* both 0: nothing would be trained"):
+        resolve(TrainConfig(balancing={"sum": {"fused_weight": 0.0, "unimodal_weight": 0.0}}))
+    with pytest.raises(ConfigError, match=r"balancing.mses.unimodal_weight is -1.0; it must lie in \[0, inf\)"):
+        resolve(TrainConfig(balancing={"mses": {"unimodal_weight": -1.0}}))

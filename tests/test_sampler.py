@@ -29,9 +29,9 @@ from mmaudit.train.batches import Loss, OutputFunction, Step, to_batch
 from mmaudit.train.network import FusionNet, ModelConfig
 from mmaudit.train.optimizer import SINGLE_PROCESS
 from mmaudit.train.sampling import SAMPLERS
-from mmaudit.train.sampling.bss_l import BssConfig
+from mmaudit.train.sampling.bss import AntiCurriculum, BssConfig, BssH
 from mmaudit.train.sampling.dus import DusConfig
-from mmaudit.train.sampling.sampler import AntiCurriculum, BssH, Ordered, Pool, Sampler, Uniform
+from mmaudit.train.sampling.sampler import Ordered, Pool, Sampler, Uniform
 from mmaudit.train.sampling.smv import SmvConfig
 
 torch.set_num_threads(1)
@@ -47,6 +47,8 @@ PACED = OrderConfig(start=0.3, grow_epochs=4)
 # Every sampler, and its settings that draw differently.
 KINDS: dict[str, tuple[str, Any, OrderConfig]] = {
     **{name: (name, PAIRS.get(name), PACED) for name in SAMPLERS},
+    "bss-h-model": ("bss-h", BssConfig(score_source="model"), PACED),
+    "anti-curriculum-model": ("anti-curriculum", BssConfig(score_source="model"), PACED),
     "bss-l-manifest": ("bss-l", BssConfig(score_source="manifest"), PACED),
     "bss-l-paper": ("bss-l", BssConfig(every_epochs=2), OrderConfig(draw="replacement", weight="softmax")),
     "posterior-again": ("posterior", None, OrderConfig(draw="replacement")),

@@ -184,6 +184,22 @@ def test_whole_groups_are_drawn_independent_of_order(
         assert abs(drawn.sum() - fraction * len(label)) <= largest
 
 
+@settings(deadline=None)
+@given(LABELS, st.lists(st.integers(0, 6), min_size=80, max_size=80), st.floats(0.02, 0.95), st.integers(0, 5))
+def test_at_most_as_many_rows_are_drawn_as_without_groups(
+    label: NDArray[np.int32], numbers: list[int], fraction: float, seed: int
+) -> None:
+    group = np.array([f"g{number}" for number in numbers[: len(label)]], dtype=object)
+    options: dict[str, Any] = {"fraction": fraction, "seed": seed, "purpose": "p"}
+    drawn = stratified_cut(sample_ids(len(label)), label, group, at_most=True, **options)
+    allowed = int(stratified_cut(sample_ids(len(label)), label, None, **options).sum())
+    sizes = np.unique(group.astype(str), return_counts=True)[1]
+    assert drawn.sum() <= allowed
+    assert all(len(set(drawn[group == group_name].tolist())) == 1 for group_name in set(group))
+    assert drawn.any() == (sizes.min() <= allowed and len(sizes) > 1)
+    assert not drawn.all()
+
+
 def test_seed_and_purpose_change_the_draw() -> None:
     label = np.zeros(200, dtype=np.int32)
     first, other_seed, other_purpose = (

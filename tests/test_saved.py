@@ -54,6 +54,17 @@ def test_shards_of_any_batches_give_all_rows(tmp_path: Path, footer: bool, batch
     assert plan.sample.column_names == ["id", "x"]
 
 
+def test_files_may_differ_in_the_width_of_offsets(tmp_path: Path) -> None:
+    paths = (tmp_path / "1.arrow", tmp_path / "2.arrow")
+    for path, type_ in zip(paths, (pa.string(), pa.large_string()), strict=True):
+        rows = pa.table({"label": pa.array([path.stem], type_), "x": pa.array([[1.0]])})
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as file:
+            file.write_table(rows)
+    plan = plan_parts(tmp_path, [SplitFiles(split=None, paths=paths)], shard_rows=8)
+    assert plan.sample["label"].to_pylist() == ["1", "2"]
+    assert [shard.read(["label"])["label"].to_pylist() for shard in plan.shards] == [["1"], ["2"]]
+
+
 def test_rows_without_media_form_large_shards(tmp_path: Path) -> None:
     write_arrow(tmp_path / "1.arrow", [5_000] * 2, media=False)
     plan = plan_parts(tmp_path, [SplitFiles(split=None, paths=(tmp_path / "1.arrow",))], shard_rows=256)

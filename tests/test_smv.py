@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mmaudit.audit.metrics import shapley
 from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import ModelReader, OutputFunction, Step
 from mmaudit.train.network import Outputs
@@ -38,7 +40,7 @@ class FixedReader:
     def __init__(self, logits: Tensor = LOGITS) -> None:
         self.said, self.num_reads = logits, 0
         config = SimpleNamespace(modalities=("audio", "visual"))
-        self.net = SimpleNamespace(config=config, num_modalities=2, fused_logits=self.fused_logits)
+        self.net = SimpleNamespace(config=config, num_modalities=2, tested_logits_of=self.fused_logits)
 
     @staticmethod
     def fused_logits(features: Sequence[Tensor], used: Sequence[bool]) -> Tensor:
@@ -139,6 +141,32 @@ def test_model_is_evaluated_every_few_epochs_after_warm_up() -> None:
         begin_epoch(sampler, epoch, model_reader)
         reads.append(model_reader.num_reads)
     assert reads == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_form_of_the_authors_code_evaluates_before_every_epoch_after_five() -> None:
+    model_reader, sampler = FixedReader(), sampler_of(warmup_epochs=SmvConfig().warmup_epochs, every_epochs=1)
+    reads = []
+    for epoch in range(1, 10):
+        begin_epoch(sampler, epoch, model_reader)
+        reads.append(model_reader.num_reads)
+    assert reads == [0, 0, 0, 0, 0, 1, 2, 3, 4]
+
+
+def test_values_and_copies_of_all_eight_outcomes() -> None:
+    """For two modalities: with v(S) = |S| if correct, phi_a = (v(a) + v(av) - v(v)) / 2, and copies by phi, by hand.
+
+    1 copy at phi = 1/2, 2 at 0, 3 at -1/2, none from 1 on; the other modality is left out of a copy.
+    """
+    for audio, visual, both in itertools.product((0, 1), repeat=3):
+        phi = np.array([[(audio + 2 * both - visual) / 2, (visual + 2 * both - audio) / 2]], np.float32)
+        table = {-0.5: 3, 0.0: 2, 0.5: 1, 1.0: 0, 1.5: 0}
+        correct = {
+            frozenset(subset): np.array([bool(value)])
+            for subset, value in (((), 0), ((0,), audio), ((1,), visual), ((0, 1), both))
+        }
+        values = shapley(lambda subset, correct=correct: len(subset) * correct[subset], 2)  # type: ignore[misc]
+        assert values.tolist() == phi.tolist()
+        assert num_copies(values, max_copies=3).tolist() == [[table[value] for value in phi[0].tolist()]]
 
 
 def test_new_evaluation_replaces_the_old_one() -> None:

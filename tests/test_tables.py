@@ -51,6 +51,24 @@ def write_file(path: Path, text: str | bytes) -> Path:
     return path
 
 
+def test_strings_and_lists_of_other_offsets_are_the_same_columns(tmp_path: Path) -> None:
+    kinds = [(pa.string(), pa.binary(), pa.list_), (pa.large_string(), pa.large_binary(), pa.large_list)]
+    for number, (text, media, listed) in enumerate(kinds):
+        columns = {
+            "label": pa.array(["a", "b"], text),
+            "image": pa.array([b"\x89PNG\r\n\x1a\n", None], media),
+            "vector": pa.array([[1.0, 2.0], [3.0, float(number)]], listed(pa.float32())),
+            "words": pa.array([["x"], []], listed(text)),
+        }
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    plan = plan_parquet_folder(str(tmp_path), shard_rows=8, allow_outside=False)
+    assert plan is not None
+    assert plan.sample.num_rows == 4
+    rows = [row for shard in plan.shards for row in shard.read(["label", "vector"]).to_pylist()]
+    assert [row["label"] for row in rows] == ["a", "b", "a", "b"]
+    assert rows[-1]["vector"] == [3.0, 1.0]
+
+
 def test_formats_give_equal_rows(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "m.parquet")
     for path in (write_file(tmp_path / "m.csv", CSV), write_file(tmp_path / "m.jsonl", JSONL), tmp_path / "m.parquet"):

@@ -60,7 +60,10 @@ def test_members_are_read_by_extension(tmp_path: Path) -> None:
         ("a/.hidden", b"x"),
         ("README", b"x"),
     ]
-    assert read_rows(plan_tar_files([pack(tmp_path / "x.tar", members)], shard_rows=1)) == [
+    plan = plan_tar_files([pack(tmp_path / "x.tar", members)], shard_rows=1)
+    (not_read,) = plan.not_read
+    assert (not_read.name, not_read.form) == ("deep", "nested field of 1 .json members")
+    assert read_rows(plan) == [
         {"__key__": "a/1", "age": 4, "cls": 3, "tags": ["u"], "txt": "a dog\n", "who": "x",
          "left.png": b"sight", "npy": [1.5, 2.0]},
         {"__key__": "a/2", "age": None, "cls": -1, "tags": None, "txt": None, "who": None,

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ PAIRS = [
     ("smv", "gmm"),
     ("uniform", "ogm-ge"),
     ("class-balanced", "mmpareto"),
+    ("uniform", "lfm"),
+    ("uniform", "reconboost"),
+    ("uniform", "relearning"),
+    ("remix", "dgl"),
+    ("remix", "inforeg"),
 ]
 
 # Prints the rows of each step of each epoch in this process, the history and the test metrics.
@@ -61,9 +67,11 @@ print(json.dumps(found))
 def config_of(sampling: str, balancing: str) -> TrainConfig:
     """Build a config without dropout, whose random numbers differ by process.
 
-    Of four processes one has no row of the last step: 60 = 3 * 19 + 3.
+    Of four processes one has no row of the last step: 60 = 3 * 19 + 3. Every method is active within three epochs.
     """
-    return with_options(sampling=sampling, balancing=balancing, epochs=3, dropout=0.0, batch_size=19)
+    config = with_options(sampling=sampling, balancing=balancing, epochs=3, dropout=0.0, batch_size=19)
+    stages = {"reconboost": {"stage_epochs": 1, "rectify_epochs": 1}, "relearning": {"every_epochs": 1}}
+    return replace(config, balancing=stages, sampling={"remix": {"warmup_epochs": 1}})
 
 
 @functools.cache

@@ -24,6 +24,9 @@ from mmaudit.train.config import AugmentConfig, FinetuneConfig, OptimConfig
         ({"dropout": 1.0}, r"finetune.dropout is 1.0; it must lie in \[0, 1\)"),
         ({"dropout": math.nan}, "finetune.dropout is nan"),
         ({"validation_fraction": -0.1}, "finetune.validation_fraction is -0.1"),
+        ({"keep": "first"}, "finetune.keep is 'first'; available: best, last"),
+        ({"initialisation": "kaiming"}, "finetune.initialisation is 'kaiming'"),
+        ({"keep": "last", "patience": 5}, "finetune.patience stops by the best epoch, and finetune.keep is last"),
         ({"keep_posterior": 1.5}, r"finetune.keep_posterior is 1.5; it must lie in \[0, 1\]"),
         ({"keep_posterior": math.nan}, "finetune.keep_posterior is nan"),
     ],
@@ -36,7 +39,7 @@ def test_invalid_finetune_settings_raise(options: dict[str, Any], words: str) ->
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"optimizer": "adam"}, r"optim.optimizer is 'adam'; did you mean adamw\? .*sgd"),
+        ({"optimizer": "adamax"}, r"optim.optimizer is 'adamax'; did you mean adam\? .*adamw, .*sgd"),
         ({"schedule": "cosin"}, r"optim.schedule is 'cosin'; did you mean cosine\?"),
         ({"precision": "half"}, r"optim.precision is 'half'; .*bfloat16"),
         ({"lr": 0.0}, "optim.lr is 0.0; it must be above 0"),
@@ -117,3 +120,23 @@ def test_step_schedule_counts_all_epochs() -> None:
 def test_constant_schedule_is_constant() -> None:
     assert lr_multipliers(4, schedule="constant") == [1] * 4
     assert lr_multipliers(4, schedule="constant", warmup_epochs=1) == [0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "warnings"),
+    [
+        ({}, []),
+        ({"optimizer": "sgd", "momentum": 0.5}, []),
+        ({"optimizer": "adam", "momentum": 0.5}, ["optim.momentum 0.5 has no effect with optim.optimizer adam"]),
+        ({"schedule": "step", "lr_step": 3, "lr_fall": 0.5}, []),
+        (
+            {"lr_step": 3, "lr_fall": 0.5},
+            [
+                "optim.lr_step 3 has no effect with optim.schedule cosine",
+                "optim.lr_fall 0.5 has no effect with optim.schedule cosine",
+            ],
+        ),
+    ],
+)
+def test_settings_without_effect_are_named(options: dict[str, Any], warnings: list[str]) -> None:
+    assert OptimConfig(**options).without_effect() == warnings

@@ -13,8 +13,10 @@ from torch import Tensor
 from training import QUICK, make_examples, with_options
 
 from mmaudit.audit.errors import ConfigError, ManifestError
+from mmaudit.audit.features.encoders import StoredPictures
 from mmaudit.audit.features.matrix import MatrixInputs
-from mmaudit.train.batches import Batch, Step
+from mmaudit.audit.probes.crops import PictureView
+from mmaudit.train.batches import Batch, Step, split_order
 from mmaudit.train.checkpoint import run_identity
 from mmaudit.train.config import TrainConfig
 from mmaudit.train.examples import Examples, Store
@@ -244,8 +246,68 @@ def test_pool_has_the_training_rows() -> None:
 
 @pytest.mark.parametrize(
     ("balancing", "fusion", "own_heads"),
-    [("joint", "concat", False), ("mmpareto", "concat", True), ("greedy", "mmtm", False), ("mla", "shared", False)],
+    [
+        ("joint", "concat", False),
+        ("mmpareto", "concat", True),
+        ("greedy", "mmtm", False),
+        ("mla", "shared", False),
+        ("lfm", "lfm", False),
+        ("reconboost", "reconboost", False),
+        ("inforeg", "concat", True),
+    ],
 )
 def test_method_gets_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:
     config = build_network(make_examples(), resolve(with_options(balancing=balancing))).config
     assert (config.fusion, config.own_heads) == (fusion, own_heads)
+
+
+def test_initialisation_changes_the_network_that_is_built() -> None:
+    examples = make_examples()
+
+    def first_bias(initialisation: str) -> Tensor:
+        torch.manual_seed(0)
+        net = build_network(examples, resolve(with_options(initialisation=initialisation)))
+        return next(parameter for name, parameter in net.named_parameters() if name.endswith("layers.0.bias"))
+
+    assert first_bias("default").any()
+    assert not first_bias("xavier").any()
+
+
+def test_stored_pictures_are_the_same_after_a_resume_and_with_any_number_of_readers() -> None:
+    """Frames and crops follow from seed, epoch, step and id; tests and moments read the whole middle frame."""
+    stored = StoredPictures(num_frames=1, num_choices=3, side=6, is_sized=True)
+    view = PictureView(shape=(1, 4, 4, 3), stored=stored)
+    rng = np.random.default_rng(0)
+    matrix = rng.integers(0, 256, (80, stored.num_features)).astype(np.uint8)
+    matrix[:, -4:] = np.array([8, 6], "<u2").view(np.uint8)
+    examples = replace(
+        make_examples(80),
+        inputs=(make_examples(80).inputs[0], MatrixInputs(matrix=matrix)),
+        shapes=(make_examples(80).shapes[0], view.shape),
+        views=(None, view),
+    )
+    training_data, net = build_training_data(examples, replace(QUICK, width=0.02))
+    steps = split_order(np.arange(len(training_data.train)), batch_size=8)
+    batches = [batch.inputs[1] for batch in training_data.batches(steps, epoch=2)]
+    assert batches[0].shape == (8, 1, 3, 4, 4)
+    resumed = [batch.inputs[1] for batch in training_data.batches(steps[2:], epoch=2, first_step=3, prefetch=False)]
+    assert all(torch.equal(first, second) for first, second in zip(batches[2:], resumed, strict=True))
+    later = [batch.inputs[1] for batch in training_data.batches(steps, epoch=3)]
+    assert not torch.equal(batches[0], later[0])
+    whole = view.whole(torch.from_numpy(matrix[training_data.train])).double()
+    mean, scale = net.state_dict()["encoders.1.trunk.mean"], net.state_dict()["encoders.1.trunk.scale"]
+    torch.testing.assert_close(mean.flatten(), whole.mean(dim=(0, 1, 3, 4)).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scale.flatten(), whole.std(dim=(0, 1, 3, 4), correction=0).float(), rtol=1e-4, atol=1e-4)
+    reader = NetworkReader(training_data, net)
+    assert reader.read(confidence).shape[-1] == len(training_data.train)
+
+
+def test_fixed_normalisation_is_that_of_the_settings() -> None:
+    examples = make_examples(40)
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 48)).astype(np.uint8)
+    examples = replace(
+        examples, inputs=(examples.inputs[0], MatrixInputs(matrix=pictures)), shapes=(examples.shapes[0], (4, 4, 3))
+    )
+    _, net = build_training_data(examples, replace(QUICK, width=0.02, normalise_pictures="imagenet"))
+    mean = net.state_dict()["encoders.1.trunk.mean"].flatten()
+    torch.testing.assert_close(mean, 255 * torch.tensor([0.485, 0.456, 0.406]))

@@ -1,10 +1,10 @@
-"""Steps, batches, augmentation, and what samplers and balancers have in common."""
+"""Steps, batches, and what samplers and balancers have in common."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..audit.probes.network import augment_pictures, to_pictures
 from ..rebalance.curriculum import RowIndex
-from .config import AugmentConfig, TrainConfig
+from .config import TrainConfig
 from .network import FusionNet, Outputs
 from .optimizer import DistributedContext
 
@@ -126,6 +125,21 @@ def split_order(order: RowIndex, *, batch_size: int, after: int = 0) -> list[Ste
     return [Step(rows=order[start : start + batch_size]) for start in starts]
 
 
+def whole_batches(steps: Iterable[Step], *, batch_size: int, num_done: int = 0) -> Iterator[Step]:
+    """Yield the steps of an epoch, without a last one of fewer than `batch_size` rows unless it is the only one.
+
+    num_done: steps of the epoch that an interrupted run has done.
+    """
+    num_steps, last = num_done, None
+    for step in steps:
+        if last is not None:
+            yield last
+            num_steps += 1
+        last = step
+    if last is not None and (len(last.rows) >= batch_size or num_steps == 0):
+        yield last
+
+
 def to_batch(
     step: Step,
     inputs: tuple[Tensor, ...],
@@ -149,50 +163,6 @@ def to_batch(
         loss_weight=torch.from_numpy(np.ascontiguousarray(loss_weight)).to(device, non_blocking=True),
         size=len(step.rows),
     )
-
-
-def augment(batch: Batch, shapes: Sequence[tuple[int, ...]], config: AugmentConfig, *, seed: int) -> Batch:
-    """Augment a batch: pictures and frames are cropped and mirrored, spectrograms masked, vectors not changed."""
-    rng = np.random.default_rng(seed)
-    return replace(
-        batch,
-        inputs=tuple(
-            _augment_inputs(rows, shape, config, rng) for rows, shape in zip(batch.inputs, shapes, strict=True)
-        ),
-    )
-
-
-def _augment_inputs(rows: Tensor, shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> Tensor:
-    if len(rows) == 0:  # a process may have no row of a last step; affine_grid raises for it
-        return rows
-    if len(shape) > 2 and config.pictures:
-        return augment_pictures(to_pictures(rows, shape), rng, min_area=config.min_crop, flip=config.flip)
-    if len(shape) == 2 and config.sound:
-        return mask_spectrograms(to_pictures(rows, shape), config, rng)
-    return rows
-
-
-def mask_spectrograms(pictures: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
-    """Mask bands and time spans of spectrograms (b, 1, 1, mel, t), as SpecAugment does, arXiv 1904.08779.
-
-    A mask's width is uniform from 0 to its share of the axis, its position uniform; masked values are NaN, which
-    networks replace by the mean.
-    """
-    masked = pictures.float().clone()
-    for axis, num_masks, share in (
-        (4, config.time_masks, config.time_share),
-        (3, config.band_masks, config.band_share),
-    ):
-        size = masked.shape[axis]
-        width = np.floor(rng.random((len(masked), num_masks)) * (share * size + 1)).astype(np.int64)
-        start = np.floor(rng.random((len(masked), num_masks)) * (size - width + 1)).astype(np.int64)
-        positions = np.arange(size)
-        # (b, size)
-        is_masked = ((positions >= start[..., None]) & (positions < (start + width)[..., None])).any(axis=1)
-        shape = [len(masked), 1, 1, 1, 1]
-        shape[axis] = size
-        masked.masked_fill_(torch.from_numpy(is_masked).to(masked.device).view(shape), torch.nan)
-    return masked
 
 
 OutputFunction = Callable[[Outputs, Tensor], Tensor]
@@ -269,8 +239,18 @@ class Method(ABC):
         """Raise ConfigError where the constants contradict other settings of the training."""
 
     @classmethod
+    def reads_scores(cls, config: Any) -> bool:
+        """Return whether the method reads scores of the manifest, which data without scores do not have."""
+        return False
+
+    @classmethod
     def late_start(cls, config: Any, settings: TrainConfig) -> str | None:
         """Return a warning where the method starts after the last epoch of the settings."""
+
+    @classmethod
+    def unused(cls, config: Any) -> Mapping[str, str]:
+        """Return the fields of the config that have no effect beside the others, each with the reason."""
+        return {}
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Evaluate the model before epoch 1, 2, ..., if the method needs it."""

@@ -27,7 +27,7 @@ from .training_data import TrainingData
 
 log = logging.getLogger("mmaudit")
 
-_STATE_VERSION = 4  # raised when the contents of a state change: an older state is not resumed
+_STATE_VERSION = 5  # raised when the contents of a state change: an older state is not resumed
 
 
 def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -> None:
@@ -144,9 +144,8 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     for name in ("report_to", "resident_mib", "save_steps"):
         del config["finetune"][name]
     weights = b"" if init is None else init.read_bytes()
-    settings = repr(
-        (_STATE_VERSION, config, examples.class_names, examples.modalities, examples.shapes, training_data.seed)
-    )
+    inputs = (examples.class_names, examples.modalities, examples.shapes, examples.views)
+    settings = repr((_STATE_VERSION, config, *inputs, training_data.seed))
     texts = (settings.encode(), content.encode(), *(text.encode() for text in ids))
     return digest(*texts, *(np.ascontiguousarray(array).tobytes() for array in arrays), weights)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..audit.errors import ConfigError
@@ -12,11 +12,30 @@ from ..audit.parsing import check_choices, check_ranges
 from ..rebalance.curriculum import OrderConfig
 from . import TRACKERS
 
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+KEEP = ("best", "last")
+INITIALISATIONS = ("default", "xavier")
+ANSWERS = ("fused", "heads", "all")  # which logits are the prediction of all modalities together
 # Fewest validation samples that may select an epoch: two of them selected the first of 60, at chance accuracy.
 MIN_VALIDATION_SAMPLES = 20
+
+
+def parse_factors(key: str, entries: Sequence[str], *, example: str) -> dict[str, float]:
+    """Return the factors, at least 0, of NAME=FACTOR entries by name; ConfigError for an entry of another form."""
+    factors: dict[str, float] = {}
+    for text in entries:
+        name, equals, factor = text.rpartition("=")
+        if name in factors:
+            raise ConfigError(f"{key} has {name} twice; each name may have one factor")
+        try:
+            factors[name] = float(factor)
+        except ValueError:
+            equals = ""
+        if not equals or not name or not 0 <= factors[name] < math.inf:
+            raise ConfigError(f"{key} {text}: not of the form NAME=FACTOR, such as {example}")
+    return factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +55,18 @@ class FinetuneConfig:
         hidden: Width of the vector encoders and of layers that the fusion adds.
         dropout: Dropout probability in [0, 1).
         own_heads: Give each modality a separate head even where the fused classifier can be split by modality.
+        answer: Logits that are validated, selected by and tested as the prediction of all modalities: "fused", those
+            of the fusion; "heads", the sum of the unimodal ones; "all", the sum of both. BSS tests "heads" on CREMA-D
+            and "all" on Kinetics-Sounds. It is recorded with the model, and metrics name it "fused" in any case.
+        initialisation: Random weights before training: "default", those of PyTorch and of the ResNet-18; "xavier",
+            those of the code of OGM-GE and BSS: linear layers normal by Xavier's rule with biases of 0, convolutions
+            normal by He's rule (fan out).
+        drop_last: Leave out the last batch of an epoch where it is smaller than the others; an epoch that has no other
+            keeps it. Without effect on samplers that choose their quantities from step to step.
+        keep: Epoch whose weights are the result: "best" on the validation split, or "last", as in the papers, which
+            have no validation split.
         validation_fraction: Share of the training samples, at least one, cut off as validation split where the source
-            has none; in [0, 1).
+            has none; in [0, 1). With keep = "last" it may be 0: all training samples are trained on.
         patience: Stop after this many epochs without a better validation result; 0 never stops early.
         compile: Compile the network with torch.compile.
         resident_mib: Inputs of up to this many MiB stay on the device; the others are read when they are needed.
@@ -56,6 +85,10 @@ class FinetuneConfig:
     hidden: int = 128
     dropout: float = 0.3
     own_heads: bool = False
+    answer: str = "fused"
+    initialisation: str = "default"
+    drop_last: bool = False
+    keep: str = "best"
     validation_fraction: float = 0.1
     patience: int = 0
     compile: bool = False
@@ -66,9 +99,12 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in self.report_to:
             TRACKERS.check(name)
+        check_choices("finetune", self, answer=ANSWERS, initialisation=INITIALISATIONS, keep=KEEP)
         check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "hidden"), "[1, inf)"))
         check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
         check_ranges("finetune", self, dropout="[0, 1)", validation_fraction="[0, 1)", keep_posterior="[0, 1]")
+        if self.keep == "last" and self.patience:
+            raise ConfigError("finetune.patience stops by the best epoch, and finetune.keep is last: set one of them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +112,8 @@ class OptimConfig:
     """How weights are updated. All default values are mmaudit's own; BSS uses sgd, lr 1e-2, weight_decay 1e-4, step 70.
 
     Args:
-        optimizer: One of OPTIMIZERS.
+        optimizer: One of OPTIMIZERS: adamw subtracts the weight decay from the weights, adam and sgd add it to the
+            gradients.
         lr: Learning rate, above 0.
         weight_decay: Weight decay, at least 0.
         momentum: Momentum of sgd, in [0, 1).
@@ -115,16 +152,7 @@ class OptimConfig:
 
     def modality_lr_factors(self) -> dict[str, float]:
         """Return the factors of `modality_lr` by modality name."""
-        factors = {}
-        for text in self.modality_lr:
-            name, equals, factor = text.rpartition("=")
-            try:
-                factors[name] = float(factor)
-            except ValueError:
-                equals = ""
-            if not equals or not name or not 0 <= factors[name] < math.inf:
-                raise ConfigError(f"optim.modality_lr {text}: not of the form NAME=FACTOR, such as audio=0.1")
-        return factors
+        return parse_factors("optim.modality_lr", self.modality_lr, example="audio=0.1")
 
     def lr_multiplier(self, epoch: int, *, epochs: int) -> float:
         """Return the factor in [0, 1] on the learning rate in epoch 1, 2, ...: a pure function, so nothing is stored.
@@ -138,6 +166,20 @@ class OptimConfig:
         if self.schedule == "cosine":
             return (1 + math.cos(math.pi * (epoch - 1 - warmup_epochs) / (epochs - warmup_epochs))) / 2
         return self.lr_fall ** ((epoch - 1) // self.lr_step) if self.schedule == "step" else 1.0
+
+    def without_effect(self) -> list[str]:
+        """Return one warning for each setting that was changed and has no effect beside the others."""
+        needs = {
+            "momentum": (self.optimizer == "sgd", f"optim.optimizer {self.optimizer}"),
+            "lr_step": (self.schedule == "step", f"optim.schedule {self.schedule}"),
+            "lr_fall": (self.schedule == "step", f"optim.schedule {self.schedule}"),
+        }
+        default = {field.name: field.default for field in fields(self)}
+        return [
+            f"optim.{name} {getattr(self, name):g} has no effect with {setting}"
+            for name, (has_effect, setting) in needs.items()
+            if not has_effect and getattr(self, name) != default[name]
+        ]
 
     def late_start(self, epochs: int) -> str | None:
         """Return a warning if the learning rate never reaches its full value, or never falls, in so few epochs."""
@@ -157,6 +199,7 @@ class AugmentConfig:
         pictures: Crop and mirror pictures, as in OGM-GE's code.
         min_crop: Smallest crop, as a share of the picture's area in (0, 1].
         flip: Mirror half of the pictures; turn off where left and right distinguish classes.
+        frames: Of media.network_frame_choices frames of a segment train on one at random, not on the middle one.
         sound: Apply the masks of SpecAugment (arXiv 1904.08779), without its time warping.
         time_masks: Number of masks along time.
         time_share: Widest time mask, as a share of the time steps (our value).
@@ -167,6 +210,7 @@ class AugmentConfig:
     pictures: bool = True
     min_crop: float = 0.08
     flip: bool = True
+    frames: bool = True
     sound: bool = True
     time_masks: int = 2
     time_share: float = 0.1
@@ -190,6 +234,8 @@ class TrainConfig:
         sampling: Constants of samplers, {section: {key: value}}; `methods.resolve` checks and completes them.
         balancing: Constants of balancing methods, in the same form.
         width: Width of the ResNet-18 encoders; 1 is the full width.
+        normalise_pictures: Normalisation of their pictures, see NetworkConfig.
+        normalise_sound: Normalisation of their spectrograms, see NetworkConfig.
     """
 
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -199,3 +245,5 @@ class TrainConfig:
     sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     balancing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     width: float = 1.0
+    normalise_pictures: str = "data"
+    normalise_sound: str = "data"

@@ -224,15 +224,18 @@ def average_precision(scores: Probabilities, positive: NDArray[np.bool_]) -> flo
 def evaluate_network(
     reader: NetworkReader, rows: RowIndex, examples: Examples, *, between: str, seed: int
 ) -> dict[str, Any]:
-    """Evaluate the reader's network on some rows: {test, test_by_class, contribution}.
+    """Evaluate the reader's network on some rows: {answer, test, test_by_class, contribution}.
 
-    The fused prediction and each modality alone, overall, by subset and by class, see `evaluate` and
-    `evaluate_classes`; each modality's contribution and the confused samples, see `measure_contribution`.
+    The prediction of all modalities, named "fused" whichever logits it is by (`answer`), and each modality alone,
+    overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
+    modality's contribution and the confused samples, see `measure_contribution`.
     """
     label = examples.label[rows]
-    first, _, second = between.partition(":")
-    subset_masks = subsets(examples.discrepancy[rows], first=first, second=second or "rest")
-    subset_masks["in-manifest"] = examples.in_manifest[rows]
+    subset_masks = {"all": np.ones(len(rows), dtype=bool)}
+    if not np.isnan(examples.discrepancy).all():  # as it is of data without scores
+        first, _, second = between.partition(":")
+        subset_masks |= subsets(examples.discrepancy[rows], first=first, second=second or "rest")
+        subset_masks["in-manifest"] = examples.in_manifest[rows]
     branch_probabilities = predict_probabilities(reader, rows, examples.modalities)
     sets = shapley_sets(len(examples.modalities), seed=seed)
     correct = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy() > 0.5
@@ -241,6 +244,7 @@ def evaluate_network(
     )
     correct_by_modalities = dict(zip(sets, correct, strict=True))
     return {
+        "answer": reader.net.config.answer,
         "test": evaluate(branch_probabilities, label, subset_masks),
         "test_by_class": evaluate_classes(branch_probabilities, label, examples.class_names),
         "contribution": measure_contribution(correct_by_modalities, unimodal_correct, examples.modalities, seed=seed),
@@ -251,7 +255,7 @@ def evaluate_network(
 def evaluate_file(
     path: Path, examples: Examples, *, split: str, between: str, config: TrainConfig, seed: int, device: str
 ) -> dict[str, Any]:
-    """Evaluate the network in a file on one split of the examples: {n, test, test_by_class, contribution}.
+    """Evaluate the network in a file on one split of the examples: {n, answer, test, test_by_class, contribution}.
 
     Raises RunError for a file that is not a model, ManifestError where its modalities, inputs or classes differ from
     those of the samples, or the split has no samples.
@@ -289,10 +293,12 @@ def _described(value: object) -> str:
 def predict_probabilities(
     reader: NetworkReader, rows: RowIndex, names: Sequence[str]
 ) -> dict[str, NDArray[np.float32]]:
-    """Compute class probabilities (n, k) of the fused prediction and of each modality alone."""
+    """Compute class probabilities (n, k) of the prediction of all modalities, "fused", and of each modality alone."""
 
     def softmax_of_branches(outputs: Outputs, label: Tensor) -> Tensor:
-        return torch.cat([outputs.fused[None], outputs.unimodal]).float().softmax(dim=2).movedim(1, 2)
+        return (
+            torch.cat([reader.net.tested_logits(outputs)[None], outputs.unimodal]).float().softmax(dim=2).movedim(1, 2)
+        )
 
     stacked = reader.read_samples(softmax_of_branches, rows).cpu().numpy()
     return {name: np.ascontiguousarray(branch.T) for name, branch in zip(("fused", *names), stacked, strict=True)}

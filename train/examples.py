@@ -17,9 +17,10 @@ from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.features.cached_matrix import FeatureMatrix
 from ..audit.features.encode import EncodeTask
 from ..audit.features.encoded_samples import Status, missing_in_source, row_content
-from ..audit.features.encoders import input_shape, is_network
+from ..audit.features.encoders import input_shape, is_network, stored_pictures
 from ..audit.features.matrix import Inputs, chunks
 from ..audit.hashing import canonical_order
+from ..audit.probes.crops import PictureView
 from ..audit.workers import prefetch_map
 from ..rebalance.curriculum import RowIndex, with_validation
 from ..rebalance.manifest import Manifest
@@ -105,10 +106,10 @@ class Examples:
     """n samples, those of the manifest and the test samples it left out, ordered by a hash of their ids: arrays (n,).
 
     inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is available. shapes: shape
-    of a row of each modality, (d_j,) for vectors, or that of a network's input. content: digests of each sample's
-    media. label: int64 in [0, k), indexing `class_names`. split: train, validation, test. rank: 0 = most balanced, -1
-    outside the manifest. balance in [-1, 1] and p_balanced in [0, 1] may be NaN. in_manifest: whether a sample
-    is in the manifest.
+    of a row of each modality, (d_j,) for vectors, or that of a network's input. views: how each modality's rows become
+    a network's input; None, also for all of them: rows have the shape. content: digests of each sample's media. label:
+    int64 in [0, k), indexing `class_names`. split: train, validation, test. rank: 0 = most balanced, -1 outside the
+    manifest. balance in [-1, 1] and p_balanced in [0, 1] may be NaN. in_manifest: whether a sample is in the manifest.
     """
 
     sample_id: NDArray[np.object_]
@@ -126,6 +127,7 @@ class Examples:
     balance: NDArray[np.float64]
     p_balanced: NDArray[np.float64]
     in_manifest: NDArray[np.bool_]
+    views: tuple[PictureView | None, ...] = ()
 
     @property
     def modalities_text(self) -> str:
@@ -147,6 +149,7 @@ class Examples:
             present=self.present[:, [index]],
             shapes=(self.shapes[index],),
             modalities=(self.modalities[index],),
+            views=self.views[index : index + 1],
         )
 
 
@@ -202,7 +205,14 @@ def load_examples(
         balance=np.array(table["balance"].to_pandas(), dtype=np.float64),
         p_balanced=np.array(table["p_balanced"].to_pandas(), dtype=np.float64),
         in_manifest=in_manifest,
+        views=tuple(_view_of(matrix, tasks) for matrix in inputs),
     )
+
+
+def _view_of(matrix: FeatureMatrix, tasks: Sequence[EncodeTask]) -> PictureView | None:
+    """Return how stored pictures become a network's input; None where they are stored as it reads them."""
+    stored = stored_pictures(matrix.status.modality, tasks[0].media)
+    return None if stored is None else PictureView(shape=_shape_of(matrix, tasks), stored=stored)
 
 
 def _shape_of(matrix: FeatureMatrix, tasks: Sequence[EncodeTask]) -> tuple[int, ...]:

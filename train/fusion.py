@@ -23,6 +23,7 @@ class Fusion(nn.Module, ABC):
     Attributes:
         paper: Reference; empty where there is none.
         decomposes: It has unimodal logits; otherwise each modality gets a separate head.
+        is_sum: Its fused logits are the sum of its unimodal ones.
         min_modalities: Fewest modalities that it fuses.
         needs_pairs: Its fused logits have weights that the unimodal logits do not use.
         usual_balancing: Balancer of `--balancing auto`.
@@ -31,6 +32,7 @@ class Fusion(nn.Module, ABC):
 
     paper: ClassVar[str] = ""
     decomposes: ClassVar[bool]
+    is_sum: ClassVar[bool] = False
     min_modalities: ClassVar[int] = 2
     needs_pairs: ClassVar[bool] = False
     usual_balancing: ClassVar[str] = "joint"
@@ -64,6 +66,7 @@ class Summed(Fusion):
     """A fusion whose logits are the sum of the unimodal ones."""
 
     decomposes = True
+    is_sum = True
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Sum the unimodal logits."""
@@ -122,6 +125,29 @@ class Late(Summed):
 
 
 class Gated(Fusion):
+    """The first modality gates the others: h = sigmoid(W_1 f_1) * sum_{j > 1} W_j f_j; logits W h + b.
+
+    OGM-GE's "gated" fusion for two modalities, after Kiela et al., arXiv 1802.02892; the sum over more than one other
+    modality is ours. The layers have biases and `hidden` units, 512 in OGM-GE's code.
+    """
+
+    paper = "Kiela et al., arXiv 1802.02892"
+    decomposes = False
+
+    def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
+        super().__init__(num_features, num_classes=num_classes, hidden=hidden)
+        self.gate = nn.Linear(num_features[0], hidden)
+        self.values = nn.ModuleList(nn.Linear(d, hidden) for d in num_features[1:])
+        self.head = nn.Linear(hidden, num_classes)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Gate, classify."""
+        values = torch.stack([value(f) for value, f in zip(self.values, features[1:], strict=True)])
+        logits: Tensor = self.head(self.gate(features[0]).sigmoid() * values.sum(dim=0))
+        return logits
+
+
+class GatedUnit(Fusion):
     """h = sum_j z_j * tanh(V_j f_j), z_j = sigmoid(U_j [f_1; ...; f_m]); logits W h + b.
 
     The gated multimodal unit of Arevalo et al., arXiv 1702.01992, in its form for any number of modalities.
@@ -145,10 +171,36 @@ class Gated(Fusion):
 
 
 class Film(Fusion):
-    """The first modality scales and shifts the others: h = beta(f_1) + sum_{j > 1} (1 + gamma(f_1)) * V_j f_j.
+    """The first modality scales and shifts the others: h = gamma(f_1) * sum_{j > 1} f_j + beta(f_1); logits W h + b.
 
-    Feature-wise linear modulation, Perez et al., arXiv 1709.07871, as in OGM-GE's code for two modalities; the sum over
-    more than one other modality is ours, and so is 1 + gamma, which starts near the identity.
+    Feature-wise linear modulation, Perez et al., arXiv 1709.07871, as in OGM-GE's code, which has two modalities: the
+    features are modulated as they are. For more than two (ours) they are summed, and mapped to `hidden` features by a
+    layer each where their widths differ.
+    """
+
+    paper = "Perez et al., arXiv 1709.07871"
+    decomposes = False
+
+    def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
+        super().__init__(num_features, num_classes=num_classes, hidden=hidden)
+        same_width = len(set(num_features[1:])) == 1
+        width = num_features[1] if same_width else hidden
+        self.film = nn.Linear(num_features[0], 2 * width)
+        self.bring = nn.ModuleList(nn.Identity() if same_width else nn.Linear(d, width) for d in num_features[1:])
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Modulate, classify."""
+        gamma, beta = self.film(features[0]).chunk(2, dim=1)
+        values = torch.stack([bring(f) for bring, f in zip(self.bring, features[1:], strict=True)])
+        logits: Tensor = self.head(gamma * values.sum(dim=0) + beta)
+        return logits
+
+
+class FilmProjected(Fusion):
+    """FiLM of projected features: h = beta(f_1) + sum_{j > 1} (1 + gamma(f_1)) * V_j f_j; logits W h + b.
+
+    Ours: the layers V_j, and 1 + gamma, which starts near the identity; see Film for the form of OGM-GE's code.
     """
 
     paper = "Perez et al., arXiv 1709.07871"
@@ -171,19 +223,25 @@ class Film(Fusion):
 
 
 class Mmtm(Fusion):
-    """Cross-modal squeeze: s = relu(Z [f_1; ...; f_m]), f_j * 2 sigmoid(E_j s); one head per modality, logits summed.
+    """Cross-modal squeeze: s = relu(Z [f_1; ...; f_m]), x_j = W_j (f_j * 2 sigmoid(E_j s)) + b_j, and their mean.
 
-    The multimodal transfer module of Vaezi Joze et al. (CVPR 2020), which Greedy (ICML 2022) needs, once, after the
-    encoders (ours; theirs are between the stages of convolutions). For unimodal logits, f_j is excited by the running
-    mean of its excitation in training instead: the path without information from the other modalities, which Greedy's
-    rebalancing steps use. `cut` (m,): for which modalities the fused logits use that path too.
+    The multimodal transfer module of Vaezi Joze et al. (CVPR 2020), which Greedy (ICML 2022) needs. As in Greedy's code
+    the fused logits are the mean of the branches x_j, and `mean` is the mean of each excitation, sigmoid(E_j s), over
+    all training steps (its code also counts evaluations, and the second modality gets the mean of the first).
+
+    Ours: one module, on the features. Theirs are three, after the last three stages of two ResNets. That does not fit a
+    network whose features are of one modality alone, on which its unimodal logits, the evaluation without a modality,
+    and every other fusion rest. The factor 2 is that of Vaezi Joze et al., which Greedy's code leaves out.
+
+    For unimodal logits, f_j is excited by its mean excitation instead: the path without information from the other
+    modalities, which Greedy's rebalancing steps use. `cut` (m,): for which modalities the fused logits use that path.
     """
 
     paper = "Vaezi Joze et al., CVPR 2020"
     decomposes = True
     needs_pairs = True
     mean: Tensor
-    MOMENTUM = 0.1
+    num_steps: Tensor
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
         super().__init__(num_features, num_classes=num_classes, hidden=hidden)
@@ -191,66 +249,78 @@ class Mmtm(Fusion):
         self.squeeze = nn.Linear(sum(num_features), squeezed)
         self.excite = nn.ModuleList(nn.Linear(squeezed, d) for d in num_features)
         self.heads = nn.ModuleList(nn.Linear(d, num_classes) for d in num_features)
-        self.register_buffer("mean", torch.zeros(sum(num_features)))  # before the sigmoid
+        self.register_buffer("mean", torch.full((sum(num_features),), 0.5))
+        self.register_buffer("num_steps", torch.zeros(()))
         self.cut = [False] * len(num_features)
 
     def excitations(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the excitation of each modality's features, before the sigmoid: m of (b, d_j)."""
+        """Compute the excitation of each modality's features, after the sigmoid: m of (b, d_j)."""
         squeezed = self.squeeze(torch.cat(list(features), dim=1)).relu()
-        return [excite(squeezed) for excite in self.excite]
+        return [excite(squeezed).sigmoid() for excite in self.excite]
+
+    def branch_logits(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the logits of every branch, m of (b, k); in training, update the mean excitations."""
+        excitations = self.excitations(features)
+        if self.training:
+            self.num_steps += 1
+            if len(features[0]):  # a process may have no row of a last step
+                with torch.no_grad():
+                    mean = torch.cat(excitations, dim=1).float().mean(dim=0)
+                    self.mean.lerp_(mean, 1 / self.num_steps)
+        return self._excited_logits(
+            features,
+            [
+                mean if cut else excitation
+                for excitation, mean, cut in zip(excitations, self.mean_excitations(), self.cut, strict=True)
+            ],
+        )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Excite, classify, sum; in training, update the running mean of the excitations."""
-        excitations = self.excitations(features)
-        if self.training and len(features[0]):  # a process may have no row of a last step
-            with torch.no_grad():
-                self.mean.lerp_(torch.cat(excitations, dim=1).float().mean(dim=0), self.MOMENTUM)
-        means = self.mean_excitations()
-        logits = [
-            head(f * 2 * (mean.expand_as(f) if cut else excitation).sigmoid())
-            for head, f, excitation, mean, cut in zip(self.heads, features, excitations, means, self.cut, strict=True)
-        ]
-        return torch.stack(logits).sum(dim=0)
+        """Compute the mean of the branches' logits."""
+        return torch.stack(self.branch_logits(features)).mean(dim=0)
 
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the logits with each modality's mean excitation."""
-        return torch.stack(
-            [
-                head(f * 2 * mean.sigmoid())
-                for head, f, mean in zip(self.heads, features, self.mean_excitations(), strict=True)
-            ]
-        )
+        return torch.stack(self._excited_logits(features, self.mean_excitations()))
+
+    def _excited_logits(self, features: Sequence[Tensor], excitations: Sequence[Tensor]) -> list[Tensor]:
+        return [head(f * 2 * excitation) for head, f, excitation in zip(self.heads, features, excitations, strict=True)]
 
     def mean_excitations(self) -> list[Tensor]:
-        """Return the running mean of each modality's excitations, before the sigmoid: m of (d_j,)."""
-        ends = list(accumulate(self.num_features))
-        return [self.mean[end - size : end] for end, size in zip(ends, self.num_features, strict=True)]
+        """Return the mean over training steps of each modality's excitations, after the sigmoid: m of (d_j,)."""
+        mean, ends = self.mean.clone(), list(accumulate(self.num_features))  # the next step changes it in place
+        return [mean[end - size : end] for end, size in zip(ends, self.num_features, strict=True)]
 
 
 class Shared(Fusion):
-    """One classifier for all modalities, MLA's head; the modality with the lower entropy has the larger fusion weight.
+    """One classifier for all modalities, MLA's head: z_j = W f_j + b; the fused logits are sum_j w_j z_j.
 
-    z_j = W f_j + b; the fused logits are sum_j w_j z_j, w = softmax over j of minus the entropy of softmax(z_j): MLA
-    (CVPR 2024), test-time fusion. Features of different widths are first mapped to one width by a layer each (ours).
+    By default w = softmax over j of minus the entropy of softmax(z_j), of every sample: the modality with the lower
+    entropy weighs more. That is the test-time fusion of the paper (MLA, CVPR 2024); its released code computes one
+    entropy per batch, of a softmax over the samples. Where `weights` (m,) are set, they are the w_j of all samples, the
+    fixed fusion of the code. Features of different widths are first mapped to one width by a layer each (ours).
     """
 
     paper = "Zhang et al., CVPR 2024"
     usual_balancing = "mla"
     balancing_reason = "a shared classifier is trained one modality at a time, which only mla does"
     decomposes = True
+    weights: Tensor
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
         super().__init__(num_features, num_classes=num_classes, hidden=hidden)
         width, same_width = hidden, len(set(num_features)) == 1
         self.bring = nn.ModuleList(nn.Identity() if same_width else nn.Linear(d, width) for d in num_features)
         self.head = nn.Linear(num_features[0] if same_width else width, num_classes)
+        self.register_buffer("weights", torch.zeros(len(num_features)))  # 0: by entropy
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Weight the unimodal logits by softmax of minus their entropy."""
+        """Weight the unimodal logits."""
         logits = self.unimodal_logits(features)
         log_p = logits.float().log_softmax(dim=2)
         entropy = -(log_p.exp() * log_p).sum(dim=2)
-        return ((-entropy).softmax(dim=0)[:, :, None] * logits).sum(dim=0)
+        weights = torch.where(self.weights.any(), self.weights[:, None], (-entropy).softmax(dim=0))
+        return (weights[:, :, None] * logits).sum(dim=0)
 
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Apply the classifier to each modality."""

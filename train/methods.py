@@ -41,6 +41,11 @@ class Methods:
     balancer_config: Any
     fusion: type[Fusion]
 
+    @property
+    def has_own_heads(self) -> bool:
+        """Whether each modality gets a separate head even where the fused classifier can be split by modality."""
+        return self.config.finetune.own_heads or self.balancer.needs_own_heads(self.balancer_config)
+
 
 def resolve(config: TrainConfig) -> Methods:
     """Resolve the methods of a fine-tuning by name, and check that they work together.
@@ -79,7 +84,7 @@ def resolve(config: TrainConfig) -> Methods:
     config = replace(config, finetune=resolved, sampling=sampling, balancing=balancing_sections)
     sampler.check(sampler_config, config)
     balancer.check(balancer_config, config)
-    return Methods(
+    methods = Methods(
         config=config,
         sampler=sampler,
         sampler_config=sampler_config,
@@ -87,6 +92,8 @@ def resolve(config: TrainConfig) -> Methods:
         balancer_config=balancer_config,
         fusion=fusion,
     )
+    _check_answer(methods)
+    return methods
 
 
 def load_fusion(name: str) -> type[Fusion]:
@@ -104,20 +111,32 @@ def load_fusion(name: str) -> type[Fusion]:
 
 
 def check_schedule(methods: Methods) -> list[str]:
-    """Return one warning for each setting that never starts or never ends in so few epochs."""
+    """Return one warning for each setting that never starts or never ends in so few epochs, or has no effect."""
     config = methods.config
     warnings = (
         methods.sampler.late_start(methods.sampler_config, config),
         methods.balancer.late_start(methods.balancer_config, config),
         config.optim.late_start(config.finetune.epochs),
     )
-    return [f"{config.finetune.epochs} epochs are too few: {warning}" for warning in warnings if warning]
+    too_few = [f"{config.finetune.epochs} epochs are too few: {warning}" for warning in warnings if warning]
+    return too_few + config.optim.without_effect()
+
+
+def list_unused(methods: Methods) -> list[str]:
+    """Return one warning for each constant that was changed from its default and has no effect beside the others."""
+    warnings = []
+    for method, config in ((methods.sampler, methods.sampler_config), (methods.balancer, methods.balancer_config)):
+        default = method.default_config()
+        for name, reason in method.unused(config).items():
+            if (value := getattr(config, name)) != getattr(default, name):
+                warnings.append(f"{config.section}.{name} = {value} has no effect: {reason}")
+    return warnings
 
 
 def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:
     """Return the balancer of `--balancing auto`, and log the reason where it is not joint."""
     option, name = f"--sampling {settings.sampling}", sampler.usual_balancing
-    reason = "it selects samples per modality, which only unimodal losses train on"
+    reason = sampler.balancing_reason
     fusion: type[Fusion] | None = None if settings.fusion == "auto" else FUSIONS.load(settings.fusion)
     if fusion is not None and fusion.usual_balancing != "joint":
         option, name, reason = f"--fusion {settings.fusion}", fusion.usual_balancing, fusion.balancing_reason
@@ -145,6 +164,16 @@ def _check_single_modality(
             )
     if fusion.min_modalities > 1:
         raise ConfigError(f"--only {settings.only} leaves nothing to fuse: remove --fusion {settings.fusion}")
+
+
+def _check_answer(methods: Methods) -> None:
+    """Raise ConfigError for a tested answer that is the fused one in any case."""
+    settings = methods.config.finetune
+    if settings.answer != "fused" and methods.fusion.is_sum and not methods.has_own_heads:
+        raise ConfigError(
+            f"finetune.answer = {settings.answer} has no effect: the fused logits of --fusion {settings.fusion} are "
+            "the sum of the unimodal ones; give the modalities heads of their own with --set finetune.own_heads=true"
+        )
 
 
 def _resolve_sections(
@@ -202,7 +231,7 @@ def list_methods(registries: Mapping[str, Registry] = REGISTRIES, *, details: bo
 
     Example:
         >>> [row.name for row in list_methods(details=False) if row.kind == "fusion"]
-        ['concat', 'late', 'gated', 'film', 'mmtm', 'shared']
+        ['concat', 'late', 'gated', 'gated-unit', 'film', 'film-projected', 'mmtm', 'shared']
     """
     rows = []
     for kind, registry in registries.items():

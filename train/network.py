@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..audit.metrics import Floats, shapley
-from ..audit.probes.network import build_trunk, to_pictures
+from ..audit.probes.crops import to_pictures
+from ..audit.probes.network import build_trunk
 from . import FUSIONS
 from .fusion import Fusion
 
@@ -128,7 +129,8 @@ class ModelConfig:
     """Architecture of a network, stored in the metadata of its file.
 
     shapes: shape of a row's input per modality, (d,) or that of a network's input. own_heads: a separate head per
-    modality even where the fusion decomposes.
+    modality even where the fusion decomposes. answer: the logits that are the prediction of all modalities, one of
+    config.ANSWERS.
     """
 
     modalities: tuple[str, ...]
@@ -136,6 +138,7 @@ class ModelConfig:
     classes: tuple[str, ...]
     fusion: str = "concat"
     own_heads: bool = False
+    answer: str = "fused"
     hidden: int = 128
     dropout: float = 0.3
     width: float = 1.0
@@ -234,6 +237,20 @@ class FusionNet(nn.Module):
             masked = [f if is_used else torch.zeros_like(f) for f, is_used in zip(features, used, strict=True)]
             return self.fusion(masked)  # type: ignore[no-any-return]
 
+    def tested_logits(self, outputs: Outputs) -> Tensor:
+        """Return the logits (b, k) that are the prediction of all modalities, by the config's `answer`."""
+        if self.config.answer == "fused":
+            return outputs.fused
+        heads = outputs.unimodal.sum(dim=0)
+        return heads if self.config.answer == "heads" else outputs.fused + heads
+
+    def tested_logits_of(self, features: Sequence[Tensor], used: Sequence[bool]) -> Tensor:
+        """Compute the tested logits (b, k) with only the `used` modalities (m,) present, in float32."""
+        if self.config.answer == "fused":
+            return self.fused_logits(features, used)
+        masked = [f if is_used else torch.zeros_like(f) for f, is_used in zip(features, used, strict=True)]
+        return self.tested_logits(self.classify(masked))
+
     def forward(
         self, inputs: Sequence[Tensor], modality_mask: Tensor | None = None, *, unimodal: bool = True
     ) -> Outputs:
@@ -245,6 +262,22 @@ class FusionNet(nn.Module):
         yield from (parameter for parameter in self.encoders[modality].parameters() if parameter.requires_grad)
         if self.has_own_heads:
             yield from self.heads[modality].parameters()
+
+
+def initialise_xavier(module: nn.Module) -> None:
+    """Draw new weights for a layer, as the code of OGM-GE and BSS does: `net.apply(initialise_xavier)`.
+
+    Linear layers: normal by Xavier's rule, biases 0. Convolutions: normal by He's rule, fan out. Batch normalisation:
+    scale 1 and shift 0.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.ones_(module.weight)
+    if isinstance(module, (nn.Linear, nn.BatchNorm2d)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
@@ -283,12 +316,12 @@ def shapley_sets(num_modalities: int, *, seed: int = 0) -> list[ModalitySet]:
 
 
 def correct_by_set(net: FusionNet, sets: Sequence[ModalitySet]) -> Callable[[Outputs, Tensor], Tensor]:
-    """Return a function of outputs and label: is the fused prediction correct with only a set present, (s, b)?"""
+    """Return a function of outputs and label: is the tested prediction correct with only a set present, (s, b)?"""
 
     def read(outputs: Outputs, label: Tensor) -> Tensor:
         used_modalities = [[index in modality_set for index in range(net.num_modalities)] for modality_set in sets]
         return torch.stack(
-            [net.fused_logits(outputs.features, used).argmax(dim=1) == label for used in used_modalities]
+            [net.tested_logits_of(outputs.features, used).argmax(dim=1) == label for used in used_modalities]
         )
 
     return read

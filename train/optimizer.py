@@ -159,10 +159,23 @@ class Optimization:
         # A fused SGD whose first step the scaler skips starts with uninitialised memory as its momentum.
         fused = not self._scaler.is_enabled()
         if config.optimizer == "sgd":
-            return torch.optim.SGD(
+            sgd = torch.optim.SGD(
                 groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
             )
-        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+            self._set_momentum_to_zero(sgd)
+            return sgd
+        adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return adam(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+
+    def _set_momentum_to_zero(self, sgd: torch.optim.SGD) -> None:
+        """Create the momentum of all parameters, 0, from which torch's first step follows exactly: 0 m + g = g.
+
+        Otherwise torch creates that of the parameters with a gradient, and its fused step fails when another parameter
+        gets its first gradient later, as in alternating training, after unfreezing, or when no sample of the first step
+        has a modality.
+        """
+        for parameter in self._parameters if self.config.momentum else ():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def begin_epoch(self, epoch: int, *, epochs: int) -> float:
         """Set the learning rates of epoch 1, 2, ... and return the base rate."""

@@ -14,19 +14,22 @@ from torch import Tensor
 
 from ..audit.errors import ConfigError, ManifestError
 from ..audit.hashing import digest
+from ..audit.probes.config import fixed_moments
 from ..rebalance.curriculum import RowIndex, id_keys, training_rows
+from .augment import InputForm, augment, local_rows
 from .balancing.balancer import Validation
-from .batches import Batch, Loss, OutputFunction, Step, augment, to_batch
+from .batches import Batch, Loss, OutputFunction, Step, to_batch, whole_batches
 from .config import FinetuneConfig, TrainConfig
 from .examples import NUM_READERS, Examples, Store
-from .methods import Methods, check_schedule
-from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
+from .methods import Methods, check_schedule, list_unused
+from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder, cross_entropy, initialise_xavier
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
 
 log = logging.getLogger("mmaudit")
 
 _READ_BATCH_SIZE = 1024  # vectors, in eval mode
+_STORED_BATCH_SIZE = 64  # stored pictures: of 360 x 360 pixels, 64 take 200 MB as float64
 _MAX_MOMENT_PICTURES = 4096  # pictures that mean and scale are computed from: precise to 1%
 
 
@@ -34,12 +37,12 @@ _MAX_MOMENT_PICTURES = 4096  # pictures that mean and scale are computed from: p
 class TrainingData:
     """Samples of a training on their device, and its settings. Rows index the samples of `store`.
 
-    shapes: shape of a row's input per modality; present (n, m): whether a row has the modality. label (n,) on the
-    device, weight (n,). pool: what samplers draw from.
+    forms: how a row becomes the input of each modality; present (n, m): whether a row has the modality. label (n,) on
+    the device, weight (n,). pool: what samplers draw from.
     """
 
     store: Store
-    shapes: tuple[tuple[int, ...], ...]
+    forms: tuple[InputForm, ...]
     present: NDArray[np.bool_]
     label: Tensor
     weight: NDArray[np.float32]
@@ -77,7 +80,10 @@ class TrainingData:
         )
         return cls(
             store=store,
-            shapes=examples.shapes,
+            forms=tuple(
+                InputForm(shape=shape, view=view, key=pool.key)
+                for shape, view in zip(examples.shapes, examples.views or [None] * len(examples.shapes), strict=True)
+            ),
             present=examples.present,
             label=torch.from_numpy(examples.label).to(device),
             weight=examples.weight,
@@ -102,24 +108,28 @@ class TrainingData:
 
         A modality that a sample does not have is masked in its batch, whatever the sampler selects.
         """
+        finetune = self.config.finetune
+        if finetune.drop_last and prefetch:  # steps that depend on the last one cannot be read ahead
+            steps = whole_batches(steps, batch_size=finetune.batch_size, num_done=first_step - 1)
         present = self.present[self.train]
         if not present.all():
             steps = (step.masked_by(present) for step in steps)
         label, weight = self.label[torch.from_numpy(self.train).to(self.device)], self.weight[self.train]
-        augmented = any(len(shape) > 1 for shape in self.shapes)
+        augmented = any(len(form.shape) > 1 for form in self.forms)
 
         def rows_of(step: Step) -> list[RowIndex]:
             local_step = step.shard(self.distributed)
             if local_step.present is None:
-                return [self.train[local_step.rows]] * len(self.shapes)
-            return [self.train[local_step.rows_of(j)] for j in range(len(self.shapes))]
+                return [self.train[local_step.rows]] * len(self.forms)
+            return [self.train[local_step.rows_of(j)] for j in range(len(self.forms))]
 
         stream = self.store.stream(steps, rows_of, num_threads=NUM_READERS if prefetch else 0)
         for step_number, (step, inputs) in enumerate(stream, start=first_step):
             batch = to_batch(step, inputs, label=label, weight=weight, distributed=self.distributed)
             if augmented:
-                seed = self.derive_seed("augment", epoch, step_number, self.distributed.rank)
-                batch = augment(batch, self.shapes, self.config.augment, seed=seed)
+                rows = local_rows(step, len(self.forms), self.distributed)
+                seed = self.derive_seed("augment", epoch, step_number, 0)
+                batch = augment(batch, self.forms, self.config.augment, seed=seed, rows=rows)
             yield batch
 
     def standardise(self, net: FusionNet) -> None:
@@ -128,12 +138,21 @@ class TrainingData:
         Raises ManifestError where no training row has a modality.
         """
         for modality, (name, encoder) in enumerate(zip(net.config.modalities, net.encoders, strict=True)):
-            if isinstance(encoder, PictureEncoder):
+            fixed = self._fixed_moments(self.forms[modality].shape)
+            if isinstance(encoder, PictureEncoder) and fixed is not None:
+                encoder.standardise_by(*fixed)
+            elif isinstance(encoder, PictureEncoder):
                 rows = self.train[:: -(-len(self.train) // _MAX_MOMENT_PICTURES)]
                 encoder.standardise_by(*self._moments(modality, rows, name=name)[:2])
             elif isinstance(encoder, VectorEncoder):
                 mean, scale, largest = self._moments(modality, self.train, name=name)
                 encoder.standardise_by(mean, scale, largest=largest)
+
+    def _fixed_moments(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """Return mean and standard deviation of each channel by the settings; None: those of the training rows."""
+        names = {"pictures": self.config.normalise_pictures, "sound": self.config.normalise_sound}
+        moments = fixed_moments(shape, **names) if len(shape) > 1 else None
+        return None if moments is None else (torch.from_numpy(moments[0]), torch.from_numpy(moments[1]))
 
     def standardize_resident(self, net: FusionNet) -> None:
         """Standardise the vectors on the device once, which each step would otherwise repeat: 4% of its time."""
@@ -145,15 +164,19 @@ class TrainingData:
 
     def _moments(self, modality: int, rows: RowIndex, *, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Compute mean, standard deviation and largest size of each feature or channel (c,) over rows that have it."""
-        shape, matrix = self.shapes[modality], self.store.resident[modality]
+        form, matrix = self.forms[modality], self.store.resident[modality]
+        shape, size = form.shape, _READ_BATCH_SIZE if form.view is None else _STORED_BATCH_SIZE
         num_values, sums = 0, []
-        for start in range(0, len(rows), _READ_BATCH_SIZE):
-            batch_rows = rows[start : start + _READ_BATCH_SIZE]
+        for start in range(0, len(rows), size):
+            batch_rows = rows[start : start + size]
             if matrix is not None:
                 values = matrix.index_select(0, torch.from_numpy(batch_rows).to(matrix.device))
             else:
                 values = torch.from_numpy(np.array(self.store.inputs[modality].read(batch_rows)))
-            values = values[~values.isnan().any(dim=1)].double()
+            values = values[~values.isnan().any(dim=1)]
+            if form.view is not None:
+                values = form.whole(values).permute(0, 1, 3, 4, 2).flatten(1)
+            values = values.double()
             channels = 1 if len(shape) == 2 else shape[-1]
             values = values.view(-1, channels) if len(shape) > 1 else values
             if len(values):
@@ -191,13 +214,13 @@ class NetworkReader:
     def read_samples(self, function: OutputFunction, rows: RowIndex, *, net: FusionNet | None = None) -> Tensor:
         """Evaluate the function on any samples, by their row in the store."""
         data, network = self.training_data, self.net if net is None else net
-        vectors = all(len(shape) == 1 for shape in data.shapes)
+        vectors = all(len(form.shape) == 1 for form in data.forms)
         size = _READ_BATCH_SIZE if vectors else data.config.finetune.batch_size
         local_rows, all_present = rows[data.distributed.slice(len(rows))], bool(data.present[rows].all())
 
         def rows_of(batch_rows: RowIndex) -> list[RowIndex]:
             return [
-                batch_rows if all_present else batch_rows[data.present[batch_rows, j]] for j in range(len(data.shapes))
+                batch_rows if all_present else batch_rows[data.present[batch_rows, j]] for j in range(len(data.forms))
             ]
 
         batches = [local_rows[start : start + size] for start in range(0, len(local_rows), size)] or [local_rows]
@@ -207,6 +230,7 @@ class NetworkReader:
         for batch_rows, inputs in data.store.stream(batches, rows_of):
             label = data.label[torch.from_numpy(batch_rows).to(data.device)]
             modality_mask = None if all_present else torch.from_numpy(data.present[batch_rows]).to(data.device)
+            inputs = tuple(form.whole(rows) for form, rows in zip(data.forms, inputs, strict=True))
             values.append(function(network(inputs, modality_mask), label).float())
         network.train(training)
         return data.distributed.gather(torch.cat(values, dim=-1))
@@ -235,11 +259,12 @@ class NetworkReader:
 
 
 def validate(reader: NetworkReader, *, net: FusionNet | None = None) -> Validation:
-    """Compute mean cross entropy and accuracy, fused and of each modality, on the validation samples."""
+    """Compute mean cross entropy and accuracy on validation, of the tested logits and of each modality."""
+    network = reader.net if net is None else net
 
     def losses_and_correct(outputs: Outputs, label: Tensor) -> Tensor:
-        correct = torch.cat([outputs.fused[None], outputs.unimodal]).argmax(dim=2) == label
-        return torch.cat([outputs.cross_entropy(label), correct.float()])
+        logits = torch.cat([network.tested_logits(outputs)[None], outputs.unimodal])
+        return torch.cat([cross_entropy(logits, label), (logits.argmax(dim=2) == label).float()])
 
     means = reader.read_validation(losses_and_correct, net=net).double().mean(dim=1).tolist()
     num_branches = len(means) // 2
@@ -263,7 +288,9 @@ def set_up(
     train = _training_rows(examples, config.finetune)
     validation, test = examples.rows("validation"), examples.rows("test")
     for name, rows in (("train", train), ("validation", validation), ("test", test)):
-        if len(rows) == 0:
+        if name == "validation" and len(rows) == 0:
+            _check_unvalidated(methods)
+        elif len(rows) == 0:
             advice = "relax its rule, or --keep-posterior"
             if name == "test":
                 advice += "; where the data have none, mmaudit split --resplit 80/8/12 cuts some"
@@ -271,7 +298,8 @@ def set_up(
     unknown = sorted({*config.optim.freeze, *config.optim.modality_lr_factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
-    for warning in check_schedule(methods) if distributed.is_first else ():
+    warnings = (*check_schedule(methods), *list_unused(methods), *_without_effect(methods))
+    for warning in warnings if distributed.is_first else ():
         log.warning("%s", warning)
     if config.optim.freeze and config.finetune.init is None:
         log.info(
@@ -289,6 +317,34 @@ def set_up(
     )
 
 
+def _check_unvalidated(methods: Methods) -> None:
+    """Raise an error for a training without validation samples that needs some."""
+    settings = methods.config.finetune
+    if settings.keep == "best":
+        raise ManifestError(
+            "the manifest leaves no validation samples, and finetune.validation_fraction cuts none: raise it, or keep "
+            "the last epoch with --set finetune.keep=last"
+        )
+    if methods.balancer.reads_validation(methods.balancer_config):
+        raise ConfigError(
+            f"--balancing {settings.balancing} follows validation losses, and there are no validation samples: cut "
+            "some with --set finetune.validation_fraction=0.1"
+        )
+
+
+def _without_effect(methods: Methods) -> list[str]:
+    """Return one warning for each setting that another one makes ineffective."""
+    settings = methods.config.finetune
+    warnings = []
+    if settings.drop_last and methods.sampler.adaptive:
+        warnings.append(
+            f"finetune.drop_last has no effect: --sampling {settings.sampling} chooses the size of every step"
+        )
+    if settings.initialisation != "default" and settings.init is not None:
+        warnings.append(f"finetune.initialisation has no effect: --init {settings.init} replaces all weights")
+    return warnings
+
+
 def build_network(examples: Examples, methods: Methods) -> FusionNet:
     """Build the network that the methods train, with random weights."""
     settings = methods.config.finetune
@@ -297,12 +353,14 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         shapes=examples.shapes,
         classes=examples.class_names,
         fusion=settings.fusion,
-        own_heads=settings.own_heads or methods.balancer.own_heads,
+        own_heads=methods.has_own_heads,
+        answer=settings.answer,
         hidden=settings.hidden,
         dropout=settings.dropout,
         width=methods.config.width,
     )
-    return FusionNet(config, fusion=methods.fusion)
+    net = FusionNet(config, fusion=methods.fusion)
+    return net.apply(initialise_xavier) if settings.initialisation == "xavier" else net
 
 
 def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.int64]:

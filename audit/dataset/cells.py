@@ -16,17 +16,8 @@ from numpy.typing import NDArray
 
 from ..errors import DatasetError, Reason, UnusableError
 from ..hashing import digest
-from ..media.files import (
-    MAX_ARRAY_BYTES,
-    MAX_IN_MEMORY,
-    MediaFile,
-    Medium,
-    is_hidden,
-    kind_of_path,
-    missing_file,
-    require_fetched,
-    wave_file,
-)
+from ..media.files import is_hidden, kind_of_path, missing_file, require_fetched
+from ..media.media_file import MAX_ARRAY_BYTES, MAX_IN_MEMORY, MediaFile, Medium, wave_file
 from ..parsing import BROKEN, check_header, read_array
 from ..storage import file_stamp, open_regular
 from .modalities import FileChecks, Modality

@@ -67,7 +67,7 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     columns = dataset.columns
     tables = [(dataset.read(shard, modalities=False), shard) for shard in dataset.shards]
     sample_id = np.array([name for rows, shard in tables for name in dataset.sample_ids(rows, shard)], dtype=object)
-    rows = pa.concat_tables([rows for rows, _ in tables])
+    rows = pa.concat_tables([rows for rows, _ in tables], promote_options="permissive")
     for name in columns.id:
         if num_null := rows[name].null_count:
             raise DatasetError(
@@ -112,7 +112,7 @@ def _unique_columns(dataset: Dataset) -> str | None:
     """Return the value of --id that makes ids unique: the id columns after one of groups or ids, else one column."""
     types = zip(dataset.schema.names, dataset.schema.types, strict=True)
     names = [name for name, type_ in types if (is_text(type_) or pa.types.is_integer(type_)) and "," not in name]
-    rows = pa.concat_tables([shard.read(names) for shard in dataset.shards])
+    rows = pa.concat_tables([shard.read(names) for shard in dataset.shards], promote_options="permissive")
     columns = dataset.columns
     others = [name for name in names if name not in columns.names or name == columns.group]
     outer = sorted(name for name in others if name == columns.group or name.lower().endswith("id"))
@@ -142,10 +142,13 @@ def stratified_cut(
     fraction: float,
     seed: int,
     purpose: str,
+    at_most: bool = False,
 ) -> NDArray[np.bool_]:
     """Return a mask (n,) of `fraction` of the rows, at least one, drawn by hash(seed, group or id).
 
-    With groups whole groups are drawn; without, the fraction is the same in every class.
+    With groups whole groups are drawn, as closely to the fraction as their order allows, and at least one; without, the
+    fraction is the same in every class. at_most: No more rows are drawn than without groups: a group that would exceed
+    them is passed over. Where every group would, the mask is False everywhere.
     """
     if group is None:
         keys = hash_rank(sample_id, seed=seed, purpose=purpose)
@@ -155,6 +158,13 @@ def stratified_cut(
         return is_drawn
     names, sizes = np.unique(group.astype(str), return_counts=True)
     order = np.argsort(hash_rank(names.tolist(), seed=seed, purpose=purpose), kind="stable")
+    if at_most:
+        rows_left, drawn = max(1, round(fraction * len(label))), np.zeros(len(names), dtype=bool)
+        for index in order.tolist():
+            if sizes[index] <= rows_left and drawn.sum() < len(names) - 1:
+                drawn[index] = True
+                rows_left -= int(sizes[index])
+        return np.isin(group.astype(str), names[drawn])
     group_middle = np.cumsum(sizes[order]) - sizes[order] / 2  # a group is drawn if its middle lies below the fraction
     num_groups = max(1, int((group_middle < fraction * sizes.sum()).sum()))
     drawn_groups = order[: min(num_groups, len(names) - 1)]  # at least one group is not drawn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -21,33 +21,41 @@ _NUM_LISTED = 6  # entries of an unexpected folder that a message lists
 def list_media(root: Path, subfolder: str, *, kind: str) -> list[str]:
     """Return the sorted files of one kind in a folder and its subfolders, as POSIX paths relative to `root`.
 
-    Hidden files and folders, such as `._*` of macOS, are left out.
+    Hidden files and folders, such as `._*` of macOS, are left out. DatasetError if a folder links to its parent.
     """
-    paths = []
-    for folder, subfolders, names in os.walk(root / subfolder):
-        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
-        relative_folder = Path(folder).relative_to(root)
-        media_names = [name for name in names if kind_of_path(name) == kind and not is_hidden(name)]
-        paths += [(relative_folder / name).as_posix() for name in media_names]
-    return sorted(paths)
+    return sorted(
+        (folder / name).as_posix()
+        for folder, _, names in _walk(root, subfolder)
+        for name in names
+        if kind_of_path(name) == kind
+    )
 
 
 def list_frame_folders(root: Path, subfolder: str) -> list[str]:
     """Return the sorted folders of pictures below a folder, as POSIX paths relative to `root`; empty ones, too.
 
-    Folders of folders, such as those of classes and splits, are searched; a folder with pictures is not.
+    Folders of folders, such as those of classes and splits, are searched; a folder with pictures is not. DatasetError
+    if a folder links to its parent.
     """
-    frame_folders, remaining = [], [PurePosixPath(subfolder)] if (root / subfolder).is_dir() else []
-    while remaining:
-        folder = remaining.pop()
-        with os.scandir(root / folder) as scan:
-            entries = [entry for entry in scan if not is_hidden(entry.name)]
-        has_pictures = any(kind_of_path(entry.name) == "image" and entry.is_file() for entry in entries)
-        subfolders = [folder / entry.name for entry in entries if not has_pictures and entry.is_dir()]
-        remaining += subfolders
+    frame_folders = []
+    for folder, subfolders, names in _walk(root, subfolder):
+        if any(kind_of_path(name) == "image" for name in names):
+            subfolders.clear()
         if not subfolders and folder != PurePosixPath(subfolder):
             frame_folders.append(folder.as_posix())
     return sorted(frame_folders)
+
+
+def _walk(root: Path, subfolder: str) -> Iterator[tuple[PurePosixPath, list[str], list[str]]]:
+    """Yield the folders below a folder as os.walk does, relative to `root`, with links and without hidden entries."""
+    for path, subfolders, names in os.walk(root / subfolder, followlinks=True):
+        folder = PurePosixPath(Path(path).relative_to(root).as_posix())
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
+        for link in (Path(path, name) for name in subfolders if Path(path, name).is_symlink()):
+            above = [Path(path), *(root / parent for parent in folder.parents)]
+            if any(parent.resolve().is_relative_to(link.resolve()) for parent in above):
+                raise DatasetError(f"the folder {link} links to one of its parents: remove this link")
+        yield folder, subfolders, [name for name in names if not is_hidden(name)]
 
 
 def event_ids(clips: Sequence[str], events: Sequence[str]) -> list[str]:

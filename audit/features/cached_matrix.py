@@ -1,9 +1,6 @@
 """Feature matrices in the feature cache on disk, and contents that recur in them by chance.
 
 Equal contents of such rows are no sign of a copy. All rules here are mmaudit's own. n samples, d features.
-
-
-Equal contents of such rows are no sign of a copy. All rules here are mmaudit's own. n samples, d features.
 """
 
 from __future__ import annotations
@@ -150,7 +147,9 @@ class FeatureMatrix:
         # No copy: often only a few rows are read.
         vector = column_of(read_arrow(task.file(self.status.modality)), "vector")
         shard_usable = self.status.usable[start : start + task.shard.num_rows]
-        usable_vectors = vector.flatten().to_numpy().reshape(int(shard_usable.sum()), -1)  # flatten skips nulls
+        # Nulls have no values. `flatten` would copy those of the whole shard where there is one, 100 MB of pictures.
+        first, last = vector.offsets.to_numpy()[[0, -1]].tolist()
+        usable_vectors = vector.values.to_numpy()[first:last].reshape(int(shard_usable.sum()), -1)
         is_usable = shard_usable[dataset_rows - start]
         vectors = usable_vectors[(np.cumsum(shard_usable) - 1)[dataset_rows - start][is_usable]]
         vectors = vectors if self.columns is None else vectors[:, self.columns]

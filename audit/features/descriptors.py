@@ -6,14 +6,6 @@ saying digits (v).
 
 A picture is 32 x 32 grey levels, a video 16 x 16 of four frames, a sound 32 time segments x 32 frequency bands, both
 relative: a faster or resampled copy has the same ones, but for a shift in frequency. The design is mmaudit's own.
-
-
-All are pure functions that return float32 vectors whose length depends only on the config. The comments state how the
-constants were chosen: out-of-fold accuracy of logistic regression on spoken digits (a), MNIST (i) and videos of lips
-saying digits (v).
-
-A picture is 32 x 32 grey levels, a video 16 x 16 of four frames, a sound 32 time segments x 32 frequency bands, both
-relative: a faster or resampled copy has the same ones, but for a shift in frequency. The design is mmaudit's own.
 """
 
 from __future__ import annotations

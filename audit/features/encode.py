@@ -24,7 +24,8 @@ from ..dataset.formats import Shard
 from ..dataset.modalities import Modality
 from ..errors import DatasetError, Reason, UnusableError, attach_file_name
 from ..hashing import digest
-from ..media.files import MediaConfig, MediaFile, Medium
+from ..media.files import MediaConfig
+from ..media.media_file import MediaFile, Medium
 from ..storage import atomic_write, file_stamp
 from ..workers import Progress, fixed_threads, prefetch_map, run_tasks
 from .encoders import encode_cell, is_pretrained, preprocessing

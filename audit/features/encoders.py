@@ -25,9 +25,17 @@ from numpy.typing import NDArray
 from ..dataset.modalities import Modality
 from ..errors import ConfigError, Reason, UnusableError, choices
 from ..hashing import digest
-from ..media.audio import decode_audio, network_spectrogram, network_steps
+from ..media.audio import decode_audio, network_spectrogram, spectrogram_shape
 from ..media.files import MediaConfig
-from ..media.pictures import decode_folders, decode_frames, decode_image
+from ..media.pictures import (
+    SizedPictures,
+    decode_folders,
+    decode_frames,
+    decode_image,
+    decode_sized_folders,
+    decode_sized_frames,
+    decode_sized_image,
+)
 from ..registry import Entry, Registry
 from .descriptors import audio_statistics, fingerprint, image_statistics, video_statistics
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
@@ -167,14 +175,52 @@ def is_network(modality: Modality) -> bool:
 
 
 def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
-    """Return the input shape of `resnet18` for a sample: (mel bands, time steps), (h, w, 3) or (f, h, w, 3).
+    """Return the input shape of `resnet18` for a sample: (bins, time steps), (h, w, 3) or (f, h, w, 3).
 
-    The cache holds the inputs flattened: float32 natural logarithms of power, or uint8 pixels.
+    The cache holds the inputs flattened, float32 logarithms or uint8 pixels, or as `StoredPictures`.
     """
     size = media.network_size
     if modality.kind == "audio":
-        return (media.network_mel_bins, network_steps(media))
+        return spectrogram_shape(media)
     return (size, size, 3) if modality.kind == "image" else (media.network_frames, size, size, 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPictures:
+    """How the cache holds pictures of networks where it holds more than what a network reads.
+
+    A row has f segments of `num_choices` frames of (side, side, 3) pixels, and with `is_sized` the width and height of
+    the original, uint16 in two bytes each.
+    """
+
+    num_frames: int
+    num_choices: int
+    side: int
+    is_sized: bool
+
+    @property
+    def num_features(self) -> int:
+        """Numbers of a row."""
+        return self.num_frames * self.num_choices * self.side**2 * 3 + _SIZE_BYTES * self.is_sized
+
+
+_SIZE_BYTES = 4
+
+
+def stored_pictures(modality: Modality, media: MediaConfig) -> StoredPictures | None:
+    """Return how the pictures of a network are stored; None for sound, and where they are stored as it reads them."""
+    is_clip = modality.kind in ("video", "frames")
+    num_choices = media.network_frame_choices if is_clip else 1
+    if not is_network(modality) or modality.kind == "audio":
+        return None
+    if num_choices == 1 and media.network_stored_size is None:
+        return None
+    return StoredPictures(
+        num_frames=media.network_frames if is_clip else 1,
+        num_choices=num_choices,
+        side=media.stored_size,
+        is_sized=media.network_stored_size is not None,
+    )
 
 
 def preprocessing(modality: Modality, media: MediaConfig) -> str:
@@ -184,6 +230,16 @@ def preprocessing(modality: Modality, media: MediaConfig) -> str:
     encoder = load_encoder(modality)
     settings = (modality.kind, encoder.name, encoder.version, media.to_fingerprint())
     return digest(repr(settings).encode())[:16]
+
+
+def decode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Any:
+    """Decode a loaded cell (see Dataset.load) as encoders get it; texts and checked vectors (d,) are returned."""
+    if modality.kind != "features":
+        return _DECODERS[modality.kind](loaded, media)
+    vector = check_vector(np.asarray(loaded, dtype=np.float32).ravel(), modality)
+    if isinstance(vector, UnusableError):
+        raise vector
+    return vector
 
 
 def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> EncodedCell | UnusableError:
@@ -199,8 +255,9 @@ def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> EncodedC
     encoder = load_encoder(modality)
     try:
         decoded = (encoder.decode or _DECODERS[modality.kind])(loaded, media)
-        has_own_form = encoder.decode in (None, _DECODE_IMAGE, _DECODE_VIDEO, _DECODE_FRAMES)
-        thumbnail = fingerprint(decoded, modality.kind, media) if has_own_form else b""
+        pixels = decoded.pixels if isinstance(decoded, SizedPictures) else decoded
+        has_own_form = encoder.decode is None or isinstance(decoded, SizedPictures)
+        thumbnail = fingerprint(pixels, modality.kind, media) if has_own_form else b""
         return EncodedCell(vector=np.asarray(encoder.encode(decoded, media)), fingerprint=thumbnail)
     except UnusableError as error:
         return error
@@ -287,19 +344,27 @@ def _source_file(module: ModuleType) -> Path:
     return Path(source)
 
 
-def _decode_for_network(decode: EncodeFunction, loaded: Any, media: MediaConfig) -> NDArray[np.uint8]:
-    """Decode to the sizes of a network's input."""
-    size = media.network_size
-    return np.asarray(decode(loaded, replace(media, image_size=size, num_frames=media.network_frames, frame_size=size)))
+def _network_image(loaded: Any, media: MediaConfig) -> SizedPictures:
+    return decode_sized_image(loaded, size=media.stored_size, config=media)
 
 
-_DECODE_IMAGE, _DECODE_VIDEO, _DECODE_FRAMES = (
-    partial(_decode_for_network, decode) for decode in (decode_image, decode_frames, decode_folders)
-)
+def _network_video(loaded: Any, media: MediaConfig) -> SizedPictures:
+    num_frames = media.network_frames * media.network_frame_choices
+    size, fps = media.stored_size, media.network_fps
+    return decode_sized_frames(loaded, num_frames=num_frames, size=size, fps=fps, config=media)
 
 
-def _flat_pixels(pixels: NDArray[np.uint8], media: MediaConfig) -> Vector:
-    return pixels.ravel()
+def _network_folders(loaded: Any, media: MediaConfig) -> SizedPictures:
+    num_frames = media.network_frames * media.network_frame_choices
+    return decode_sized_folders(loaded, num_frames=num_frames, size=media.stored_size, config=media)
+
+
+def _flat_pixels(pictures: SizedPictures, media: MediaConfig) -> NDArray[np.uint8]:
+    """Return the pixels, and the size of the original where crops need it, see `StoredPictures`."""
+    if media.network_stored_size is None:
+        return pictures.pixels.ravel()
+    size = np.minimum([pictures.width, pictures.height], 65_535).astype("<u2")
+    return np.concatenate([pictures.pixels.ravel(), size.view(np.uint8)])
 
 
 def _flat_spectrogram(wave: NDArray[np.float32], media: MediaConfig) -> Vector:
@@ -315,7 +380,7 @@ STATISTICS = {
 }
 RESNET18 = {
     "audio": Encoder(name="network-sound", version=2, encode=_flat_spectrogram),
-    "image": Encoder(name="network-image", version=1, encode=_flat_pixels, decode=_DECODE_IMAGE),
-    "video": Encoder(name="network-video", version=2, encode=_flat_pixels, decode=_DECODE_VIDEO),
-    "frames": Encoder(name="network-frames", version=1, encode=_flat_pixels, decode=_DECODE_FRAMES),
+    "image": Encoder(name="network-image", version=1, encode=_flat_pixels, decode=_network_image),
+    "video": Encoder(name="network-video", version=2, encode=_flat_pixels, decode=_network_video),
+    "frames": Encoder(name="network-frames", version=1, encode=_flat_pixels, decode=_network_folders),
 }

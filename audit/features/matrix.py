@@ -265,6 +265,13 @@ class JointInputs:
         padded = [part if part.shape[0] else csr_array((len(rows), part.shape[1]), dtype=np.float32) for part in texts]
         return hstack(padded, format="csr") if padded else None
 
+    def parts_of_columns(self, terms: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Return the index of the part of each column of `read_numbers`, and of these columns of `read_terms`."""
+        texts = [read_terms(part, np.empty(0, np.intp)) for part in self.parts]
+        num_numbers = [Numbers(inputs=part).num_features for part in self.parts]
+        ends = np.cumsum([0 if text is None else text.shape[1] for text in texts])
+        return np.repeat(np.arange(len(self.parts)), num_numbers), np.searchsorted(ends, terms, side="right")
+
     def in_memory(self, rows: RowIndex) -> Inputs:
         """Read these rows into memory."""
         return replace(self, parts=tuple(in_memory(part, rows) for part in self.parts))

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ from PIL import Image
 from ..errors import ConfigError
 from ..hashing import digest
 from ..media.audio import decode_audio
-from ..media.container import reading_container
 from ..media.files import MediaConfig
-from ..media.pictures import check_not_constant, decode_folders, read_frames, read_picture
+from ..media.pictures import decode_sized_folders, decode_sized_frames, decode_sized_image
 from ..storage import file_stamp
 from ..workers import parallel_map
 from .vectors import text_words
@@ -117,12 +116,11 @@ class Pretrained:
             return dict(self.processor(loaded, truncation=True, max_length=_max_tokens(self), return_tensors=None))
         if self.kind == "audio":
             rate = int(self.processor.sampling_rate)
-            wave = decode_audio(loaded, replace(media, sample_rate=rate))
+            wave = decode_audio(loaded, media, sample_rate=rate)
             wave = np.pad(wave, (0, max(0, round(MIN_SECONDS * rate) - len(wave))))
             return _drop_batch(self.processor(wave, sampling_rate=rate, return_tensors="np"))
         if self.kind == "image":
-            with reading_container(loaded):
-                picture = check_not_constant(read_picture(loaded, size=None, config=media))
+            picture = decode_sized_image(loaded, size=None, config=media).pixels
             return _drop_batch(self.processor(images=[Image.fromarray(picture)], return_tensors="np"))
         frames = [Image.fromarray(frame) for frame in self._frames(loaded, media)]
         if self.num_frames:
@@ -149,9 +147,8 @@ class Pretrained:
     def _frames(self, loaded: Any, media: MediaConfig) -> NDArray[np.uint8]:
         num_frames = self.num_frames or media.num_frames
         if self.kind == "frames":
-            return decode_folders(loaded, replace(media, num_frames=num_frames, frame_size=_FRAME_SIZE))
-        with reading_container(loaded):
-            return check_not_constant(read_frames(loaded, num_frames=num_frames, size=None, config=media))
+            return decode_sized_folders(loaded, num_frames=num_frames, size=_FRAME_SIZE, config=media).pixels
+        return decode_sized_frames(loaded, num_frames=num_frames, size=None, config=media).pixels
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         method = _tower_method(type(self.model), self.kind)

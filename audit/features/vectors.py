@@ -2,10 +2,6 @@
 
 A text is stored as the numbers of its terms, of which there are NUM_TERMS. Probes read their weights as sparse rows;
 networks and the search for near duplicates read the same terms as vectors of a fixed, short length.
-
-
-A text is stored as the numbers of its terms, of which there are NUM_TERMS. Probes read their weights as sparse rows;
-networks and the search for near duplicates read the same terms as vectors of a fixed, short length.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -25,7 +24,8 @@ from .container import (
     reading_container,
     select_stream,
 )
-from .files import MediaConfig, Medium
+from .files import MediaConfig, stft_samples
+from .media_file import Medium
 
 SILENT_PEAK = 1e-4  # -80 dBFS: three steps of 16-bit sound, above dither, below any recording
 FULL_SCALE = 0.99  # sound with a peak of this or more may be clipped by a converter or an editor
@@ -36,11 +36,12 @@ STEP = 1 / 32_768  # one level of 16-bit sound; samples that differ by less coun
 _PART_SAMPLES = 16  # output samples of one matrix product of `_filtered`, for each block
 
 
-def decode_audio(data: Medium, config: MediaConfig) -> NDArray[np.float32]:
-    """Decode a mono waveform (t,), the mean of the channels, in [-1, 1], at config.sample_rate.
+def decode_audio(data: Medium, config: MediaConfig, *, sample_rate: int | None = None) -> NDArray[np.float32]:
+    """Decode a mono waveform (t,), the mean of the channels, in [-1, 1], at `sample_rate` or config.sample_rate.
 
     Reads at most config.max_seconds of sound files, or of the first audio track of videos.
     """
+    target_rate = sample_rate or config.sample_rate
     with reading_container(data):
         wave, rate = decode_native(data, config)
         peak = float(np.abs(wave).max())
@@ -53,7 +54,7 @@ def decode_audio(data: Medium, config: MediaConfig) -> NDArray[np.float32]:
             raise UnusableError(
                 Reason.CLIPPED, f"{clipped_fraction:.0%} of {len(wave) / rate:.2f} s are at the peak {peak:.2f}"
             )
-        return resample(wave, rate, config.sample_rate)[: max(1, round(config.max_seconds * config.sample_rate))]
+        return resample(wave, rate, target_rate)[: max(1, round(config.max_seconds * target_rate))]
 
 
 def has_sound(data: Medium) -> bool:
@@ -235,8 +236,8 @@ def clipped_share(wave: NDArray[np.float32]) -> float:
 
 Vector = NDArray[np.float32]
 
-WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 FLOOR = 1e-6  # lower bound of the power relative to the strongest band: -60 dB
+_BLOCK_WINDOWS = 1 << 14  # transformed at once: an hour of sound would take 1.5 GB in one piece
 
 
 def log_mel(wave: Vector, config: MediaConfig) -> Vector:
@@ -245,48 +246,68 @@ def log_mel(wave: Vector, config: MediaConfig) -> Vector:
     With scipy: torch.stft with its default threads takes 3.2 ms for half a second, this function 0.3, and no worker
     has to import torch.
     """
-    window = _window(config.sample_rate)
-    padded = np.pad(wave.astype(np.float32, copy=False), len(window) // 2 + 1)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, len(window))[:: _hop(config.sample_rate)]
-    spectrum = scipy.fft.rfft(frames * window, _fft_size(len(window)))
-    power = _mel_filters(config.mel_bins, config.sample_rate) @ (spectrum.real**2 + spectrum.imag**2).T
+    return _log_mel(wave, config.sample_rate, num_bins=config.mel_bins, stft=stft_samples(config.sample_rate))
+
+
+def _log_mel(wave: Vector, sample_rate: int, *, num_bins: int, stft: tuple[int, int, int]) -> Vector:
+    n_fft, window_size, hop = stft
+    window, filters = _hann(window_size), _mel_filters(num_bins, sample_rate, n_fft)
+    padded = np.pad(wave.astype(np.float32, copy=False), window_size // 2 + 1)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window_size)[::hop]
+    parts = []
+    for start in range(0, len(windows), _BLOCK_WINDOWS):
+        spectrum = scipy.fft.rfft(windows[start : start + _BLOCK_WINDOWS] * window, n_fft)
+        parts.append(filters @ (spectrum.real**2 + spectrum.imag**2).T)
+    power = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     floor = max(float(power.max()) * FLOOR, 1e-20)  # the latter for complete silence
     return np.asarray(np.log(np.maximum(power, floor)), dtype=np.float32)
 
 
 def network_spectrogram(wave: Vector, config: MediaConfig) -> Vector:
-    """Compute log-mel bands (config.network_mel_bins, t) of the first config.network_seconds of a waveform.
+    """Compute the spectrogram (bins, t), of `spectrogram_shape`, of the first config.network_seconds of a waveform.
 
-    They are the input of a network. A shorter sound is repeated, as OGM-GE's code does with CREMA-D.
+    It is the input of a network. A shorter sound is repeated, as OGM-GE's code does with CREMA-D, or padded.
     """
-    wave = np.resize(wave, round(config.network_seconds * config.sample_rate))  # repeats, or cuts
-    bands = log_mel(wave, replace(config, mel_bins=config.network_mel_bins))
-    return bands[:, : network_steps(config)]
+    size = config.num_network_samples
+    pads = config.network_extend == "pad" and len(wave) < size
+    wave = np.pad(wave, (0, size - len(wave))) if pads else np.resize(wave, size)  # the latter repeats, or cuts
+    if config.network_spectrogram == "log-magnitude":
+        return _log_magnitude(wave, config)
+    bands = _log_mel(wave, config.sample_rate, num_bins=config.network_mel_bins, stft=config.stft_samples)
+    return bands[:, : spectrogram_shape(config)[1]]
 
 
-def network_steps(config: MediaConfig) -> int:
-    """Return the number of time steps t of a network's spectrogram, one per hundredth of a second."""
-    return max(1, round(config.network_seconds * config.sample_rate) // _hop(config.sample_rate))
+def _log_magnitude(wave: Vector, config: MediaConfig) -> Vector:
+    """Compute log(|X| + epsilon) (bins, 1 + t // hop) of a waveform (t,): the windows and centring of librosa.stft."""
+    n_fft, window_size, hop = config.stft_samples
+    left = (n_fft - window_size) // 2
+    window = np.pad(_hann(window_size), (left, n_fft - window_size - left))
+    mode: Any = {"zero": "constant", "reflect": "reflect"}[config.network_padding]
+    padded = np.pad(wave.astype(np.float32, copy=False), n_fft // 2, mode=mode)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop]
+    num_bins, num_steps = spectrogram_shape(config)
+    magnitude = np.abs(scipy.fft.rfft(windows[:num_steps] * window, n_fft)[:, :num_bins])
+    return np.ascontiguousarray(np.log(magnitude + np.float32(config.network_epsilon)).T, dtype=np.float32)
 
 
-def _hop(sample_rate: int) -> int:
-    return max(1, round(HOP_SECONDS * sample_rate))
+def spectrogram_shape(config: MediaConfig) -> tuple[int, int]:
+    """Return the shape of a network's spectrogram: bins, and time steps t, one per hop."""
+    n_fft, _, hop = config.stft_samples
+    num_samples = config.num_network_samples
+    if config.network_spectrogram == "log-magnitude":
+        return config.network_linear_bins or n_fft // 2 + 1, 1 + num_samples // hop
+    return config.network_mel_bins, max(1, num_samples // hop)
 
 
 @lru_cache(maxsize=8)
-def _window(sample_rate: int) -> Vector:
-    size = max(2, round(WINDOW_SECONDS * sample_rate))
-    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)).astype(np.float32)  # periodic Hann
-
-
-def _fft_size(window_size: int) -> int:
-    return 1 << (window_size - 1).bit_length()
+def _hann(size: int) -> Vector:
+    """Return a periodic Hann window (size,)."""
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)).astype(np.float32)
 
 
 @lru_cache(maxsize=8)
-def _mel_filters(mel_bins: int, sample_rate: int) -> Vector:
+def _mel_filters(mel_bins: int, sample_rate: int, fft_size: int) -> Vector:
     """Return triangular filters of height 1, (mel_bins, frequencies), 20 Hz to half the rate on HTK's mel scale."""
-    fft_size = _fft_size(len(_window(sample_rate)))
     low, high = (2595 * math.log10(1 + hertz / 700) for hertz in (20, sample_rate / 2))
     edges = 700 * (10 ** (np.linspace(low, high, mel_bins + 2) / 2595) - 1)
     frequencies = np.arange(fft_size // 2 + 1) * (sample_rate / fft_size)

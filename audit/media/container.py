@@ -15,7 +15,8 @@ from typing import Any
 import av
 
 from ..errors import Reason, UnusableError
-from .files import MAX_FRAME_PIXELS, MediaConfig, Medium, open_stream
+from .files import MAX_FRAME_PIXELS, MediaConfig
+from .media_file import Medium, open_stream
 
 MIN_PRESENT = 0.99  # share of the stated size; a file with less is truncated
 SLACK_BYTES = 16  # difference due to writers that include the header in the size, or omit a padding byte

@@ -1,23 +1,18 @@
-"""Files of a source: kinds of media, hidden files, Git LFS pointers; decoding limits; large files read in ranges."""
+"""Files of a source: kinds of media, hidden files, Git LFS pointers; decoding settings and limits."""
 
 from __future__ import annotations
 
-import io
 import os
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, overload
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..errors import Reason, UnusableError
-from ..parsing import check_ranges, fold_text
+from ..errors import ConfigError, Reason, UnusableError
+from ..parsing import check_choices, check_ranges, fold_text
 from ..storage import open_regular
+from .media_file import Medium
 
 EXTENSIONS = {
     "audio": {".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".au", ".caf"},
@@ -160,6 +155,16 @@ BUDGETS = {
     **dict.fromkeys(("max_image_bytes", "max_video_pixels", "max_video_bytes"), f"[1, {1 << 40}]"),
     **dict.fromkeys(("max_packets", "max_sound_values"), f"[1, {1 << 40}]"),
 }
+SPECTROGRAMS, EXTENSIONS_OF_SOUND, PADDINGS = ("log-mel", "log-magnitude"), ("tile", "pad"), ("zero", "reflect")
+WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
+_MAX_INPUT = 1 << 26  # pixels, or samples in all windows, of one sample: 201 MB as RGB, 268 MB as float32; ours
+# Fields that were added after caches existed. At their defaults they are left out of fingerprints.
+_LATER_FIELDS = {
+    *BUDGETS,
+    *("network_spectrogram", "network_linear_bins", "network_n_fft", "network_window", "network_hop"),
+    *("network_padding", "network_epsilon", "network_extend", "network_fps", "network_frame_choices"),
+    "network_stored_size",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,9 +184,26 @@ class MediaConfig:
         text_buckets: Length of the vectors of texts that networks read; probes read the hashed terms themselves.
         max_clipped: Share of the samples of a sound that may be at full scale; 1 allows all of them.
         network_seconds: Duration of sound for `resnet18`; clips of CREMA-D last 2 to 3 s.
-        network_mel_bins: Mel bands for `resnet18`.
-        network_frames: Frames of a clip for `resnet18`, as in the papers.
+        network_spectrogram: Spectrogram for `resnet18`: "log-mel", the natural log of the power in mel bands, or
+            "log-magnitude", log(|X| + network_epsilon) of the linear frequencies, as in OGM-GE's code.
+        network_mel_bins: Bands of "log-mel".
+        network_linear_bins: Frequencies of "log-magnitude", the lowest ones; by default all, network_n_fft // 2 + 1.
+        network_n_fft: Length of the Fourier transform in samples; by default the power of two from the window on.
+        network_window: Length of the periodic Hann window in samples; by default network_n_fft where it is set, else
+            25 ms.
+        network_hop: Samples between two windows; by default 10 ms.
+        network_padding: "log-magnitude" centres its windows, as librosa does: half of network_n_fft is added at both
+            ends, "zero" (librosa from 0.9 on) or "reflect" (before).
+        network_epsilon: Added to the magnitudes of "log-magnitude".
+        network_extend: A sound shorter than network_seconds is repeated ("tile") or followed by silence ("pad").
+        network_frames: Frames of a clip for `resnet18`, one from the middle of each of as many equal segments.
+        network_fps: Frames per second of a video that are considered, from its start on; by default all.
+        network_frame_choices: Frames stored for each segment, evenly spaced. Training uses one of them at random in
+            every epoch, scoring and testing the middle one; with an odd number it is the middle frame of the segment.
         network_size: Side of pictures and frames for `resnet18` in pixels; the papers use 224, in four times the time.
+        network_stored_size: Side in pixels at which pictures and frames are stored; by default network_size. Where it
+            is larger, crops in training come from the stored pictures, with sides and shapes drawn in the proportions
+            of the original picture, as torchvision's RandomResizedCrop does. A picture takes 3 bytes per pixel.
         max_image_pixels: Pixels of a picture; 8,192 x 8,192 take 256 MiB as RGB.
         max_image_bytes: Bytes of a picture file.
         max_frame_pixels: Pixels of a video frame; 5.3K of action cameras has 15.9 million.
@@ -203,9 +225,20 @@ class MediaConfig:
     text_buckets: int = 1024
     max_clipped: float = 0.1
     network_seconds: float = 3.0
+    network_spectrogram: str = "log-mel"
     network_mel_bins: int = 64
+    network_linear_bins: int | None = None
+    network_n_fft: int | None = None
+    network_window: int | None = None
+    network_hop: int | None = None
+    network_padding: str = "zero"
+    network_epsilon: float = 1e-7
+    network_extend: str = "tile"
     network_frames: int = 3
+    network_fps: float | None = None
+    network_frame_choices: int = 1
     network_size: int = 112
+    network_stored_size: int | None = None
     max_image_pixels: int = 1 << 26
     max_image_bytes: int = 1 << 28
     max_frame_pixels: int = 1 << 24
@@ -215,141 +248,71 @@ class MediaConfig:
     max_sound_values: int = 3_200_000
 
     def __post_init__(self) -> None:
-        """Check the range of every value."""
+        """Check the range of every value, and the size of what they make together."""
+        check_ranges("media", self, **BUDGETS)
         check_ranges("media", self, sample_rate="[2000, 192000]", max_seconds="[0.01, 3600]", max_clipped="[0, 1]")
         check_ranges("media", self, mel_bins="[8, 128]", network_seconds="[0.1, 60]", network_mel_bins="[8, 256]")
-        sizes = ("image_size", "num_frames", "frame_size", "text_buckets", "network_frames", "network_size")
-        check_ranges("media", self, **BUDGETS, **dict.fromkeys(sizes, "[1, 4096]"))
+        counts = ("num_frames", "text_buckets", "network_frames", "network_frame_choices")
+        sizes = ("image_size", "frame_size", "network_size", "network_stored_size")
+        check_ranges(
+            "media", self, **BUDGETS, **dict.fromkeys(counts, "[1, 4096]"), **dict.fromkeys(sizes, "[4, 1024]")
+        )
+        samples = dict.fromkeys(("network_window", "network_hop"), "[2, 65536]")
+        check_ranges("media", self, network_n_fft="[16, 65536]", network_linear_bins="[8, 32769]", **samples)
+        check_ranges("media", self, network_epsilon="[1e-30, 1]", network_fps="[0.01, 1000]")
+        check_choices("media", self, network_spectrogram=SPECTROGRAMS, network_padding=PADDINGS)
+        check_choices("media", self, network_extend=EXTENSIONS_OF_SOUND)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ConfigError for values that contradict each other, or make inputs of more than _MAX_INPUT numbers."""
+        n_fft, window, hop = self.stft_samples
+        if window > n_fft:
+            raise ConfigError(f"media.network_window is {window}; it may not exceed network_n_fft, which is {n_fft}")
+        if (self.network_linear_bins or 0) > n_fft // 2 + 1:
+            detail = f"a transform of {n_fft} samples has {n_fft // 2 + 1}"
+            raise ConfigError(f"media.network_linear_bins is {self.network_linear_bins}; {detail}")
+        if self.stored_size < self.network_size:
+            detail = f"it may not be below network_size, which is {self.network_size}"
+            raise ConfigError(f"media.network_stored_size is {self.network_stored_size}; {detail}")
+        num_windows = 1 + self.num_network_samples // hop
+        stored_frames = self.network_frames * self.network_frame_choices
+        for names, size in (
+            ("num_frames and frame_size", self.num_frames * self.frame_size**2),
+            ("network_frames, network_frame_choices and the stored size", stored_frames * self.stored_size**2),
+            ("network_seconds, network_n_fft and network_hop", num_windows * n_fft),
+        ):
+            if size > _MAX_INPUT:
+                unit = "samples in all windows" if "n_fft" in names else "pixels"
+                raise ConfigError(f"media: {names} make {size:,} {unit} per sample, the maximum is {_MAX_INPUT:,}")
+
+    @property
+    def stored_size(self) -> int:
+        """Side in pixels at which pictures and frames of networks are stored."""
+        return self.network_stored_size or self.network_size
+
+    @property
+    def num_network_samples(self) -> int:
+        """Samples of sound that a network reads."""
+        return round(self.network_seconds * self.sample_rate)
+
+    @property
+    def stft_samples(self) -> tuple[int, int, int]:
+        """Samples of the Fourier transform, the window and the hop of a network's spectrogram."""
+        window = self.network_window or self.network_n_fft or stft_samples(self.sample_rate)[1]
+        n_fft = self.network_n_fft or 1 << (window - 1).bit_length()
+        return n_fft, window, self.network_hop or stft_samples(self.sample_rate)[2]
 
     def to_fingerprint(self) -> list[tuple[str, Any]]:
         """Return the sorted names and values of the fields that a feature vector depends on.
 
-        Budgets at their defaults are left out, so that caches from before the budgets were introduced stay valid.
+        Fields that were added later are left out at their defaults, so that caches from before stay valid.
         """
         values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        return sorted((name, value) for name, value, default in values if name not in BUDGETS or value != default)
+        return sorted((name, value) for name, value, default in values if name not in _LATER_FIELDS or value != default)
 
 
-MAX_IN_MEMORY = 1 << 24  # bytes; smaller files are read into memory
-MAX_ARRAY_BYTES = 1 << 26  # of a .npy file: 16 million numbers, more than any probe can fit
-# Size in bytes up to which a file is hashed completely: a quarter of a second. The digest of a larger file covers its
-# size, the first HEAD bytes (10 s of eight channels of 32 bits at 192 kHz are 61 MB), and BLOCKS blocks spread evenly
-# over the rest, the last one at its end. Files that differ only elsewhere have the same digest.
-MAX_DIGESTED = 1 << 28
-HEAD, BLOCKS = 1 << 26, 64
-_BLOCK = 1 << 20  # bytes per read
-_MAX_SEARCH = 1 << 24  # bytes before the end that rfind searches
-
-
-@dataclass(frozen=True, slots=True)
-class MediaFile:
-    """The bytes of a regular file, read on demand when they are indexed, searched or streamed.
-
-    It implements the part of the interface of `bytes` that is needed to read headers. The file is opened for each
-    access, since a folder of frames may hold more files than a process may open. Raises UnusableError once the file has
-    changed.
-    """
-
-    path: Path
-    size: int
-    stamp: tuple[int, int, int]  # device, inode, modification time in ns
-
-    @classmethod
-    def of(cls, path: Path, status: os.stat_result) -> MediaFile:
-        """Build from the fstat of an open file."""
-        return cls(path, status.st_size, (status.st_dev, status.st_ino, status.st_mtime_ns))
-
-    def __len__(self) -> int:
-        return self.size
-
-    @overload
-    def __getitem__(self, key: int) -> int: ...
-    @overload
-    def __getitem__(self, key: slice) -> bytes: ...
-    def __getitem__(self, key: int | slice) -> int | bytes:
-        if isinstance(key, int):
-            if not -self.size <= key < self.size:
-                raise IndexError(f"byte {key} of {self.size}")
-            return self._read(key % self.size, 1)[0]
-        start, stop, step = key.indices(self.size)
-        assert step == 1
-        return self._read(start, max(0, stop - start))
-
-    def startswith(self, prefix: bytes) -> bool:
-        """Return whether the file begins with these bytes."""
-        return self[: len(prefix)] == prefix
-
-    def find(self, pattern: bytes, start: int, stop: int) -> int:
-        """Return the position of the first occurrence in a range, -1 if there is none."""
-        position = self[start:stop].find(pattern)
-        return position if position < 0 else min(start, self.size) + position
-
-    def rfind(self, pattern: bytes, start: int = 0, stop: int | None = None) -> int:
-        """Return the position of the last occurrence in a range, -1 if there is none in its last 16 MiB."""
-        end = self.size if stop is None else min(stop, self.size)
-        search_start = max(start, end - _MAX_SEARCH)
-        while end > search_start:
-            block_start = max(search_start, end - _BLOCK)
-            position = self[block_start:end].rfind(pattern)
-            if position >= 0:
-                return block_start + position
-            if block_start == search_start:
-                return -1
-            end = block_start + len(pattern) - 1  # occurrences that span two blocks
-        return -1
-
-    def digest_blocks(self) -> Iterator[bytes]:
-        """Yield the bytes to hash, block by block: all, or fixed ranges of a very large file."""
-        with self.open() as file:
-            for start, stop in _digested_ranges(self.size):
-                file.seek(start)
-                for block_start in range(start, stop, _BLOCK):
-                    yield file.read(min(_BLOCK, stop - block_start))
-
-    def open(self) -> BinaryIO:
-        """Open the file as a stream."""
-        try:
-            file = open_regular(self.path)
-        except OSError as error:
-            raise UnusableError(Reason.MISSING, f"{self.path.name}: {error.strerror}") from error
-        if MediaFile.of(self.path, os.fstat(file.fileno())) != self:
-            file.close()
-            raise UnusableError(Reason.CORRUPT, f"{self.path.name} changed while it was read")
-        return file
-
-    def _read(self, start: int, count: int) -> bytes:
-        with self.open() as file:
-            file.seek(start)
-            return file.read(count)
-
-
-Medium = bytes | MediaFile
-
-
-def open_stream(data: Medium) -> Any:
-    """Open a medium as a stream."""
-    return io.BytesIO(data) if isinstance(data, bytes) else data.open()
-
-
-def wave_file(samples: NDArray[Any], rate: int) -> bytes:
-    """Return samples (t,) or (channels, t) as a wav file: of 16 bits if they are integers, else of 32-bit floats."""
-    type_, format_code = ("<i2", 1) if samples.dtype.kind in "iu" else ("<f4", 3)
-    num_channels = 1 if samples.ndim == 1 else len(samples)
-    raw = np.ascontiguousarray(samples.T, dtype=type_).tobytes()
-    block_bytes = num_channels * np.dtype(type_).itemsize
-    layout = struct.pack(
-        "<HHIIHH", format_code, num_channels, rate, rate * block_bytes, block_bytes, 8 * np.dtype(type_).itemsize
-    )
-    chunks = b"WAVEfmt " + struct.pack("<I", len(layout)) + layout + b"data" + struct.pack("<I", len(raw))
-    return b"RIFF" + struct.pack("<I", len(chunks) + len(raw)) + chunks + raw
-
-
-def _digested_ranges(size: int) -> Iterator[tuple[int, int]]:
-    if size <= MAX_DIGESTED:
-        yield 0, size
-        return
-    yield 0, HEAD
-    last_start = size - _BLOCK
-    for block in range(BLOCKS):
-        start = HEAD + (last_start - HEAD) * block // (BLOCKS - 1)
-        yield start, start + _BLOCK
+def stft_samples(sample_rate: int) -> tuple[int, int, int]:
+    """Return the samples of a Fourier transform, of a window of 25 ms and of a hop of 10 ms."""
+    window = max(2, round(WINDOW_SECONDS * sample_rate))
+    return 1 << (window - 1).bit_length(), window, max(1, round(HOP_SECONDS * sample_rate))

@@ -6,8 +6,9 @@ import logging
 import math
 import struct
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import av
@@ -17,7 +18,8 @@ from PIL import Image, ImageOps
 
 from ..errors import Reason, UnusableError
 from .container import MIN_PRESENT, count_packets, decode_packets, open_container, reading_container, select_stream
-from .files import MediaConfig, Medium, open_stream
+from .files import MediaConfig
+from .media_file import Medium, open_stream
 
 CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest pixel that a lossy codec makes of one colour
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
@@ -28,21 +30,34 @@ Image.init()  # Pillow does not load plug-ins by itself when formats are given
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, damaged tiffs print to the terminal
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizedPictures:
+    """A picture (h, w, 3) or frames (f, h, w, 3), RGB, and the size of the original in pixels, upright."""
+
+    pixels: NDArray[np.uint8]
+    width: int
+    height: int
+
+
 def decode_image(data: Medium, config: MediaConfig) -> NDArray[np.uint8]:
     """Decode a picture (h, w, 3), RGB, rotated by its EXIF data, h = w = config.image_size.
 
     The full picture is stretched to the square: a crop could lose the object, and padding would add edges. Of 16 bits
     the upper 8 are kept; transparent pixels become white, as in a viewer; of an animation the first frame is read.
     """
+    return decode_sized_image(data, size=config.image_size, config=config).pixels
+
+
+def decode_sized_image(data: Medium, *, size: int | None, config: MediaConfig) -> SizedPictures:
+    """Decode a picture as `decode_image` does, stretched to a square of `size`, or in its own size if that is None."""
     with reading_container(data):
-        return check_not_constant(read_picture(data, size=config.image_size, config=config))
+        picture = _read_picture(data, size=size, config=config)
+    check_not_constant(picture.pixels)
+    return picture
 
 
-def read_picture(data: Medium, *, size: int | None, config: MediaConfig) -> NDArray[np.uint8]:
-    """Read a picture (h, w, 3), RGB, stretched to a square of `size`, or in its own size if `size` is None.
-
-    The size in the header is checked before memory for the pixels is allocated.
-    """
+def _read_picture(data: Medium, *, size: int | None, config: MediaConfig) -> SizedPictures:
+    """Read a picture; the size in the header is checked before memory for the pixels is allocated."""
     _check_bytes(data, config)
     try:
         with warnings.catch_warnings(), open_stream(data) as file:
@@ -54,16 +69,20 @@ def read_picture(data: Medium, *, size: int | None, config: MediaConfig) -> NDAr
         raise UnusableError(Reason.TOO_LARGE, str(error)) from error
 
 
-def _read(image: Image.Image, size: int | None) -> NDArray[np.uint8]:
+def _read(image: Image.Image, size: int | None) -> SizedPictures:
+    width, height = image.size
     if size is not None:
         # A jpeg can be decoded at a fraction of its size: one 4000 pixels wide takes 45 ms instead of 150.
         image.draft(None, (2 * size, 2 * size))
     image.load()
+    decoded_size = image.size
     _turn_upright(image)
+    if image.size != decoded_size:
+        width, height = height, width
     rgb_image = _rgb(image)
     if size is not None:
         rgb_image = rgb_image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(rgb_image, dtype=np.uint8)
+    return SizedPictures(pixels=np.asarray(rgb_image, dtype=np.uint8), width=width, height=height)
 
 
 def _check_bytes(data: Medium, config: MediaConfig) -> None:
@@ -164,9 +183,20 @@ def decode_frames(data: Medium, config: MediaConfig) -> NDArray[np.uint8]:
     The clip, or its first config.max_seconds, is divided into f equal parts, and the middle frame of each is decoded;
     a clip of fewer frames yields some of them more than once.
     """
+    return decode_sized_frames(data, num_frames=config.num_frames, size=config.frame_size, config=config).pixels
+
+
+def decode_sized_frames(
+    data: Medium, *, num_frames: int, size: int | None, config: MediaConfig, fps: float | None = None
+) -> SizedPictures:
+    """Decode frames as `decode_frames` does, in the video's own size if `size` is None.
+
+    With `fps` the parts are those of the frames at 0, 1 / fps, 2 / fps, ... seconds.
+    """
     with reading_container(data):
-        frames = read_frames(data, num_frames=config.num_frames, size=config.frame_size, config=config)
-        return check_not_constant(frames)
+        frames = _read_frames(data, num_frames=num_frames, convert=_Converter(size), config=config, fps=fps)
+    check_not_constant(frames.pixels)
+    return frames
 
 
 def decode_folders(folders: Folders, config: MediaConfig) -> NDArray[np.uint8]:
@@ -175,28 +205,35 @@ def decode_folders(folders: Folders, config: MediaConfig) -> NDArray[np.uint8]:
     One folder gives RGB. Two or three, such as optical flow in x and y, are read as grey and become the colour
     channels; with two, the third channel is 128. Raises UnusableError if a required picture cannot be decoded.
     """
+    return decode_sized_folders(folders, num_frames=config.num_frames, size=config.frame_size, config=config).pixels
+
+
+def decode_sized_folders(folders: Folders, *, num_frames: int, size: int, config: MediaConfig) -> SizedPictures:
+    """Decode frames as `decode_folders` does; the size is that of the first picture."""
     if not 1 <= len(folders) <= 3:
         raise UnusableError(
             Reason.CORRUPT,
             f"{len(folders)} folders of frames; expected one of RGB, or two or three of grey pictures",
         )
-    folder_frames = [_read_folder(folder, config) for folder in folders]
+    folder_frames = [_read_folder(folder, num_frames=num_frames, size=size, config=config) for folder in folders]
     if len(folder_frames) == 1:
-        return check_not_constant(folder_frames[0])
-    grey = [np.rint(frames.mean(axis=-1)).astype(np.uint8) for frames in folder_frames]
+        check_not_constant(folder_frames[0].pixels)
+        return folder_frames[0]
+    grey = [np.rint(frames.pixels.mean(axis=-1)).astype(np.uint8) for frames in folder_frames]
     grey += [np.full_like(grey[0], 128)] * (3 - len(grey))
-    return check_not_constant(np.stack(grey, axis=-1))
+    return replace(folder_frames[0], pixels=check_not_constant(np.stack(grey, axis=-1)))
 
 
-def _read_folder(pictures: tuple[Medium, ...], config: MediaConfig) -> NDArray[np.uint8]:
+def _read_folder(pictures: tuple[Medium, ...], *, num_frames: int, size: int, config: MediaConfig) -> SizedPictures:
     if not pictures:
         raise UnusableError(Reason.EMPTY, "a folder without pictures")
-    frames: dict[int, NDArray[np.uint8]] = {}
-    frame_indices = segment_middles(len(pictures), config.num_frames)
+    frames: dict[int, SizedPictures] = {}
+    frame_indices = segment_middles(len(pictures), num_frames)
     for index in set(frame_indices):
         with reading_container(pictures[index]):
-            frames[index] = read_picture(pictures[index], size=config.frame_size, config=config)
-    return np.stack([frames[index] for index in frame_indices])
+            frames[index] = _read_picture(pictures[index], size=size, config=config)
+    pixels = np.stack([frames[index].pixels for index in frame_indices])
+    return replace(frames[frame_indices[0]], pixels=pixels)
 
 
 def segment_middles(count: int, num_parts: int) -> list[int]:
@@ -204,21 +241,36 @@ def segment_middles(count: int, num_parts: int) -> list[int]:
     return [(2 * part + 1) * count // (2 * num_parts) for part in range(num_parts)]
 
 
-def read_frames(data: Medium, *, num_frames: int, size: int | None, config: MediaConfig) -> NDArray[np.uint8]:
-    """Decode frames (f, h, w, 3), RGB, stretched to squares of `size`, or in the video's own size if that is None.
-
-    The clip, or its first config.max_seconds, is divided into f equal parts, and the middle frame of each is decoded.
-    """
+def _read_frames(
+    data: Medium, *, num_frames: int, convert: _Converter, config: MediaConfig, fps: float | None
+) -> SizedPictures:
     with open_container(data, config) as container:
         stream = select_stream(container, "video", config)
         packets = _video_packets(container, stream, config)
-        num_shown = sum(not packet.is_discard for packet in packets)
-        frame_indices = segment_middles(num_shown, num_frames)
+        usable = _frames_at_rate([packet for packet in packets if not packet.is_discard], fps)
+        frame_indices = [usable[index] if usable else 0 for index in segment_middles(len(usable), num_frames)]
         requested = set(frame_indices)
-        frames = _frames_by_time(packets, stream, requested, size) or _frames_at(packets, stream, requested, size)
+        frames = _frames_by_time(packets, stream, requested, convert)
+        frames = frames or _frames_at(packets, stream, requested, convert)
     last = max(frames)  # packets without a picture give fewer frames than were counted
     _check_moving(frames, _seconds(packets))
-    return np.stack([frames[min(index, last)] for index in frame_indices])
+    pixels = np.stack([frames[min(index, last)] for index in frame_indices])
+    return SizedPictures(pixels=pixels, width=convert.width, height=convert.height)
+
+
+def _frames_at_rate(packets: list[Any], fps: float | None) -> Sequence[int]:
+    """Return the indices of the frames at 0, 1 / fps, 2 / fps, ... seconds, or the first ones after these times.
+
+    All frames without a rate, or where packets have no times.
+    """
+    times = np.array([math.nan if packet.pts is None else packet.pts for packet in packets], dtype=np.float64)
+    if fps is None or not len(times) or np.isnan(times).any():
+        return range(len(packets))
+    times = np.sort(times - times.min())
+    step = 1 / (fps * float(packets[0].time_base))  # in units of the times
+    grid = step * np.arange(1 + math.floor(times[-1] / step + 1e-6))
+    indices: list[int] = np.searchsorted(times, grid - 0.5).tolist()  # times are whole numbers
+    return indices
 
 
 def _check_moving(frames: dict[int, NDArray[np.uint8]], seconds: float) -> None:
@@ -285,7 +337,7 @@ class _Budget:
 
 
 def _frames_by_time(
-    packets: list[Any], stream: Any, frame_indices: set[int], size: int | None
+    packets: list[Any], stream: Any, frame_indices: set[int], convert: _Converter
 ) -> dict[int, NDArray[np.uint8]]:
     """Decode the requested frames of h264, by index in the clip; return {} if they are not identifiable or incomplete.
 
@@ -300,7 +352,7 @@ def _frames_by_time(
     frames: dict[int, NDArray[np.uint8]] = {}
     for frame in decode_packets(_skip_unneeded(packets, stream, index_of_time), stream):
         if frame.pts in index_of_time:
-            frames[index_of_time[frame.pts]] = _pixels(frame, size)
+            frames[index_of_time[frame.pts]] = convert(frame)
             if len(frames) == len(index_of_time):
                 return frames
     stream.codec_context.flush_buffers()
@@ -317,27 +369,32 @@ def _skip_unneeded(packets: list[Any], stream: Any, times: Container[int]) -> It
 
 
 def _frames_at(
-    packets: list[Any], stream: Any, frame_indices: set[int], size: int | None
+    packets: list[Any], stream: Any, frame_indices: set[int], convert: _Converter
 ) -> dict[int, NDArray[np.uint8]]:
     """Decode the requested frames by index in the clip, and the last frame of a clip that ends before them."""
     frames: dict[int, NDArray[np.uint8]] = {}
     index, frame, last = -1, None, max(frame_indices)
     for index, frame in enumerate(decode_packets([*packets, None], stream)):
         if index in frame_indices:
-            frames[index] = _pixels(frame, size)
+            frames[index] = convert(frame)
         if index >= last:
             return frames
     if frame is None:
         raise UnusableError(Reason.EMPTY, f"no frame can be decoded from {len(packets)} packets")
-    return {**frames, index: _pixels(frame, size)}
+    return {**frames, index: convert(frame)}
 
 
-def _pixels(frame: Any, size: int | None) -> NDArray[np.uint8]:
-    """Return a frame as RGB (size, size, 3), or in its own size, rotated as the file states.
+class _Converter:
+    """Conversion of frames to RGB (size, size, 3), or in their own size; `width` and `height` are that of the last."""
 
-    Telephones record in landscape and store the rotation.
-    """
-    width, height = (frame.width, frame.height) if size is None else (size, size)
-    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA", **_ONE_THREAD)
-    pixels = scaled.to_ndarray()
-    return np.ascontiguousarray(np.rot90(pixels, getattr(frame, "rotation", 0) // 90))
+    def __init__(self, size: int | None) -> None:
+        self._size = size
+        self.width = self.height = 0
+
+    def __call__(self, frame: Any) -> NDArray[np.uint8]:
+        """Convert a frame, rotated as the file states: telephones record in landscape and store the rotation."""
+        width, height = (frame.width, frame.height) if self._size is None else (self._size, self._size)
+        scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA", **_ONE_THREAD)
+        quarters = getattr(frame, "rotation", 0) // 90
+        self.width, self.height = (frame.height, frame.width) if quarters % 2 else (frame.width, frame.height)
+        return np.ascontiguousarray(np.rot90(scaled.to_ndarray(), quarters))

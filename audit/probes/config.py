@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..parsing import check_choices, check_ranges
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+Floats = NDArray[np.float64]
+# Mean and standard deviation of red, green and blue by name, in [0, 1]; those of ImageNet are torchvision's.
+PICTURE_MOMENTS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+def fixed_moments(shape: tuple[int, ...], *, pictures: str, sound: str) -> tuple[Floats, Floats] | None:
+    """Return mean and standard deviation of each channel (c,) by the names of NetworkConfig; None: those of the data.
+
+    They are those of pixels from 0 to 255, or of spectrograms, of inputs of shape (bins, t).
+    """
+    if len(shape) == 2:
+        return None if sound == "data" else (np.zeros(1), np.ones(1))
+    if pictures == "data":
+        return None
+    mean, scale = PICTURE_MOMENTS[pictures]
+    return 255 * np.array(mean), 255 * np.array(scale)
+
+
 MAX_RECORDED_EPOCHS = 8  # whose logits are kept: training dynamics are the mean and spread over several epochs
 
 
@@ -94,6 +117,10 @@ class NetworkConfig:
         min_crop: Smallest part of an image's area in training crops; 1: no crops. Sound is not cropped.
         flip: Flip half of the training images horizontally; turn off where left and right define classes.
         width: Factor of the number of channels; 1: a ResNet-18.
+        normalise_pictures: "data": by mean and standard deviation of each channel over the training rows; "imagenet":
+            by those of ImageNet, as in OGM-GE's code; "none": pixels are divided by 255 only.
+        normalise_sound: "data": by mean and standard deviation of the training rows' spectrograms; "none": not at all,
+            as in OGM-GE's code.
         choose_epoch: False: all folds train for `epochs` epochs on all their rows, as in the papers, which however
             choose the epoch on the test set. True: use the epoch with the lowest loss on a fifth of the training rows,
             held out of training.
@@ -111,6 +138,8 @@ class NetworkConfig:
     min_crop: float = 0.08
     flip: bool = True
     width: float = 1.0
+    normalise_pictures: str = "data"
+    normalise_sound: str = "data"
     choose_epoch: bool = False
     precision: str = "auto"
 
@@ -118,6 +147,16 @@ class NetworkConfig:
         check_ranges("network", self, epochs="[1, inf)", batch_size="[4, inf)", lr_step="[1, inf)", lr="(0, inf)")
         check_ranges("network", self, width="(0, inf)", weight_decay="[0, inf)", min_crop="(0, 1]")
         check_choices("network", self, precision=PRECISIONS)
+        check_choices("network", self, normalise_pictures=("data", *PICTURE_MOMENTS), normalise_sound=("data", "none"))
+
+    def fixed_moments(self, shape: tuple[int, ...]) -> tuple[Floats, Floats] | None:
+        """Return mean and standard deviation of each channel (c,) of inputs of a shape; None: those of the data."""
+        return fixed_moments(shape, pictures=self.normalise_pictures, sound=self.normalise_sound)
+
+    def to_fingerprint(self) -> list[tuple[str, Any]]:
+        """Return the sorted names and values of the fields; those added later only where they are not the default."""
+        later = {field.name: field.default for field in fields(self) if field.name.startswith("normalise_")}
+        return sorted((name, value) for name, value in asdict(self).items() if later.get(name, ...) != value)
 
     @property
     def recorded_epochs(self) -> tuple[int, ...]:

@@ -10,34 +10,12 @@ Terms of a single training row are left out, as with scikit-learn's min_df = 2: 
 a probe fit that row. Of 100,000 drawn texts with a long tail the loss with them is .78, without .73; of 691 tweets .812
 and .819, of dialogues and reviews the same.
 
-Legend: n rows, t terms, p masks of rows.
-
 An l2 chosen on a subset of the classes holds for all of them, since it is a prior of each class's weights. An l2 chosen
 on too few rows per class does not: with 5,000 classes of 6 samples, 8,000 rows hold 1.6 rows per class, most held-out
 rows are of classes without training rows, and the l2 chosen gives a loss close to chance (8.4 out of fold where
 ln 5,000 is 8.5; with an l2 chosen on all rows of 836 classes the loss is 3.0).
 
-Legend: n rows, d features.
-
-
-Hashed counts must not be standardised one by one: a term that occurs in one text would be as loud as a common one (of
-691 tweets the loss was .93, where the prior's is .90, and is .82 with these units). Instead a term is multiplied by its
-inverse document frequency, log((1 + n) / (1 + df)) + 1, as in scikit-learn's TF-IDF, and all terms by one number that
-makes the mean squared norm of a text MEAN_SQUARE. Both belong to the rows that a probe trains on: they are the
-same as a penalty of its weights, see TermUnits.penalty, so that probes with different rows share one sparse matrix.
-
-Terms of a single training row are left out, as with scikit-learn's min_df = 2: they are of no use out of fold, but let
-a probe fit that row. Of 100,000 drawn texts with a long tail the loss with them is .78, without .73; of 691 tweets .812
-and .819, of dialogues and reviews the same.
-
-Legend: n rows, t terms, p masks of rows.
-
-An l2 chosen on a subset of the classes holds for all of them, since it is a prior of each class's weights. An l2 chosen
-on too few rows per class does not: with 5,000 classes of 6 samples, 8,000 rows hold 1.6 rows per class, most held-out
-rows are of classes without training rows, and the l2 chosen gives a loss close to chance (8.4 out of fold where
-ln 5,000 is 8.5; with an l2 chosen on all rows of 836 classes the loss is 3.0).
-
-Legend: n rows, d features.
+Legend: n rows, d features, t terms, p masks of rows.
 """
 
 from __future__ import annotations
@@ -222,7 +200,8 @@ class Design:
     curvature (d + t,) its eigenvalues, and the mean squares of the terms. terms (n, t) are those of texts in units of
     `term_units`: None without texts, where t is 0. The penalty of a fit and the rows are both in units of the standard
     deviation, so that the Hessian is diagonal along these axes. With robust scaling alone, 200 steps left a fit of 120
-    pictures, whose features are mostly 0, far from its minimum, at a point that depended on rounding.
+    pictures, whose features are mostly 0, far from its minimum, at a point that depended on rounding. relative_l2
+    (p, d + t): factors of l2 for each probe and weight, None where they are all 1.
     """
 
     rows: Tensor
@@ -231,6 +210,7 @@ class Design:
     curvature: Tensor
     terms: csr_array | None = None
     term_units: TermUnits | None = None
+    relative_l2: Tensor | None = None
 
     @property
     def num_features(self) -> int:

@@ -38,20 +38,26 @@ Run = list[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlmLoss:
-    """Mean losses, without penalty, over the rows of p masks; weights (n, p): the weight of each row in each mean."""
+    """Mean losses, without penalty, over the rows of p masks; weights (n, p): the weight of each row in each mean.
+
+    relative_l2 (p, d): factors of the penalty of each weight, those of the design; None where they are all 1.
+    """
 
     design: Design
     torch_target: TorchTarget
     weights: Tensor
+    relative_l2: Tensor | None
 
     @classmethod
     def of(cls, design: Design, torch_target: TorchTarget, masks: Tensor) -> GlmLoss:
         """Build the losses over the rows of masks (n, p)."""
-        return cls(design=design, torch_target=torch_target, weights=masks.to(design.dtype) / masks.sum(dim=0))
+        weights = masks.to(design.dtype) / masks.sum(dim=0)
+        return cls(design=design, torch_target=torch_target, weights=weights, relative_l2=design.relative_l2)
 
     def take_masks(self, masks: Tensor) -> GlmLoss:
         """Return the losses over a subset of the masks."""
-        return replace(self, weights=self.weights[:, masks])
+        relative_l2 = None if self.relative_l2 is None else self.relative_l2[masks]
+        return replace(self, weights=self.weights[:, masks], relative_l2=relative_l2)
 
     def compute(self, theta: Tensor, column: Tensor, *, with_gradient: bool = True) -> tuple[Tensor, Tensor]:
         """Compute losses (q,) and gradients of models theta (q, d + 1, k), model i over the rows of mask column[i]."""
@@ -154,18 +160,25 @@ def prior_bias(loss: GlmLoss) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlmProblem:
-    """The penalised losses of q models; column (q,) is the mask of each, penalty (q, d) that of each weight."""
+    """The penalised losses of q models; column (q,) is the mask of each, penalty (q, d) that of each weight.
+
+    axis_penalty (q, d) is the penalty along the design's axes, for the preconditioner.
+    """
 
     loss: GlmLoss
-    l2: Tensor
     column: Tensor
     penalty: Tensor
+    axis_penalty: Tensor
 
     @classmethod
     def of(cls, loss: GlmLoss, l2: Tensor) -> GlmProblem:
         """Build the problem in which model i has penalty l2[i] and the rows of mask i % p."""
         column = torch.arange(len(l2), device=loss.weights.device) % loss.weights.shape[1]
-        return cls(loss=loss, l2=l2, column=column, penalty=l2[:, None] * _own_units(loss)[column])
+        terms = _term_penalty(loss)
+        units, axis_units = _own_units(loss, terms), _axis_units(loss, terms)
+        return cls(
+            loss=loss, column=column, penalty=l2[:, None] * units[column], axis_penalty=l2[:, None] * axis_units[column]
+        )
 
     @property
     def rounding(self) -> float:
@@ -176,8 +189,10 @@ class GlmProblem:
     def take(self, models: Tensor) -> GlmProblem:
         """Return the problem of a subset of the models."""
         columns, column = torch.unique(self.column[models], return_inverse=True)
-        loss = replace(self.loss, weights=self.loss.weights[:, columns])
-        return GlmProblem(loss=loss, l2=self.l2[models], column=column, penalty=self.penalty[models])
+        penalty, axis_penalty = self.penalty[models], self.axis_penalty[models]
+        return replace(
+            self, loss=self.loss.take_masks(columns), column=column, penalty=penalty, axis_penalty=axis_penalty
+        )
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the losses (q,) and their gradients (q, d + 1, k)."""
@@ -191,9 +206,7 @@ class GlmProblem:
         # At 0 the covariance of the one-hot target is 1/k of the identity, up to a common shift of all logits.
         by_task = {"classification": 1 / gradient.shape[2], "multilabel": 1 / 4, "regression": 1.0}
         curvature, design = by_task[self.loss.torch_target.task], self.loss.design
-        num_numbers = design.rows.shape[1]  # of standardised ones the variance within a mask is near 1
-        penalty = torch.cat([self.l2[:, None].expand(-1, num_numbers), self.penalty[:, num_numbers:]], dim=1)
-        metric = curvature * design.curvature + penalty
+        metric = curvature * design.curvature + self.axis_penalty
         weight = design.from_axes(design.to_axes(gradient[:, :-1]) / metric[:, :, None])
         return torch.cat([weight, gradient[:, -1:] / curvature], dim=1)
 
@@ -234,13 +247,29 @@ def loss_and_residual(logits: Tensor, torch_target: Tensor, *, task: str) -> tup
     return residual.square().sum(dim=2) / 2, residual
 
 
-def _own_units(loss: GlmLoss) -> Tensor:
-    """Compute the factors (p, d) of l2 that give each weight the units of the rows of each mask."""
-    design, variance = loss.design, _own_variance(loss)
+def _own_units(loss: GlmLoss, terms: Tensor) -> Tensor:
+    """Compute the factors (p, d) of l2 that give each weight the units of the rows of each mask, and its share."""
+    units = torch.cat([_own_variance(loss), terms], dim=1)
+    return units if loss.relative_l2 is None else units * loss.relative_l2
+
+
+def _axis_units(loss: GlmLoss, terms: Tensor) -> Tensor:
+    """Compute the factors (p, d) of l2 along the axes: the variance of standardised numbers in a mask is near 1."""
+    d = loss.design.rows.shape[1]
+    numbers = loss.weights.new_ones(loss.weights.shape[1], d)
+    if loss.relative_l2 is not None:
+        numbers, terms = loss.relative_l2[:, :d], terms * loss.relative_l2[:, d:]
+        if loss.design.basis is not None:
+            numbers = numbers @ loss.design.basis.square()
+    return torch.cat([numbers, terms], dim=1)
+
+
+def _term_penalty(loss: GlmLoss) -> Tensor:
+    """Compute the factors (p, t) of l2 that give the weights of terms the units of the rows of each mask."""
+    design = loss.design
     if design.terms is None or design.term_units is None:
-        return variance
-    penalty = design.term_units.penalty(design.terms, (loss.weights > 0).numpy())
-    return torch.cat([variance, torch.from_numpy(penalty).to(variance)], dim=1)
+        return loss.weights.new_empty(loss.weights.shape[1], 0)
+    return torch.from_numpy(design.term_units.penalty(design.terms, (loss.weights > 0).numpy())).to(loss.weights)
 
 
 def _own_variance(loss: GlmLoss) -> Tensor:

@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from ..dataset.labels import Target
-from ..features.matrix import Inputs, Numbers, RowIndex, has_terms, read_terms
+from ..features.matrix import Inputs, JointInputs, Numbers, RowIndex, has_terms, read_terms
 from .cross_fit import CrossFit, FitRows, predict_out_of_fold
 from .design import Design, TermUnits, TorchTarget, Units, read_design, read_text_design
 from .gaussian import MAX_FEATURES, MAX_ROWS, Curve, MixedModels, mix_in_gaussian
@@ -116,9 +116,17 @@ def fit_linear(
     *,
     config: ProbeConfig,
     device: str,
+    part_l2: Sequence[Tensor] = (),
 ) -> LinearProbe:
-    """Fit all folds and repeats as one stacked parameter, each on its own rows and with its own l2, see choose_l2."""
+    """Fit all folds and repeats as one stacked parameter, each on its own rows and with its own l2, see choose_l2.
+
+    part_l2: of joint inputs, the l2 (p,) of the same probes of each part alone. The penalties of the parts then keep
+    these ratios, and l2 is their common factor: a part that is noise alone is as good as left out.
+    """
     design = _read(inputs, target, fit_rows, config=config, device=device)
+    if part_l2:
+        assert isinstance(inputs, JointInputs)
+        design = replace(design, relative_l2=_relative_l2(inputs, design, torch.stack(list(part_l2), dim=1)))
     torch_target = TorchTarget.of(target, fit_rows.rows, design.curvature)
     log_estimate(design, torch_target, fit_rows, max_steps=config.max_steps)
     l2 = choose_l2(design, torch_target, fit_rows, key=cross_fits[0].key, config=config)
@@ -161,6 +169,14 @@ def _read(inputs: Inputs, target: Target, fit_rows: FitRows, *, config: ProbeCon
     return read_text_design(
         inputs, rows, products=product_dtype(config.precision, "cpu", size=size), max_terms=max_terms
     )
+
+
+def _relative_l2(inputs: JointInputs, design: Design, part_l2: Tensor) -> Tensor:
+    """Return factors of l2 (p, d + t) in the ratios of part_l2 (p, m), whose geometric mean over the parts is 1."""
+    terms = np.empty(0, np.intp) if design.term_units is None else design.term_units.terms
+    part_of_column = np.concatenate(inputs.parts_of_columns(terms))
+    factor = part_l2 / part_l2.log().mean(dim=1, keepdim=True).exp()
+    return factor[:, torch.from_numpy(part_of_column).to(factor.device)]
 
 
 def _fit(design: Design, torch_target: TorchTarget, fit_rows: FitRows, l2: Tensor, config: ProbeConfig) -> Minimum:

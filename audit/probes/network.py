@@ -19,11 +19,11 @@ from ..features.pretrained import require_transformers
 from ..hashing import digest
 from ..workers import NETWORK_THREADS, fixed_threads, format_duration, prefetch_map
 from .config import NetworkConfig
+from .crops import PictureView
 from .cross_fit import CrossFit
 
 SIZES = (64, 128, 256, 512)  # feature maps of a ResNet-18's four stages, of two blocks each
 READERS = 2  # threads that read batches ahead
-RATIO = 4 / 3  # largest aspect ratio of a crop, as in RandomResizedCrop
 
 Floats = NDArray[np.floating]
 
@@ -101,43 +101,16 @@ def build_network(shape: tuple[int, ...], *, num_outputs: int, width: float, see
         return Network(build_trunk(shape, width=width), num_outputs=num_outputs)
 
 
-def to_pictures(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """View rows (b, d) of inputs (mel, t), (h, w, c) or (f, h, w, c) as pictures (b, f, c, h, w), without a copy."""
-    if len(shape) == 2:
-        return rows.view(len(rows), 1, 1, *shape)
-    return rows.view(len(rows), shape[0] if len(shape) == 4 else 1, *shape[-3:]).permute(0, 1, 4, 2, 3)
-
-
-def check_shape(shape: tuple[int, ...], num_features: int) -> None:
+def check_view(view: PictureView, num_features: int) -> None:
     """Raise ConfigError for a shape that the network does not support or that does not match the number of features."""
+    shape = view.shape
     if len(shape) not in (2, 3, 4):
         raise ConfigError(f"a network reads (mel, t), (h, w, 3) or (f, h, w, 3), not inputs of shape {shape}")
-    if math.prod(shape) != num_features:
+    if view.num_features != num_features:
         raise ConfigError(
-            f"inputs of shape {shape} have {math.prod(shape)} numbers, but a row has {num_features}: they were "
+            f"inputs of shape {shape} have {view.num_features} numbers, but a row has {num_features}: they were "
             "encoded with other media settings; encode them again"
         )
-
-
-def augment_pictures(pictures: Tensor, rng: np.random.Generator, *, min_area: float, flip: bool) -> Tensor:
-    """Apply a random crop, resized to the original size, to each picture (b, f, c, h, w), and flip half: float32.
-
-    A crop has between `min_area` and 1 of the picture's area, and an aspect ratio of 3 / 4 to 4 / 3 of the picture's:
-    torchvision's RandomResizedCrop, as in the papers, except that a side that is too long is cut to fit instead of
-    drawn again. Each frame has its own crop, as in OGM-GE's code.
-    """
-    frames = pictures.flatten(0, 1).float()
-    uniforms = rng.random((len(frames), 5))
-    area = min_area + (1 - min_area) * uniforms[:, 0]
-    width = np.clip(np.sqrt(area * RATIO ** (2 * uniforms[:, 1] - 1)), area, 1)
-    sides = np.stack([width, area / width], axis=1)
-    theta = np.zeros((len(frames), 2, 3))
-    theta[:, 0, 0] = sides[:, 0] * np.where(flip & (uniforms[:, 4] < 0.5), -1, 1)
-    theta[:, 1, 1] = sides[:, 1]
-    theta[:, :, 2] = (1 - sides) * (2 * uniforms[:, 2:4] - 1)
-    grid = nn.functional.affine_grid(torch.from_numpy(theta).to(frames), list(frames.shape), align_corners=False)
-    crops = nn.functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
-    return crops.view(pictures.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +132,12 @@ class InputStatistics:
         return mean, np.sqrt(np.maximum(self.square[rows].mean(axis=0) - mean**2, 0))
 
 
-def input_statistics(inputs: Inputs, shape: tuple[int, ...], *, batch_size: int) -> InputStatistics:
+def input_statistics(inputs: Inputs, view: PictureView, *, batch_size: int) -> InputStatistics:
     """Compute the statistics of all rows in one pass, `batch_size` rows at a time."""
 
     def read_batch(rows: RowIndex) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
         values = np.require(inputs.read(rows), requirements=("C", "W"))
-        pictures = to_pictures(torch.from_numpy(values), shape).float()
+        pictures = view.whole(torch.from_numpy(values)).float()
         square, mean = (moment.double().numpy() for moment in torch.var_mean(pictures, dim=(1, 3, 4), correction=0))
         return mean, square + mean**2, digest(str(values.dtype).encode(), values.tobytes())
 
@@ -222,15 +195,13 @@ SHORTER = {"repeats": 1, "epochs": 20}
 
 
 @fixed_threads(NETWORK_THREADS)
-def seconds_per_row(
-    inputs: Inputs, shape: tuple[int, ...], target: Target, *, config: NetworkConfig, device: str
-) -> float:
+def seconds_per_row(inputs: Inputs, view: PictureView, target: Target, *, config: NetworkConfig, device: str) -> float:
     """Measure the time of a training step per row, in steps of the first rows, with a network that is then discarded.
 
     No state of a random number generator changes. Raises ConfigError without transformers.
     """
     kind = torch.device(device).type
-    network = build_network(shape, num_outputs=target.num_outputs, width=config.width, seed=0).to(device)
+    network = build_network(view.shape, num_outputs=target.num_outputs, width=config.width, seed=0).to(device)
     optimiser = torch.optim.SGD(network.parameters(), lr=config.lr)
     default = "bfloat16" if kind == "cuda" else "float32"
     enabled = (default if config.precision == "auto" else config.precision) == "bfloat16"
@@ -239,7 +210,7 @@ def seconds_per_row(
         started, rows = _clock(kind), np.arange(num_rows, dtype=np.intp) % inputs.num_rows
         values = torch.from_numpy(np.require(inputs.read(rows), requirements=("C", "W")))
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled):
-            outputs = network(to_pictures(values.to(device), shape))
+            outputs = network(view.whole(values.to(device)))
         optimiser.zero_grad()
         loss = NetworkTarget.of(target, rows, device).loss(outputs, torch.from_numpy(rows).to(device))
         torch.autograd.backward(loss)

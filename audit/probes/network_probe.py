@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,18 +22,17 @@ from ..hashing import digest, hash_rank
 from ..storage import atomic_write
 from ..workers import NETWORK_THREADS, Progress, fixed_threads, prefetch_map
 from .config import NetworkConfig
+from .crops import PictureView, augment_pictures
 from .cross_fit import CrossFit
 from .network import (
     READERS,
     InputStatistics,
     Network,
     NetworkTarget,
-    augment_pictures,
     batch_slices,
     build_network,
-    check_shape,
+    check_view,
     input_statistics,
-    to_pictures,
 )
 
 if TYPE_CHECKING:
@@ -89,12 +88,18 @@ class NetworkFit:
     """Inputs and settings that the training of all folds shares."""
 
     inputs: Inputs
-    shape: tuple[int, ...]
+    view: PictureView
     target: Target
     config: NetworkConfig
     seed: int
     device: str
     statistics: InputStatistics
+    key: NDArray[np.uint64]  # hash of each row's id (n,)
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the networks train on a GPU."""
+        return self.device_type == "cuda"
 
     @property
     def device_type(self) -> str:
@@ -106,17 +111,25 @@ class NetworkFit:
         key = f"{fold.repeat} {fold.fold} {epoch}"
         return int(hash_rank([key], seed=self.seed, purpose=f"network {purpose}")[0])
 
-    def batches(self, rows: Sequence[RowIndex]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield rows and their pictures on the device, batch by batch, while threads read ahead."""
+    def batches(self, rows: Sequence[RowIndex], *, crop_seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows and their pictures on the device, batch by batch, while threads read ahead.
 
-        def read(batch: RowIndex) -> tuple[Tensor, Tensor]:
+        With `crop_seed`, frames and crops of stored pictures are drawn by it and by the rows' ids.
+        """
+
+        def read(batch: RowIndex) -> tuple[RowIndex, Tensor, Tensor]:
             values = torch.from_numpy(np.require(self.inputs.read(batch), requirements=("C", "W")))
-            tensors = torch.from_numpy(batch), values
-            return (tensors[0].pin_memory(), tensors[1].pin_memory()) if self.device_type == "cuda" else tensors
+            on_host = torch.from_numpy(batch)
+            return (batch, on_host.pin_memory(), values.pin_memory()) if self.on_cuda else (batch, on_host, values)
 
-        for batch, values in prefetch_map(read, rows, num_threads=READERS):
+        for batch, index, values in prefetch_map(read, rows, num_threads=READERS):
             on_device = values.to(self.device, non_blocking=True)
-            yield batch.to(self.device, non_blocking=True), to_pictures(on_device, self.shape)
+            if crop_seed is None:
+                pictures = self.view.whole(on_device)
+            else:
+                min_area, flip = self.config.min_crop, self.config.flip
+                pictures = self.view.draw(on_device, self.key[batch], seed=crop_seed, min_area=min_area, flip=flip)
+            yield index.to(self.device, non_blocking=True), pictures
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context: bfloat16 if configured, or with "auto" on CUDA."""
@@ -128,7 +141,7 @@ class NetworkFit:
 @fixed_threads(NETWORK_THREADS)
 def fit_network(
     inputs: Inputs,
-    shape: tuple[int, ...],
+    view: PictureView,
     target: Target,
     cross_fits: Sequence[CrossFit],
     *,
@@ -140,18 +153,25 @@ def fit_network(
 ) -> Probe:
     """Train a network from scratch for each fold of each repeat, and score that fold with it in eval mode.
 
-    `shape` is that of a row's input: (mel, t), (h, w, c) or (f, h, w, c). The network of a fold trains on the rows of
-    other folds with `fits` that have the modality, and standardises by them. Logits do not depend on the order of the
-    rows; those of a regression are in the units of the target. With `folder`, the logits of each fold are written to
-    it, and read from it instead of training if inputs and settings are the same. Raises ConfigError without
-    transformers or for rows of another shape, ScoreError if training diverges or a fold leaves fewer than two training
-    rows, DatasetError for a damaged file. On one CPU core a step takes about 0.1 s per clip of three frames of 112
-    pixels, so that thousands of clips take days.
+    `view` holds the shape of a row's input, (bins, t), (h, w, c) or (f, h, w, c), and how it is stored. The network of
+    a fold trains on the rows of other folds with `fits` that have the modality, and standardises by them, unless by
+    fixed numbers. Logits do not depend on the order of the rows; those of a regression are in the units of the target.
+    With `folder`, the logits of each fold are written to it, and read from it instead of training if inputs and
+    settings are the same. Raises ConfigError without transformers or for rows of another shape, ScoreError if training
+    diverges or a fold leaves fewer than two training rows, DatasetError for a damaged file. On one CPU core a step
+    takes about 0.1 s per clip of three frames of 112 pixels, so that thousands of clips take days.
     """
-    check_shape(shape, inputs.num_features)
-    statistics = input_statistics(inputs, shape, batch_size=config.batch_size)
+    check_view(view, inputs.num_features)
+    statistics = input_statistics(inputs, view, batch_size=config.batch_size)
     network_fit = NetworkFit(
-        inputs=inputs, shape=shape, target=target, config=config, seed=seed, device=device, statistics=statistics
+        inputs=inputs,
+        view=view,
+        target=target,
+        config=config,
+        seed=seed,
+        device=device,
+        statistics=statistics,
+        key=cross_fits[0].key,
     )
     folds = [fold for number, cross_fit in enumerate(cross_fits) for fold in plan_folds(network_fit, cross_fit, number)]
     folds.sort(key=lambda fold: not fold.is_stored(folder))  # read first, so that their time spoils no estimate
@@ -209,8 +229,10 @@ def plan_folds(network_fit: NetworkFit, cross_fit: CrossFit, number: int) -> Ite
 
 def _identity(network_fit: NetworkFit, cross_fit: CrossFit) -> str:
     """Compute a fingerprint of everything that determines the logits of a repeat."""
-    config = sorted(asdict(network_fit.config).items())
-    settings = (VERSION, torch.__version__, network_fit.shape, config, network_fit.seed)
+    config = network_fit.config.to_fingerprint()
+    settings: tuple[Any, ...] = (VERSION, torch.__version__, network_fit.view.shape, config, network_fit.seed)
+    if network_fit.view.stored is not None:
+        settings += (network_fit.view.stored,)
     target = network_fit.target
     task_settings = (network_fit.device_type, target.task, target.num_outputs, network_fit.statistics.content)
     arrays = (target.label, target.values, cross_fit.fold, cross_fit.inner, cross_fit.fits, cross_fit.key)
@@ -266,8 +288,9 @@ def _new_network(network_fit: NetworkFit, fold: Fold) -> Network:
     num_outputs, width = network_fit.target.num_outputs, network_fit.config.width
     seed = network_fit.derive_seed("weights", fold)
     # Any, since torch's type stubs lack the memory_format of Module.to.
-    network: Any = build_network(network_fit.shape, num_outputs=num_outputs, width=width, seed=seed)
-    network.trunk.standardise_by(*network_fit.statistics.channel_moments(fold.train_rows))
+    network: Any = build_network(network_fit.view.shape, num_outputs=num_outputs, width=width, seed=seed)
+    moments = network_fit.config.fixed_moments(network_fit.view.shape)
+    network.trunk.standardise_by(*(moments or network_fit.statistics.channel_moments(fold.train_rows)))
     on_device: Network = network.to(network_fit.device, memory_format=torch.channels_last)
     return on_device
 
@@ -284,9 +307,10 @@ def _train_epoch(
     rng = np.random.default_rng(network_fit.derive_seed("batches", fold, epoch))
     order = rng.permutation(fold.train_rows)
     config, total = network_fit.config, torch.zeros((), device=network_fit.device)
+    batches = np.array_split(order, math.ceil(len(order) / config.batch_size))
     network.train()
-    for rows, pictures in network_fit.batches(np.array_split(order, math.ceil(len(order) / config.batch_size))):
-        if len(network_fit.shape) > 2:
+    for rows, pictures in network_fit.batches(batches, crop_seed=network_fit.derive_seed("crops", fold, epoch)):
+        if len(network_fit.view.shape) > 2 and not network_fit.view.is_sized:
             pictures = augment_pictures(pictures, rng, min_area=config.min_crop, flip=config.flip)
         with network_fit.autocast():
             outputs = network(pictures)

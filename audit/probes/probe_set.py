@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -46,16 +47,19 @@ def fit_probe(
     *,
     config: ProbeConfig,
     device: str = "cpu",
+    parts: Sequence[Probe] = (),
 ) -> Probe:
     """Fit the probes of all folds of all repeats at once. NaN features are set to the feature's centre.
 
     Rows outside a repeat's `fits`, and those beyond `max_rows`, are not trained on. Raises ConfigError for an unknown
-    kind of probe.
+    kind of probe. parts: of joint inputs, the probes of each part, whose penalties a linear probe keeps in ratio.
     """
     check_choices("probe", config, kind=KINDS)
     fit_rows = gather_fit_rows(cross_fits, max_rows=config.max_rows)
-    fit = fit_mlp if config.kind == "mlp" else fit_linear
-    return fit(inputs, target, cross_fits, fit_rows, config=config, device=device)
+    if config.kind == "mlp":
+        return fit_mlp(inputs, target, cross_fits, fit_rows, config=config, device=device)
+    part_l2 = [part.l2 for part in parts if isinstance(part, LinearProbe)]
+    return fit_linear(inputs, target, cross_fits, fit_rows, config=config, device=device, part_l2=part_l2)
 
 
 CALIBRATION_ROWS = 20_000  # by hash of the id; enough for one number per probe
@@ -64,6 +68,15 @@ _MIN_CALIBRATION_ROWS = 1_000
 _MAX_PARALLEL_BYTES = 128 << 20  # features of all probes that are fitted at the same time
 
 Fit = Callable[[Inputs, Target, Sequence[CrossFit]], Probe]
+
+
+class JointFit(Protocol):
+    """Fit of a probe of joint inputs, which the probes of their parts precede."""
+
+    def __call__(
+        self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit], /, *, parts: Sequence[Probe]
+    ) -> Probe:
+        """Fit the probe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,12 +276,13 @@ class ProbeSet:
 
 
 def fit_joint_probe(
-    probes: Sequence[CalibratedProbe], target: Target, cross_fits: Sequence[CrossFit], *, fit: Fit
+    probes: Sequence[CalibratedProbe], target: Target, cross_fits: Sequence[CrossFit], *, fit: JointFit
 ) -> CalibratedProbe:
     """Fit and calibrate probes of the concatenated features of all modalities; every sample has at least one."""
+    parts = [calibrated.probe for calibrated in probes]
     inputs = JointInputs(parts=tuple(calibrated.inputs for calibrated in probes))
     present = np.logical_or.reduce([calibrated.present for calibrated in probes])
-    return fit_calibrated_probe("joint", inputs, target, cross_fits, present=present, fit=fit)
+    return fit_calibrated_probe("joint", inputs, target, cross_fits, present=present, fit=partial(fit, parts=parts))
 
 
 def _error(probability: Floats, target: Target) -> float:

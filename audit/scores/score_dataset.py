@@ -19,11 +19,12 @@ from ..errors import Quarantined
 from ..features.cached_matrix import FeatureMatrix
 from ..features.encode import EncodeTask
 from ..features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
-from ..features.encoders import input_shape, is_network
+from ..features.encoders import input_shape, is_network, stored_pictures
 from ..features.matrix import Inputs, RowIndex
 from ..hashing import canonical_order
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
+from ..probes.crops import PictureView
 from ..probes.cross_fit import CrossFit, plan_cross_fits
 from ..probes.network import describe_cost, seconds_per_row
 from ..probes.network_probe import fit_network
@@ -169,14 +170,16 @@ class _ProbeFitter:
         self.purpose = ""  # of the fits after those of the scores and their controls
         self.lock = Lock()
 
-    def __call__(self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+    def __call__(
+        self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit], *, parts: Sequence[Probe] = ()
+    ) -> Probe:
         detail = self.purpose or ("" if target is self.target else "controls, on shuffled labels")
         with self.lock:
             self.progress("probe", min(self.done, self.total), self.total, detail=detail)
         if isinstance(inputs, FeatureMatrix) and is_network(inputs.status.modality):
             probe = self._train(inputs, target, cross_fits)
         else:
-            probe = fit_probe(inputs, target, cross_fits, config=self.config, device=self.device)
+            probe = fit_probe(inputs, target, cross_fits, config=self.config, device=self.device, parts=parts)
         with self.lock:
             self.done += 1
             self.progress("probe", min(self.done, self.total), self.total, detail=detail)
@@ -187,7 +190,7 @@ class _ProbeFitter:
         name = f"{'probe' if target is self.target else 'control'} {modality.name}"
         return fit_network(
             inputs,
-            input_shape(modality, self.networks.media),
+            _view(modality, self.networks.media),
             target,
             cross_fits,
             config=self.networks.config,
@@ -198,15 +201,17 @@ class _ProbeFitter:
         )
 
 
+def _view(modality: Modality, media: MediaConfig) -> PictureView:
+    return PictureView(shape=input_shape(modality, media), stored=stored_pictures(modality, media))
+
+
 def _log_cost(inputs: Sequence[FeatureMatrix], cross_fits: Sequence[CrossFit], fit: _ProbeFitter) -> None:
     """Log how long the networks of these modalities will train, before they do."""
     if not inputs:
         return
-    config, shapes = fit.networks.config, [input_shape(matrix.status.modality, fit.networks.media) for matrix in inputs]
-    options: dict[str, Any] = {"config": config, "device": fit.device}
-    seconds = [
-        seconds_per_row(matrix, shape, fit.target, **options) for matrix, shape in zip(inputs, shapes, strict=True)
-    ]
+    options: dict[str, Any] = {"config": fit.networks.config, "device": fit.device}
+    views = [_view(matrix.status.modality, fit.networks.media) for matrix in inputs]
+    seconds = [seconds_per_row(matrix, view, fit.target, **options) for matrix, view in zip(inputs, views, strict=True)]
     own_fits = [[replace(item, fits=item.fits & matrix.present) for item in cross_fits] for matrix in inputs]
     control_rows = [min(CONTROL_ROWS, int(fits[0].fits.sum())) if fit.config.control else 0 for fits in own_fits]
     names = ", ".join(matrix.status.modality.name for matrix in inputs)

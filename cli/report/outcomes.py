@@ -182,12 +182,12 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
 def finetune_numbers(folder: Path, run: Run, *, fingerprint: str, modalities: Sequence[str]) -> Numbers:
     """Return the numbers of a finished fine-tuning, read from metrics.json and history.jsonl.
 
-    `manifest_is_unchanged` is whether the manifest of that name in the run is still the one that was trained on, and
-    `of_this_run` whether it was made from the run's data, of that fingerprint. Branches are in the order of the run's
-    modalities, the fused one last.
+    `manifest` is None for a training on data without a manifest. `manifest_is_unchanged` is whether the manifest of
+    that name in the run is still the one that was trained on, and `of_this_run` whether it was made from the run's
+    data, of that fingerprint. Branches are in the order of the run's modalities, the fused one last.
     """
     metrics = read_metrics(folder)
-    path = run.manifest(metrics["manifest"])
+    path = None if metrics["manifest"] is None else run.manifest(metrics["manifest"])
     settings = metrics["config"].get("finetune", {})
     measured, contribution = metrics["test"]["all"].get("branches", {}), metrics.get("contribution")
     order = [*modalities, *sorted(measured.keys() - {*modalities, "fused"}), "fused"]
@@ -195,8 +195,8 @@ def finetune_numbers(folder: Path, run: Run, *, fingerprint: str, modalities: Se
     return {
         "name": folder.name,
         "manifest": metrics["manifest"],
-        "manifest_is_unchanged": not path.exists() or _digest(path) == metrics["manifest_digest"],
-        "of_this_run": metrics.get("made_from", {}).get("scores", {}).get("fingerprint", fingerprint) == fingerprint,
+        "manifest_is_unchanged": path is None or not path.exists() or _digest(path) == metrics["manifest_digest"],
+        "of_this_run": _made_from(metrics) in (None, fingerprint),
         "test_labels_in_scores": metrics["test_labels_in_scores"],
         "settings": {key: settings.get(key) for key in SETTINGS},
         "seed": metrics["config"].get("seed"),
@@ -210,6 +210,11 @@ def finetune_numbers(folder: Path, run: Run, *, fingerprint: str, modalities: Se
         ],
         "history": _history(folder / "history.jsonl"),
     }
+
+
+def _made_from(metrics: Section) -> str | None:
+    """Return the fingerprint of the data that a manifest was made from; None without a manifest, or one unknown."""
+    return ((metrics.get("made_from") or {}).get("scores") or {}).get("fingerprint")
 
 
 def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:

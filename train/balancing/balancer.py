@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...audit.errors import ConfigError
+from ...audit.parsing import check_ranges
 from ..batches import Batch, Method, ModelReader
 from ..fusion import Fusion
-from ..network import FusionNet, Outputs, cross_entropy
+from ..network import FusionNet, Outputs, cross_entropies, cross_entropy
 from ..optimizer import Optimization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Validation results of an epoch: mean cross entropy and accuracy, of the fused prediction and of each modality."""
+    """Validation results of an epoch: mean cross entropy and accuracy, of the tested answer and of each modality."""
 
     loss: float
     accuracy: float
     unimodal_loss: tuple[float, ...]
     unimodal_accuracy: tuple[float, ...]
+
+
+def check_window(section: str, config: Any) -> None:
+    """Raise ConfigError where no epoch lies between a config's `first_epoch` and `last_epoch`, counted from 1."""
+    check_ranges(section, config, first_epoch="[1, 1e9]", last_epoch="[1, 1e9]")
+    if config.last_epoch < config.first_epoch:
+        raise ConfigError(
+            f"{section}.first_epoch is {config.first_epoch}, after last_epoch {config.last_epoch}: "
+            "no epoch would be modulated"
+        )
 
 
 class Balancer(Method):
@@ -43,6 +56,8 @@ class Balancer(Method):
         own_heads: Its unimodal losses need heads that the fused prediction does not share.
         sets_rates: It sets one learning rate per modality.
         needs_unimodal_logits: Its steps compute the unimodal logits, not the fused ones only.
+        evaluates: What it evaluates between epochs: "train" or "validation" samples, or "copies" that it trains. A loop
+            of the user's has these only where they are passed.
 
     Example:
         >>> class Twice(Balancer):
@@ -53,13 +68,14 @@ class Balancer(Method):
     """
 
     min_modalities: ClassVar[int] = 2
-    fusions: ClassVar[tuple[str, ...]] = ("concat", "late", "gated", "film", "mmtm")
+    fusions: ClassVar[tuple[str, ...]] = ("concat", "late", "gated", "gated-unit", "film", "film-projected", "mmtm")
     own_fusion: ClassVar[type[Fusion] | None] = None
     fusion_reason: ClassVar[str] = ""
     has_unimodal_loss: ClassVar[bool] = False
     own_heads: ClassVar[bool] = False
     sets_rates: ClassVar[bool] = False
     needs_unimodal_logits: bool = True
+    evaluates: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, net: FusionNet, optimization: Optimization, config: Any = None, *, epochs: int) -> None:
         self.net, self.optimization, self.epochs = net, optimization, epochs
@@ -71,12 +87,22 @@ class Balancer(Method):
         """Set up the state."""
 
     @classmethod
+    def reads_validation(cls, config: Any) -> bool:
+        """Return whether the method needs validation samples; without them `end_epoch` is not called."""
+        return False
+
+    @classmethod
     def needs(cls) -> tuple[str, ...]:
         """Return what the method needs of data and settings, in words."""
         fusion = () if cls.fusions == Balancer.fusions else (f"--fusion {' or '.join(cls.fusions)}",)
         own_fusion = () if cls.own_fusion is None else ("a fusion of its own",)
         own_heads = ("a separate head per modality",) if cls.own_heads else ()
         return (*super().needs(), *own_fusion, *(fusion if cls.fusions else ()), *own_heads)
+
+    @classmethod
+    def needs_own_heads(cls, config: Any) -> bool:
+        """Whether the network gets separate heads, with these constants."""
+        return cls.own_heads
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Evaluate the model before epoch 1, 2, ..., if the method needs it."""
@@ -113,12 +139,15 @@ class Balancer(Method):
 
         The heads get detached features: unimodal logits are learned while only the fused loss trains the encoders.
         """
-        loss = batch.mean_fused(cross_entropy(outputs.fused, batch.label))
-        if self.net.has_own_heads:
-            with self.optimization.autocast():
-                logits = self.net.unimodal_logits([f.detach() for f in outputs.features])
-            loss = loss + batch.mean_unimodal(cross_entropy(logits, batch.label)).sum()
-        return loss
+        return batch.mean_fused(cross_entropy(outputs.fused, batch.label)) + self.head_loss(outputs, batch)
+
+    def head_loss(self, outputs: Outputs, batch: Batch) -> Tensor | float:
+        """Compute this process's part of the mean cross entropies of separate heads on detached features; 0 without."""
+        if not self.net.has_own_heads:
+            return 0.0
+        with self.optimization.autocast():
+            logits = self.net.unimodal_logits([f.detach() for f in outputs.features])
+        return batch.mean_unimodal(cross_entropy(logits, batch.label)).sum()
 
     def summed_losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute this process's part of the mean cross entropy of the fused logits plus that of every modality."""
@@ -137,10 +166,13 @@ class Balancer(Method):
         names = self.net.config.modalities
         return {f"{prefix}_{name}": float(value) for name, value in zip(names, numbers, strict=True)}
 
-    def scale_gradients(self, coefficients: Sequence[float] | Tensor) -> None:
-        """Multiply the gradients of each modality's encoder by its coefficient (m,)."""
-        for encoder, coefficient in zip(self.net.encoders, coefficients, strict=True):
-            gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+    def scale_gradients(
+        self, coefficients: Sequence[float] | Tensor, groups: Sequence[Sequence[nn.Parameter]] | None = None
+    ) -> None:
+        """Multiply the gradients of each modality's parameters, by default its encoder's, by its coefficient (m,)."""
+        groups = [list(encoder.parameters()) for encoder in self.net.encoders] if groups is None else groups
+        for parameters, coefficient in zip(groups, coefficients, strict=True):
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:
                 torch._foreach_mul_(gradients, coefficient)
 
@@ -152,12 +184,57 @@ class Joint(Balancer):
     needs_unimodal_logits = False
 
 
-class Sum(Balancer):
-    """L = mean_i CE(z_i^fused, y_i) + sum_j mean_i CE(z_i^j, y_i), each mean over the samples of its loss."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumConfig:
+    """Weights of the summed losses. BSS has 0.1 and 0.9 on CREMA-D, with finetune.answer = "heads" and own heads.
 
+    Args:
+        fused_weight: Weight of the cross entropy of the fused logits.
+        unimodal_weight: Weight of the cross entropy of each modality.
+    """
+
+    section: ClassVar[str] = "balancing.sum"
+    fused_weight: float = 1.0
+    unimodal_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_loss_weights(self.section, fused=self.fused_weight, unimodal=self.unimodal_weight)
+
+
+def check_loss_weights(section: str, *, fused: float, unimodal: float) -> None:
+    """Raise ConfigError for weights of the fused loss and the unimodal ones that are negative, or both 0."""
+    for name, value in (("fused_weight", fused), ("unimodal_weight", unimodal)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{section}.{name} is {value}; it must lie in [0, inf)")
+    if not fused and not unimodal:
+        raise ConfigError(f"{section}.fused_weight and {section}.unimodal_weight are both 0: nothing would be trained")
+
+
+class Sum(Balancer):
+    """L = w_f mean_i CE(z_i^fused, y_i) + w_u sum_j mean_i CE(z_i^j, y_i), each mean over the samples of its loss.
+
+    Both weights are 1 by default: `fused_weight` and `unimodal_weight` of the config. With w_u = 0 separate heads train
+    on detached features, as those of joint.
+    """
+
+    config_type: ClassVar[type[Any] | None] = SumConfig
     min_modalities = 1
     has_unimodal_loss = True
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the sum of the mean cross entropies, with equal weights."""
-        return self.summed_losses(outputs, batch)
+        """Compute the weighted sum of the mean cross entropies."""
+        return self.weighted_losses(outputs, batch)
+
+    def weighted_losses(self, outputs: Outputs, batch: Batch, *, loss_mask: Tensor | None = None) -> Tensor:
+        """Compute the weighted sum, only of the unimodal losses whose mask (m,) is 1."""
+        fused_weight, unimodal_weight = self.config.fused_weight, self.config.unimodal_weight
+        loss: Tensor
+        if not unimodal_weight:
+            loss = fused_weight * batch.mean_fused(cross_entropy(outputs.fused, batch.label))
+            return loss + self.head_loss(outputs, batch)
+        if loss_mask is None and fused_weight == unimodal_weight == 1:
+            return self.summed_losses(outputs, batch)
+        fused, unimodal = cross_entropies(outputs, batch.label)
+        means = batch.mean_unimodal(unimodal)
+        loss = unimodal_weight * (means.sum() if loss_mask is None else means @ loss_mask)
+        return loss + fused_weight * batch.mean_fused(fused) if fused_weight else loss

@@ -1,6 +1,20 @@
 """Greedy: rebalancing steps by conditional learning speed.
 
 Wu et al., "Characterizing and Overcoming the Greedy Nature of Learning in Multi-modal Deep Neural Networks", ICML 2022.
+As in their code:
+
+    L = sum_j CE(x_j), x_j the logits of branch j; the prediction is the mean of the x_j
+    mu = ||gradient||^2 / ||theta||^2, summed over ordinary steps, of cross-modal and of own parameters of each branch
+    s_j = log10(mu_cross / mu_own)                high: modality j itself is learned slowly
+    d = the slow modality's s - that of the other
+
+Every ordinary step from epoch `first_epoch` on compares; d > alpha starts `window` rebalancing steps, in which the mean
+over all training steps replaces the slow modality's excitation. They do not count in mu, and update all parameters that
+have a gradient. Their optimiser is SGD without momentum and weight decay, learning rate 0.1, batches of 8.
+
+Ours: the mean of the others' s for more than two modalities; a branch's loss is that of the samples with its modality;
+the options `rest` and `trained`; and one cross-modal module on the features instead of three within the encoders, see
+fusion.Mmtm.
 """
 
 from __future__ import annotations
@@ -13,12 +27,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...audit.parsing import check_ranges
-from ..batches import Batch
+from ...audit.parsing import check_choices, check_ranges
+from ..batches import Batch, start_warning
+from ..config import TrainConfig
 from ..fusion import Mmtm
-from ..network import Outputs
+from ..network import Outputs, cross_entropy
 from .balancer import Balancer
 
+TRAINED = ("all", "slow")
 _MIN_SPEED = 1e-30  # replaces a speed of 0, as of a modality whose parameters are all frozen
 
 
@@ -40,47 +56,58 @@ def slowest_modality(speeds: Sequence[float]) -> tuple[int, float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GreedyConfig:
-    """Greedy (ICML 2022); the constants are ours.
+    """Greedy (ICML 2022). The defaults are those of its code, on ModelNet40.
 
     Args:
-        alpha: Difference of conditional learning speeds, in powers of ten, that starts rebalancing.
+        alpha: Difference of conditional learning speeds, in powers of ten, above which rebalancing starts; epsilon in
+            its code.
         window: Number of rebalancing steps.
-        rest: Ordinary steps after them, before the speeds are compared again.
+        first_epoch: First epoch in which rebalancing may start; speeds are summed from epoch 1.
+        rest: Ordinary steps between two comparisons of the speeds (ours); 0 compares in every one, which waits for the
+            device.
+        trained: What rebalancing steps train: "all" branches, or the "slow" one alone (ours).
     """
 
     section: ClassVar[str] = "balancing.greedy"
-    alpha: float = 0.1
+    alpha: float = 0.01
     window: int = 5
-    rest: int = 3
+    first_epoch: int = 2
+    rest: int = 0
+    trained: str = "all"
 
     def __post_init__(self) -> None:
+        check_choices("balancing.greedy", self, trained=TRAINED)
         check_ranges("balancing.greedy", self, alpha="[0, 1000]", window="[1, 1e9]", rest="[0, 1e9]")
+        check_ranges("balancing.greedy", self, first_epoch="[1, 1e9]")
 
 
 class Greedy(Balancer):
-    """L = CE(fused). Ordinary steps, and rebalancing steps of the modality that is learned slowly.
+    """L = sum_j CE(x_j) of the branches. Ordinary steps, and rebalancing steps of the modality that is learned slowly.
 
-    In rebalancing steps its cross-modal path is cut: the running mean replaces the other modalities' input, and only
-    its encoder and its head are updated. Each time `rest` ordinary steps have passed, the next one compares the speeds,
-    and d > alpha starts `window` rebalancing steps. That is ours: in the paper every ordinary step compares, here one
-    in `rest` + 1 does, so that the device is synchronised seldom.
+    In rebalancing steps its cross-modal path is cut: the mean excitation replaces the other modalities' input.
     """
 
     config_type = GreedyConfig
     paper = "Wu et al., ICML 2022"
     fusions = ("mmtm",)
     fusion_reason = "it measures and cuts the cross-modal path, which no other fusion has"
-    state_fields = ("total", "ordinary", "slow", "steps_left", "rebalanced")
+    state_fields = ("epoch", "total", "ordinary", "slow", "steps_left", "rebalanced")
     config: GreedyConfig
     needs_unimodal_logits = False
+
+    @classmethod
+    def late_start(cls, config: GreedyConfig, settings: TrainConfig) -> str | None:
+        """Return a warning where the method starts after the last epoch."""
+        key = "balancing.greedy.first_epoch"
+        return start_warning(key, config.first_epoch, settings, fallback="the loss of all branches")
 
     def initialize(self) -> None:
         """Set up the state."""
         assert isinstance(self.net.fusion, Mmtm)  # checked by methods.resolve
         self.fusion = self.net.fusion
-        self.total = torch.zeros(
-            2, self.net.num_modalities, device=self.device
-        )  # of mu over the steps: cross-modal, own
+        # Of mu over the ordinary steps: cross-modal, own.
+        self.total = torch.zeros(2, self.net.num_modalities, device=self.device)
+        self.epoch = 0
         self.ordinary = 0  # steps since the last comparison or rebalancing
         self.slow, self.steps_left = 0, 0  # the modality that is rebalanced, for how many more steps
         self.rebalanced = 0  # steps in all
@@ -99,30 +126,43 @@ class Greedy(Balancer):
         for row, path in enumerate(paths):
             membership[row, [index_of[id(p)] for p in path]] = 1
         self._path_membership = membership.to(self.device)
-        self._own = [{id(p) for p in path} for path in paths[self.net.num_modalities :]]
         self._nothing = torch.zeros((), device=self.device)
 
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Train on one batch; the path is cut in rebalancing steps only, and never in evaluation between epochs."""
-        slow = self.slow
-        self.fusion.cut[slow] = self.steps_left > 0
+        slow, rebalances = self.slow, self.steps_left > 0
+        self.fusion.cut[slow] = rebalances
         try:
-            outputs_and_loss = super().step(batch)
+            outputs, branches = self._forward(batch)
         finally:
             self.fusion.cut[slow] = False
-        if self.distributed.world_size > 1:  # the running mean is the same in all processes
+        trained = [slow] if rebalances and self.config.trained == "slow" else range(len(branches))
+        # The others get no gradient, instead of one of 0: weight decay and momentum do not move them either.
+        losses = [(cross_entropy(branches[j], batch.label) * batch.loss_weight[1 + j]).sum() for j in trained]
+        loss = torch.stack(losses).sum() + self.head_loss(outputs, batch)
+        self.optimization.backward(loss)
+        self.modulate(outputs, batch)
+        self.optimization.apply()
+        if self.distributed.world_size > 1:  # the mean excitation is the same in all processes
             self.distributed.sum_([self.fusion.mean])
             self.fusion.mean /= self.distributed.world_size
-        return outputs_and_loss
+        return outputs, loss.detach()
+
+    def _forward(self, batch: Batch) -> tuple[Outputs, list[Tensor]]:
+        """Compute the outputs, and the logits of every branch in float32, m of (b, k)."""
+        with self.optimization.autocast():
+            features = tuple(f.float() for f in self.net.encode(batch.inputs, batch.present))
+        branches = self.fusion.branch_logits(features)
+        return Outputs(torch.stack(branches).mean(dim=0), None, features), branches
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
-        """Clear the gradients that do not take part, update the speeds, and set the kind of the next step."""
-        if self.steps_left > 0:
-            self._clear_other_gradients()
-        self._add_speeds()
+        """Update the speeds in ordinary steps, and set the kind of the next step."""
         if self.steps_left > 0:
             self.steps_left -= 1
             self.rebalanced += 1
+            return
+        self._add_speeds()
+        if self.epoch < self.config.first_epoch:
             return
         self.ordinary += 1
         if self.ordinary > self.config.rest:
@@ -130,13 +170,6 @@ class Greedy(Balancer):
             slow, lead = slowest_modality(conditional_speeds(*self.total.tolist()))
             if lead > self.config.alpha:
                 self.slow, self.steps_left = slow, self.config.window
-
-    def _clear_other_gradients(self) -> None:
-        """Keep the gradients of the slow modality and of separate heads only."""
-        for part in (self.net.encoders, self.fusion):
-            for parameter in part.parameters():
-                if id(parameter) not in self._own[self.slow]:
-                    parameter.grad = None
 
     @torch.no_grad()
     def _add_speeds(self) -> None:

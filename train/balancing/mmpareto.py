@@ -1,6 +1,8 @@
 """MMPareto: Pareto combination of unimodal and multimodal gradients.
 
-Wei and Hu, "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance", ICML 2024.
+Wei and Hu, "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance", ICML 2024. The combination is
+that of their code, whose optimiser is SGD with momentum 0.9, learning rate 2e-3 and weight decay 1e-4; a bound on the
+rescaling of opposite gradients, MIN_SINE, is ours, and so is rescaling by encoder.
 """
 
 from __future__ import annotations
@@ -11,48 +13,65 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...audit.parsing import check_ranges
+from ...audit.parsing import check_choices, check_ranges
 from ..batches import Batch
 from ..network import Outputs, cross_entropies
 from .balancer import Balancer
 
-# Ours: of the angle; closer to opposite directions, the vanishing min-norm vector is not scaled up.
-MIN_SQUARED_SINE = 1e-6
+RESCALE = ("tensor", "encoder")
+# Ours: of the angle. Closer to opposite directions the shortest vector is rounding noise, and is not scaled up.
+MIN_SINE = 1e-3
 
 
-def combine_gradients(fused: Tensor, unimodal: Tensor, *, gamma: float) -> Tensor:
-    """Combine the gradients (p,) of an encoder from the fused loss, f, and from its unimodal loss, u.
+def pareto_weights(ff: Tensor, fu: Tensor, uu: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the weights a, b of the gradients f, of the fused loss, and u, of the unimodal one, from their products.
 
-    cos(f, u) > 0: their sum. Otherwise the shortest vector a f + (1 - a) u, 0 <= a <= 1, scaled to the length of the
-    sum: a = (u.u - f.u) / |f - u|^2, and |f| |u| sin(f, u) / |f - u| is its length. All times gamma. Where one of the
-    two is 0 the sum is used (ours).
+    f.u > 0: 1 and 1. Otherwise twice those of the shortest vector a' f + (1 - a') u, 0 <= a' <= 1, so that they sum to
+    2 again: a' = (u.u - f.u) / |f - u|^2. Where f or u is 0: 1 and 1 (ours).
     """
-    ff, fu, uu = fused @ fused, fused @ unimodal, unimodal @ unimodal
-    tiny = torch.finfo(ff.dtype).tiny
-    squared_difference = (ff + uu - 2 * fu).clamp_min(tiny)
-    share = (uu - fu) / squared_difference
-    product = (ff.sqrt() * uu.sqrt()).clamp_min(tiny)
-    sine = (1 - (fu / product).square()).clamp_min(MIN_SQUARED_SINE).sqrt()
-    shortest = product * sine / squared_difference.sqrt()
-    scale = (ff + uu + 2 * fu).clamp_min(0).sqrt() / shortest
+    share = (uu - fu) / (ff + uu - 2 * fu).clamp_min(torch.finfo(ff.dtype).tiny)
     use_sum = (fu > 0) | (ff == 0) | (uu == 0)
-    on_fused = torch.where(use_sum, 1.0, scale * share)
-    on_own = torch.where(use_sum, 1.0, scale * (1 - share))
-    return gamma * (on_fused * fused + on_own * unimodal)
+    return torch.where(use_sum, 1.0, 2 * share), torch.where(use_sum, 1.0, 2 * (1 - share))
+
+
+def combine_gradients(total: list[Tensor], unimodal: list[Tensor], *, gamma: float, rescale: str) -> None:
+    """Replace an encoder's gradients `total`, f + u of each parameter, by their combination, a f + b u.
+
+    The weights are those of the whole encoder, see pareto_weights. Its length becomes that of f + u, of every tensor or
+    of the encoder, see MmParetoConfig; all times gamma.
+    """
+    fused = torch._foreach_sub(total, unimodal)
+    norms = torch.stack(torch._foreach_norm([*fused, *unimodal, *total]))
+    ff, uu, tt = norms.double().square().view(3, -1)  # of each parameter
+    fu = torch.cat([f.reshape(-1) for f in fused]) @ torch.cat([u.reshape(-1) for u in unimodal])
+    a, b = pareto_weights(ff.sum(), fu.double(), uu.sum())
+    if rescale == "encoder":
+        ff, uu, tt = (squares.sum().expand_as(squares) for squares in (ff, uu, tt))
+    length = (a * a * ff + b * b * uu + a * b * (tt - ff - uu)).clamp_min(0).sqrt()
+    factor = tt.sqrt() / torch.maximum(length, MIN_SINE * a * ff.sqrt()).clamp_min(torch.finfo(ff.dtype).tiny)
+    factor = gamma * (factor.clamp_min(1.0) if rescale == "tensor" else factor)
+    on_fused, on_unimodal = ((factor * weight).to(norms.dtype).unbind() for weight in (a, b))
+    torch._foreach_mul_(fused, on_fused)
+    for gradient, f, u, weight in zip(total, fused, unimodal, on_unimodal, strict=True):
+        torch.addcmul(f, u, weight, out=gradient)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MmParetoConfig:
-    """MMPareto (ICML 2024).
+    """MMPareto (ICML 2024). The defaults are those of its code.
 
     Args:
-        gamma: Factor on the combined gradient, as in its code.
+        gamma: Factor on the combined gradient, 1.5 in its code.
+        rescale: What is brought to the length of the sum of both gradients: "tensor", each parameter by itself, and
+            only where it is shorter, or "encoder", the gradient of the whole encoder in either direction (ours).
     """
 
     section: ClassVar[str] = "balancing.mmpareto"
     gamma: float = 1.5
+    rescale: str = "tensor"
 
     def __post_init__(self) -> None:
+        check_choices("balancing.mmpareto", self, rescale=RESCALE)
         check_ranges("balancing.mmpareto", self, gamma="[0, 1000]")
 
 
@@ -81,21 +100,17 @@ class MmPareto(Balancer):
         gradients = iter(self.optimization.gradients(unimodal_loss, parameters) if parameters else [])
         self.optimization.backward(loss)
         for group in self.encoders:
-            self._replace(group, [next(gradients) for _ in group])
+            self._combine(group, [next(gradients) for _ in group])
         self.optimization.apply()
         return outputs, loss.detach()
 
-    def _replace(self, parameters: list[nn.Parameter], unimodal_gradients: list[Tensor]) -> None:
-        """Replace an encoder's gradients by the combination; a parameter without gradient stays without."""
+    def _combine(self, parameters: list[nn.Parameter], unimodal_gradients: list[Tensor]) -> None:
+        """Combine an encoder's gradients; a parameter without gradient stays without."""
         pairs = [(p, p.grad, u) for p, u in zip(parameters, unimodal_gradients, strict=True) if p.grad is not None]
         if not pairs:
             return
-        total = torch.cat([grad.reshape(-1) for _, grad, _ in pairs])
-        unimodal = torch.cat([u.reshape(-1) for *_, u in pairs])
+        unimodal = [u for *_, u in pairs]
         if self.optimization.dtype == torch.float16:  # may overflow where the sum, by which a step is skipped, does not
-            unimodal = unimodal.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        combined = combine_gradients(total - unimodal, unimodal, gamma=self.config.gamma)
-        end = 0
-        for parameter, grad, _ in pairs:
-            start, end = end, end + grad.numel()
-            parameter.grad = combined[start:end].view_as(grad)
+            unimodal = [u.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for u in unimodal]
+        total = [grad for _, grad, _ in pairs]
+        combine_gradients(total, unimodal, gamma=self.config.gamma, rescale=self.config.rescale)

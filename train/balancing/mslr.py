@@ -1,7 +1,8 @@
 """MSLR: learning rates by modality.
 
 Yao and Mihalcea, "Modality-specific Learning Rates for Effective Multimodal Additive Late-fusion", Findings of ACL
-2022: keep, smooth or dynamic. The rates of the last two are ours.
+2022: keep, smooth or dynamic. The rates of the last two are ours, since theirs could not be read. A fourth mode,
+accuracy, is that of a published reimplementation, in the code of AGM (Li et al., ICCV 2023), see accuracy_factor.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from ...audit.parsing import check_choices, check_ranges
 from ..batches import ModelReader
 from ..config import TrainConfig
 from ..network import Outputs, cross_entropies
-from .balancer import Sum, Validation
+from .balancer import Sum, Validation, check_loss_weights
 
-MSLR_MODES = ("keep", "smooth", "dynamic")
+MSLR_MODES = ("keep", "smooth", "dynamic", "accuracy")
+_NUM_ACCURACIES = 5  # epochs in the mean of the mode accuracy, as in AGM's code
 
 
 def smooth_factor(initial: float, *, epoch: int, epochs: int) -> float:
@@ -46,19 +48,35 @@ def dynamic_factors(
     return [math.exp(min(max(strength * (ratio - mean), bounds[0]), bounds[1])) for ratio in logs]
 
 
+def accuracy_factor(accuracies: Sequence[float]) -> float:
+    """Compute the factor of the next epoch from a modality's accuracies in all epochs so far, or the last six.
+
+    The last one over the mean of the five before it; 1 up to the fifth epoch, and where all five are 0 (ours).
+    """
+    earlier = accuracies[-1 - _NUM_ACCURACIES : -1]
+    if len(earlier) < _NUM_ACCURACIES or not any(earlier):
+        return 1.0
+    return accuracies[-1] / (sum(earlier) / len(earlier))
+
+
 def _unimodal_cross_entropy(outputs: Outputs, label: Tensor) -> Tensor:
     return cross_entropies(outputs, label)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MslrConfig:
-    """Modality-specific learning rates (ACL Findings 2022), in mmaudit's form.
+    """Modality-specific learning rates (ACL Findings 2022). The defaults are mmaudit's own.
+
+    AGM's code has mode = "accuracy", unimodal_weight = 0, and on CREMA-D optim.modality_lr = ["audio=0.9",
+    "visual=1.1"]; the accuracies are of the test set there, and of validation here.
 
     Args:
         mode: One of MSLR_MODES.
         strength: Exponent of the mode "dynamic".
-        min_factor: Smallest factor of a modality.
-        max_factor: Largest factor of a modality.
+        min_factor: Smallest factor of a modality, of the mode "dynamic".
+        max_factor: Largest factor of a modality, of the mode "dynamic".
+        fused_weight: Weight of the cross entropy of the fused logits.
+        unimodal_weight: Weight of the cross entropy of each modality.
     """
 
     section: ClassVar[str] = "balancing.mslr"
@@ -66,35 +84,52 @@ class MslrConfig:
     strength: float = 1.0
     min_factor: float = 0.1
     max_factor: float = 10.0
+    fused_weight: float = 1.0
+    unimodal_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_choices("balancing.mslr", self, mode=MSLR_MODES)
         check_ranges("balancing.mslr", self, strength="[0, 1000]", min_factor="[1e-9, 1]", max_factor="[1, 1e9]")
+        check_loss_weights("balancing.mslr", fused=self.fused_weight, unimodal=self.unimodal_weight)
 
 
 class Mslr(Sum):
-    """L = CE(fused) + sum_j CE(z^j); the rates of the encoders and of separate heads differ.
+    """L = w_f CE(fused) + w_u sum_j CE(z^j); the rates of the encoders and of separate heads differ.
 
     keep: the factors of optim.modality_lr throughout. smooth: from those to the common rate, see smooth_factor.
     dynamic: times dynamic_factors of r_j = lowest unimodal validation loss so far / the one before training. The lowest
-    and not the last, so that the rate of a modality that overfits does not rise.
+    and not the last, so that the rate of a modality that overfits does not rise. accuracy: the factors of
+    optim.modality_lr times accuracy_factor of the validation accuracies of each modality alone. AGM's code multiplies
+    gradients, which equals a learning rate for SGD without weight decay while the factors stay the same.
     """
 
     config_type = MslrConfig
     paper = "Yao and Mihalcea, Findings of ACL 2022"
     min_modalities = 2
     sets_rates = True
-    state_fields = ("initial_loss", "lowest_loss")
+    evaluates = ("validation",)
+    state_fields = ("initial_loss", "lowest_loss", "accuracies")
     config: MslrConfig
 
     @classmethod
     def check(cls, config: MslrConfig, settings: TrainConfig) -> None:
         """Raise ConfigError for a mode that starts from configured rates where there are none."""
-        if config.mode != "dynamic" and not settings.optim.modality_lr:
+        if config.mode in ("keep", "smooth") and not settings.optim.modality_lr:
             raise ConfigError(
                 f"balancing.mslr.mode = {config.mode} starts from the rates of optim.modality_lr, which is empty; set "
                 "it, as with --set 'optim.modality_lr=[\"audio=0.1\"]', or use the mode dynamic"
             )
+
+    @classmethod
+    def reads_validation(cls, config: MslrConfig) -> bool:
+        """Return True: validation losses decide."""
+        return True
+
+    @classmethod
+    def unused(cls, config: MslrConfig) -> dict[str, str]:
+        """Return the constants of the mode dynamic in other modes."""
+        reason = f"it belongs to the mode dynamic, and balancing.mslr.mode is {config.mode}"
+        return {} if config.mode == "dynamic" else dict.fromkeys(("strength", "min_factor", "max_factor"), reason)
 
     def initialize(self) -> None:
         """Set up the state."""
@@ -102,6 +137,7 @@ class Mslr(Sum):
         self.initial_factors = [factors.get(name, 1.0) for name in self.net.config.modalities]
         self.initial_loss = [1.0] * self.net.num_modalities
         self.lowest_loss = [1.0] * self.net.num_modalities
+        self.accuracies: list[list[float]] = [[] for _ in self.initial_factors]  # of the last six epochs, by modality
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Set the factors that Optimization.begin_epoch uses."""
@@ -111,6 +147,8 @@ class Mslr(Sum):
             self.optimization.lr_factors = [
                 smooth_factor(factor, epoch=epoch, epochs=self.epochs) for factor in self.initial_factors
             ]
+        elif config.mode == "accuracy":
+            self.optimization.lr_factors = [accuracy_factor(accuracies) for accuracies in self.accuracies]
         elif config.mode == "dynamic":
             if epoch == 1:
                 self.initial_loss = model_reader.read_validation(_unimodal_cross_entropy).double().mean(dim=1).tolist()
@@ -123,9 +161,14 @@ class Mslr(Sum):
             )
 
     def end_epoch(self, epoch: int, validation: Validation) -> None:
-        """Update the lowest losses."""
+        """Update the lowest losses and the last accuracies."""
         self.lowest_loss = [
             min(low, loss) for low, loss in zip(self.lowest_loss, validation.unimodal_loss, strict=True)
+        ]
+
+        self.accuracies = [
+            [*earlier, accuracy][-1 - _NUM_ACCURACIES :]
+            for earlier, accuracy in zip(self.accuracies, validation.unimodal_accuracy, strict=True)
         ]
 
     def epoch_metrics(self) -> dict[str, float]:

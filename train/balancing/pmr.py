@@ -4,16 +4,19 @@ PMR, Fan et al. (CVPR 2023). A class has a prototype in each modality, the mean 
 class probabilities are a softmax over classes of minus the Euclidean distance to the prototypes. With S^j the mean
 probability of the true class by modality j over the samples of a step, and PCE^j the mean cross entropy:
 
-    L = mean_i CE(z_i^fused, y_i) + alpha sum_j w^j PCE^j,    w^j = clip(mean_{l != j} S^l / S^j - 1, 0, 1)
+    L = mean_i CE(z_i^fused, y_i) + alpha sum_j w^j PCE^j
+    w^j = 1 where S^j < mean_{l != j} S^l, else 0                       weight = "hard", the authors' code
+    w^j = clip(mean_{l != j} S^l / S^j - 1, 0, 1)                       weight = "ratio"
 
-so that the features of the weaker modality move to its class prototypes. w is the paper's for two modalities (its code
-has 1 for the weaker one); the mean of the others for more is ours. Until `last_epoch`. Prototypes are computed before
-every epoch in eval mode, P <- momentum P + (1 - momentum) mean.
+so that the features of the weaker modality move to its class prototypes. S = (0.30, 0.27) gives w = (0, 1) by "hard"
+and (0, 0.11) by "ratio", which is ours, and so is the mean of the others for more than two modalities. Prototypes are
+computed before every epoch in eval mode, P <- momentum P + (1 - momentum) mean, in the authors' code and here from the
+third epoch on: those before the second replace those of the untrained network.
 
-Ours: they are the means of up to 2,048 training samples, or 16 a class, the same ones always (its code: a tenth of the
-training set, drawn again each time); a class with none among them has no prototype, and its samples no PCE. The paper's
-second regulariser, PER, the entropy of the stronger modality in the first epochs, is left out: its weight and its span
-could not be read, and its code has none.
+Ours: they are the means of up to 2,048 training samples, or 16 a class, the same ones always (the authors' code: a
+tenth of the training set, drawn again each time); a class with none among them has no prototype, and its samples no
+PCE. The paper's second regulariser, PER, the entropy of the stronger modality in the first epochs, is left out: its
+weight and its span could not be read, and the authors' code has none.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...audit.parsing import check_ranges
+from ...audit.parsing import check_choices, check_ranges
 from ..batches import Batch, ModelReader, sample_rows
 from ..network import Outputs, cross_entropy
 from .balancer import Balancer
@@ -34,6 +37,8 @@ from .ogm import mean_of_others
 
 _MIN_ROWS, _ROWS_PER_CLASS = 2_048, 16
 _MIN_SQUARED_DISTANCE = 1e-6  # the square root has no gradient at 0
+_RATIO_TOLERANCE = 1e-6  # a lag that rounding can cause among equal modalities, where the hard weight would jump
+LAG_WEIGHTS = ("hard", "ratio")
 
 
 def distances(features: Tensor, prototypes: Tensor) -> Tensor:
@@ -42,28 +47,36 @@ def distances(features: Tensor, prototypes: Tensor) -> Tensor:
     return (square + features.square().sum(dim=1, keepdim=True)).clamp(min=_MIN_SQUARED_DISTANCE).sqrt()
 
 
-def lag_weights(score: Tensor) -> Tensor:
-    """Compute the weights w (m,) in [0, 1] from scores S (m,), any multiple of them; high = far behind."""
+def lag_weights(score: Tensor, *, weight: str) -> Tensor:
+    """Compute the weights w (m,) in [0, 1] from scores S (m,), any multiple of them; high = behind.
+
+    weight: one of LAG_WEIGHTS, see above. A modality that no sample of the step uses has a score of 0 and weight 0.
+    """
     other_scores = mean_of_others(score, score > 0)
-    return (other_scores / torch.where(score > 0, score, torch.inf) - 1.0).clamp(0.0, 1.0)
+    lag = other_scores / torch.where(score > 0, score, torch.inf) - 1.0
+    return (lag > _RATIO_TOLERANCE).to(score.dtype) if weight == "hard" else lag.clamp(0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PmrConfig:
-    """PMR (CVPR 2023).
+    """PMR (CVPR 2023). The defaults are those of the authors' code.
 
     Args:
-        alpha: Weight of the prototype loss (ours).
-        momentum: Momentum of the prototypes, as in its code.
-        last_epoch: Last epoch with the prototype loss (ours).
+        alpha: Weight of the prototype loss; the authors' scripts have 2 to 5 on CREMA-D.
+        weight: Weight of each modality's prototype loss: "hard", 1 for a modality that is behind, or "ratio", in
+            proportion to its lag (ours).
+        momentum: Momentum of the prototypes; mostly 0 in the authors' scripts, 0.5 in BalanceBenchmark.
+        last_epoch: Last epoch with the prototype loss: epochs 0 to 100 in the authors' code, to 70 in its scripts.
     """
 
     section: ClassVar[str] = "balancing.pmr"
     alpha: float = 1.0
-    momentum: float = 0.5
-    last_epoch: int = 50
+    weight: str = "hard"
+    momentum: float = 0.2
+    last_epoch: int = 101
 
     def __post_init__(self) -> None:
+        check_choices("balancing.pmr", self, weight=LAG_WEIGHTS)
         check_ranges("balancing.pmr", self, alpha="[0, 1000]", momentum="[0, 1]", last_epoch="[0, 1e9]")
 
 
@@ -73,6 +86,7 @@ class Pmr(Balancer):
     config_type = PmrConfig
     paper = "Fan et al., CVPR 2023"
     has_unimodal_loss = True
+    evaluates = ("train",)
     state_fields = ("epoch", "_weight", "_prototypes", "_seen")
     config: PmrConfig
 
@@ -97,7 +111,8 @@ class Pmr(Balancer):
         # (k, r); a matrix product sums in a fixed order.
         membership = functional.one_hot(readings[-1].long(), len(self._seen)).float().T
         count = membership.sum(dim=1, keepdim=True)
-        had_prototype, has_samples = self._seen[:, None], count > 0
+        # Prototypes of the untrained network, before the first epoch, have no part in later ones.
+        had_prototype, has_samples = self._seen[:, None] & (epoch > 2), count > 0
         for j, end in enumerate(accumulate(self._sizes)):
             mean = membership @ readings[end - self._sizes[j] : end].T / count.clamp(min=1.0)
             moved = torch.where(had_prototype, mean.lerp(self._prototypes[j], self.config.momentum), mean)
@@ -115,7 +130,7 @@ class Pmr(Balancer):
         has_prototype = self._seen[batch.label]
         score = batch.mean_unimodal((-losses.detach()).exp())  # 0 where a class has no prototype
         self.distributed.sum_([score])
-        self._weight = lag_weights(score)
+        self._weight = lag_weights(score, weight=self.config.weight)
         return loss + self.config.alpha * (self._weight @ batch.mean_unimodal(losses.masked_fill(~has_prototype, 0.0)))
 
     def _cross_entropy(self, features: Tensor, prototypes: Tensor, label: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class Sampler(Method):
     Attributes:
         selects_per_modality: It selects samples of each modality, which only losses of single modalities train on.
         usual_balancing: Balancer of `--balancing auto`.
+        balancing_reason: Why it is another one than joint, for the log.
         order_fields: Fields of the section `order` that it uses.
         adaptive: A step depends on the outputs of the last one, which rules out reading ahead.
 
@@ -71,6 +72,7 @@ class Sampler(Method):
 
     selects_per_modality: ClassVar[bool] = False
     usual_balancing: ClassVar[str] = "joint"
+    balancing_reason: ClassVar[str] = "it selects samples per modality, which only unimodal losses train on"
     order_fields: ClassVar[tuple[str, ...]] = ()
     adaptive: ClassVar[bool] = False
 
@@ -152,7 +154,12 @@ class Paced(Ordered):
     order_fields = ("pacing", "start", "grow_epochs", "steps")
 
     @classmethod
-    def late_start(cls, config: None, settings: TrainConfig) -> str | None:
+    def reads_scores(cls, config: Any) -> bool:
+        """Return whether the samples are ranked by the manifest's scores, not by those of the model in training."""
+        return getattr(config, "score_source", "manifest") != "model"
+
+    @classmethod
+    def late_start(cls, config: Any, settings: TrainConfig) -> str | None:
         """Return a warning where the share does not reach 1."""
         finetune, order = settings.finetune, settings.order
         if (share := order.share(finetune.epochs)) >= 1:
@@ -161,28 +168,6 @@ class Paced(Ordered):
             f"--sampling {finetune.sampling} uses {math.floor(1000 * share) / 10:g}% of the training samples in the "
             f"last one and never the rest; it uses all of them from epoch {order.grow_epochs} on (order.grow_epochs)"
         )
-
-
-class BssH(Paced):
-    """BSS-H (arXiv 2501.01470): a pass over the most balanced share of the samples, which grows.
-
-    The share of epoch t is lambda(t) by `order.pacing`, `order.start` and `order.grow_epochs`, by default the paper's:
-    0.186 at t = 1, and all from t = 40 on.
-    """
-
-    paper = "Guan et al., arXiv 2501.01470"
-
-    def rows(self, epoch: int) -> RowIndex:
-        """Shuffle the most balanced floor(n lambda(epoch)) rows."""
-        return self.in_order("curriculum", epoch)
-
-
-class AntiCurriculum(Paced):
-    """The control of BSS-H: the least balanced share comes first. It should reduce the accuracy."""
-
-    def rows(self, epoch: int) -> RowIndex:
-        """Shuffle the least balanced floor(n lambda(epoch)) rows."""
-        return self.in_order("anti-curriculum", epoch)
 
 
 class ClassBalanced(Ordered):
@@ -208,6 +193,11 @@ class PosteriorWeighted(Ordered):
     """
 
     order_fields = ("draw",)
+
+    @classmethod
+    def reads_scores(cls, config: None) -> bool:
+        """Return True: it draws by P(balanced)."""
+        return True
 
     def initialize(self) -> None:
         """Check that every sample has a posterior."""

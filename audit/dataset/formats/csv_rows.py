@@ -24,6 +24,7 @@ CSV_BLOCK_BYTES = 1 << 25  # parsed at once; the limit of a row
 _HEADER_BYTES = 1 << 20
 _MAX_QUOTED = 60  # characters of a row that are quoted in a message
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_SEPARATOR_LINE = re.compile(rb'(?:\xef\xbb\xbf)?"?sep=([,;\t|])"?(?=\r?\n)', re.IGNORECASE)  # as Excel writes it
 _NUM_SNIFFED = 20  # lines that a separator is inferred from
 
 
@@ -90,15 +91,21 @@ def sniff_separator(text: str) -> str:
 
 
 def _read_text(path: Path) -> CsvText:
-    """Read a file, convert it to UTF-8 if it is UTF-16 or UTF-32, and infer its separator."""
+    """Read a file, convert it to UTF-8 if it is UTF-16 or UTF-32, and infer its separator, unless its first line does.
+
+    A first line sep=; becomes empty, so that line numbers in messages stay those of the file.
+    """
     data = path.read_bytes()
     if encoding_of(data[:4]) != "utf-8-sig":
         data = decode_text(data).encode()
+    stated = _SEPARATOR_LINE.match(data)
+    if stated:
+        data = data[stated.end() :]
     first_bytes = data[:_HEADER_BYTES]
     if len(data) > len(first_bytes) and b"\n" in first_bytes:
         first_bytes = first_bytes[: first_bytes.rindex(b"\n")]
     head = first_bytes.decode("utf-8-sig", "replace").lstrip("\r\n")
-    separator = sniff_separator(head)
+    separator = stated[1].decode() if stated else sniff_separator(head)
     header = head.splitlines()[0] if head else ""
     if (num_columns := header.count(separator) + 1) > MAX_COLUMNS:
         raise ValueError(f"it has {num_columns:,} columns; at most {MAX_COLUMNS:,} are read")

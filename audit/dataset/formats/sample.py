@@ -124,12 +124,14 @@ def sample_row_groups(groups: Sequence[RowGroup], schema: pa.Schema) -> pa.Table
         first = _first_rows(path, number, max_bytes=_SAMPLE_BYTES // len(chosen))
         rows = take_rows(first, spread_positions(first.num_rows, rows_of_group))
         parts.append(with_split(dataset_table(rows), split))
-    sample = pa.concat_tables(parts, promote_options="default")
+    sample = pa.concat_tables(parts, promote_options="permissive")
     searched = [groups[index] for index in spread_positions(len(groups), _MAX_SEARCHED)]
     for field in schema:
         if field.name != SPLIT and not is_scalar(field.type) and sample[field.name].null_count == sample.num_rows:
             parts += _rows_with(field.name, searched)
-    return pa.concat_tables(parts, promote_options="default").combine_chunks().replace_schema_metadata(schema.metadata)
+    return (
+        pa.concat_tables(parts, promote_options="permissive").combine_chunks().replace_schema_metadata(schema.metadata)
+    )
 
 
 def _first_rows(path: str, number: int, *, max_bytes: int) -> pa.Table:

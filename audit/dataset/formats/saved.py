@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from ...arrow import dataset_schema, dataset_table
+from ...arrow import dataset_schema, dataset_table, small_offsets
 from ...errors import DatasetError
 from ...parsing import check_shape, parse_data_json
 from ...storage import check_regular
@@ -131,7 +131,7 @@ def _sample(files: Sequence[tuple[Path, str | None]], tables: Sequence[pa.Table]
             parts.append(dataset_table(part))
         except _READ_ERRORS as error:
             raise _read_error(path, error) from error
-    return pa.concat_tables(parts).combine_chunks()
+    return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
 
 
 def _map_rows(path: Path) -> pa.Table:
@@ -160,7 +160,7 @@ def _open_rows(path: Path) -> pa.Table:
 
 
 def _check_same_columns(path: Path, schema: pa.Schema, reference_path: Path, reference: pa.Schema) -> None:
-    if not schema.equals(reference):
+    if not small_offsets(schema).equals(small_offsets(reference)):
         raise DatasetError(f"{path} has different columns from {reference_path}")
     for name in schema.names:
         if declared_classes(schema, name) != declared_classes(reference, name):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ...arrow import dataset_table
+from ...arrow import dataset_table, small_offsets
 from ...errors import DatasetError
 from ...storage import check_regular, read_table
 from ..columns import SPLIT, with_split
@@ -216,9 +216,13 @@ def memory_shards(rows: pa.Table, *, shard_rows: int) -> list[MemoryShard]:
 
 
 def _check_same_columns(paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> None:
-    """Raise DatasetError if schemas differ; for jsonl only the names are compared: types are inferred per file."""
+    """Raise DatasetError if schemas differ, other than in the width of offsets.
+
+    Of jsonl only the names are compared: types are inferred per file.
+    """
+    first = small_offsets(schemas[0])
     for path, schema in zip(paths, schemas, strict=True):
-        same = schema.names == schemas[0].names if path.suffix == ".jsonl" else schema.equals(schemas[0])
+        same = schema.names == first.names if path.suffix == ".jsonl" else small_offsets(schema).equals(first)
         if not same:
             raise DatasetError(f"{path} has different columns from {paths[0]}")
 

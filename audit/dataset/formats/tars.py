@@ -10,6 +10,7 @@ import io
 import logging
 import tarfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from ...parsing import BROKEN, check_header, decode_text, parse_data_json, read_
 from ...storage import open_regular
 from ..columns import SPLIT
 from ..modalities import KINDS
+from ..not_read import NotRead
 from . import Plan
 from .sample import sample_size, spread_positions
 from .sources import check_fetched, common_folder, find_files, match_files, splits_of
@@ -110,10 +112,14 @@ class TarShard:
 
 @dataclass(slots=True)
 class TarSample:
-    """The members of one key: `values` by column, and (offset, size) in bytes of the unread members by column."""
+    """The members of one key: `values` by column, and (offset, size) in bytes of the unread members by column.
+
+    `nested` are the names of fields of .json members that are not read.
+    """
 
     key: str
     values: dict[str, Any] = field(default_factory=dict)
+    nested: list[str] = field(default_factory=list)
     positions: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -171,7 +177,22 @@ def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
             )
             shards.append(shard)
         first += len(samples)
-    return Plan(root=root, sample=_sample(shards, schema), shards=tuple(shards))
+    return Plan(
+        root=root, sample=_sample(shards, schema), shards=tuple(shards), not_read=_nested_fields(samples_of_tar)
+    )
+
+
+def _nested_fields(samples_of_tar: Sequence[Sequence[TarSample]]) -> tuple[NotRead, ...]:
+    """Return the fields of .json members that hold lists of lists or objects."""
+    counts = Counter(name for samples in samples_of_tar for sample in samples for name in sample.nested)
+    return tuple(
+        NotRead(
+            name=name,
+            form=f"nested field of {count} .json members",
+            remedy="write its parts as fields of their own, and vectors as .npy members",
+        )
+        for name, count in sorted(counts.items())
+    )
 
 
 def _sample(shards: Sequence[TarShard], schema: pa.Schema) -> pa.Table:
@@ -263,11 +284,11 @@ def _add_member(sample: TarSample, name: str, member: tarfile.TarInfo, file: Bin
     file.seek(member.offset_data)
     try:
         text = decode_text(file.read(member.size))
-        values = (
-            _json_fields(text)
-            if name in _JSON_NAMES
-            else {name: _parse_number(text.strip()) if name in _NUMBER_NAMES else text}
-        )
+        if name in _JSON_NAMES:
+            values, nested = _json_fields(text)
+            sample.nested += nested
+        else:
+            values = {name: _parse_number(text.strip()) if name in _NUMBER_NAMES else text}
     except (ValueError, TypeError) as error:
         raise DatasetError(f"{where} cannot be read: {error}") from error
     if repeated := next((key for key in values if key in sample.positions or key in sample.values), None):
@@ -280,12 +301,17 @@ def _parse_number(text: str) -> int | str:
     return int(text) if text.removeprefix("-").isdecimal() and str(int(text)) == text else text
 
 
-def _json_fields(text: str) -> dict[str, Any]:
-    """Return the fields of a .json member that hold a scalar or a list of scalars, without webdataset's `__` fields."""
+def _json_fields(text: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of a .json member that hold a scalar or a list of scalars, and the names of nested ones.
+
+    The fields of webdataset, such as `__key__`, are left out.
+    """
     content = parse_data_json(text)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
-    return {name: value for name, value in content.items() if _is_flat(value) and not name.startswith("__")}
+    fields = {name: value for name, value in content.items() if not name.startswith("__")}
+    flat = {name: value for name, value in fields.items() if _is_flat(value)}
+    return flat, [name for name in fields if name not in flat]
 
 
 def _is_flat(value: Any) -> bool:

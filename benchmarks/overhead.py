@@ -1,6 +1,6 @@
 """Overhead of training by each method over a bare PyTorch loop. --quick: a quarter of the rows.
 
-Run with: python benchmarks/train.py [--quick] [--cpu] [SIZE:SAMPLING:BALANCING ...], such as large:bss-l:joint
+Run with: python benchmarks/overhead.py [--quick] [--cpu] [SIZE:SAMPLING:BALANCING ...], such as large:bss-l:joint
 The bounds are against a loop of torch's own parts, with the same dropout and fused AdamW. They do not apply to --quick,
 in which the checkpoint of an epoch weighs four times as much. --cpu: CPU seconds of one thread in place of the time,
 for a machine that has other work.
