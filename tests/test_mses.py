@@ -14,7 +14,7 @@ from mmaudit.train.balancing.balancer import Validation
 from mmaudit.train.balancing.mses import Mses, MsesConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
+from mmaudit.train.network import FusionNet, ModelConfig, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
 torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def test_encoders_frozen_from_the_start_stay_frozen() -> None:
 def losses_of(balancer: Mses, batch: Batch) -> tuple[float, list[float], Tensor]:
     balancer.net.eval()
     outputs = balancer.net(batch.inputs, batch.present)
-    fused, unimodal = cross_entropies(outputs, batch.label)
+    fused, unimodal = separate_losses(outputs, batch.label)
     means = batch.mean_unimodal(unimodal).tolist()
     return float(batch.mean_fused(fused).detach()), means, balancer.loss(outputs, batch).detach()
 

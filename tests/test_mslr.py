@@ -18,7 +18,7 @@ from mmaudit.train.balancing.mslr import Mslr, MslrConfig, accuracy_factor, dyna
 from mmaudit.train.batches import Loss, OutputFunction
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.methods import list_unused, resolve
-from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
 torch.set_num_threads(1)
@@ -151,7 +151,7 @@ def test_loss_of_0_stays_within_bounds() -> None:
 def test_loss_is_the_sum_of_all_losses() -> None:
     balancer = build_mslr("dynamic")
     batch = draw_batch([0, 1, 2], present=[[True, True], [False, True], [True, False]])
-    fused, unimodal = cross_entropies(balancer.net(batch.inputs, batch.present), batch.label)
+    fused, unimodal = separate_losses(balancer.net(batch.inputs, batch.present), batch.label)
     expected = fused.mean() + unimodal[0, [0, 2]].mean() + unimodal[1, [0, 1]].mean()
     _, loss = balancer.step(batch)
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -204,7 +204,7 @@ def test_accuracy_mode_resumes() -> None:
 def test_without_unimodal_terms_the_loss_is_the_fused_one() -> None:
     balancer, batch = build_mslr("accuracy", unimodal_weight=0.0), draw_batch([0, 1, 2])
     outputs = balancer.net(batch.inputs)
-    expected = cross_entropies(outputs, batch.label)[0].mean()
+    expected = separate_losses(outputs, batch.label)[0].mean()
     assert float(balancer.loss(outputs, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 

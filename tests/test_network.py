@@ -14,7 +14,7 @@ from torch.nn import functional
 from training import select_rows
 
 from mmaudit.train import FUSIONS
-from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies, cross_entropy
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropy, separate_losses
 
 torch.set_num_threads(1)
 
@@ -170,7 +170,7 @@ def test_fused_logits_alone_equal_those_with_unimodal_logits(fusion: str, own_he
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_gradients_reach_every_parameter(fusion: str) -> None:
     net = build_net(fusion=fusion)
-    fused, unimodal = cross_entropies(net(random_inputs()), torch.arange(11) % 6)
+    fused, unimodal = separate_losses(net(random_inputs()), torch.arange(11) % 6)
     for name, grad in gradients(net, fused.mean() + unimodal.mean()).items():
         assert grad is not None, name
         assert grad.abs().max() > 1e-7, name
@@ -232,10 +232,10 @@ def test_confidence_is_the_probability_of_the_true_class() -> None:
 
 def test_cross_entropies_are_minus_log_confidence() -> None:
     outputs, label = build_net()(random_inputs()), torch.arange(11) % 6
-    fused, unimodal = cross_entropies(outputs, label)
+    fused, unimodal = separate_losses(outputs, label)
     torch.testing.assert_close(torch.cat([fused[None], unimodal]).detach(), -outputs.confidence(label).log())
     half = Outputs(outputs.fused.bfloat16(), outputs.unimodal.bfloat16(), outputs.features)
-    assert [losses.dtype for losses in cross_entropies(half, label)] == [torch.float32] * 2
+    assert [losses.dtype for losses in separate_losses(half, label)] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("shape", [(11, 6), (3, 11, 6), (2, 3, 11, 6), (3, 0, 6)])

@@ -15,6 +15,7 @@ from . import TRACKERS
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+REGRESSION_LOSSES = ("l1", "mse")
 ANSWERS = ("fused", "heads", "all")  # which logits are the prediction of all modalities together
 # Fewest validation samples that may select an epoch: two of them selected the first of 60, at chance accuracy.
 MIN_VALIDATION_SAMPLES = 20
@@ -56,6 +57,8 @@ class FinetuneConfig:
         answer: Logits that are validated, selected by and tested as the prediction of all modalities: "fused", those
             of the fusion; "heads", the sum of the unimodal ones; "all", the sum of both. BSS tests "heads" on CREMA-D
             and "all" on Kinetics-Sounds. It is recorded with the model, and metrics name it "fused" in any case.
+        regression_loss: Loss of a regression, of the target in standard deviations: "l1", the absolute error, or
+            "mse", the squared one.
         validation_fraction: Share of the training samples, at least one, cut off as validation split where the source
             has none; in [0, 1).
         patience: Stop after this many epochs without a better validation result; 0 never stops early.
@@ -77,6 +80,7 @@ class FinetuneConfig:
     dropout: float = 0.3
     own_heads: bool = False
     answer: str = "fused"
+    regression_loss: str = "l1"
     validation_fraction: float = 0.1
     patience: int = 0
     compile: bool = False
@@ -87,7 +91,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in self.report_to:
             TRACKERS.check(name)
-        check_choices("finetune", self, answer=ANSWERS)
+        check_choices("finetune", self, answer=ANSWERS, regression_loss=REGRESSION_LOSSES)
         check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "hidden"), "[1, inf)"))
         check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
         check_ranges("finetune", self, dropout="[0, 1)", validation_fraction="[0, 1)", keep_posterior="[0, 1]")
