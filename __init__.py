@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
     from .cli.training import EvaluationResult, FinetuneResult, MethodTable, evaluate, finetune, methods
     from .rebalance.diff import ManifestDiff
+    from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
     from .rebalance.verify import Verification
+    from .train.custom_loop import Balanced, balance
+    from .train.custom_network import MultimodalModel
+    from .train.manifest_sampler import ManifestBatchSampler, ManifestSampler
 
 __version__ = "0.1.0"
 
@@ -41,12 +45,17 @@ _NAMES = {
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
     "cli.training": ["EvaluationResult", "FinetuneResult", "MethodTable", "evaluate", "finetune", "methods"],
     "rebalance.diff": ["ManifestDiff"],
+    "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],
     "rebalance.verify": ["Verification"],
+    "train.custom_loop": ["Balanced", "balance"],
+    "train.custom_network": ["MultimodalModel"],
+    "train.manifest_sampler": ["ManifestBatchSampler", "ManifestSampler"],
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Balanced",
     "Card",
     "CheckResult",
     "Dataset",
@@ -56,11 +65,15 @@ __all__ = [
     "ExportResult",
     "FinetuneResult",
     "Ingested",
+    "Keep",
     "Manifest",
+    "ManifestBatchSampler",
     "ManifestDiff",
+    "ManifestSampler",
     "MethodTable",
     "Mixture",
     "MmauditError",
+    "MultimodalModel",
     "ReplayResult",
     "ReportResult",
     "RunConfig",
@@ -69,6 +82,7 @@ __all__ = [
     "SplitSummary",
     "Verification",
     "__version__",
+    "balance",
     "card",
     "check",
     "demo",
@@ -78,6 +92,7 @@ __all__ = [
     "finetune",
     "fit_mixture",
     "ingest",
+    "keep",
     "load_config",
     "methods",
     "open_dataset",

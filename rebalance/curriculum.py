@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.dataset.columns import SPLITS
@@ -201,6 +202,36 @@ def with_validation(
         )
     split[train[selected]] = "validation"
     return split
+
+
+def split_rows(table: pa.Table, split: str | Sequence[str], *, validation_fraction: float, seed: int) -> RowIndex:
+    """Return the rows of splits of a manifest, ascending; a validation split is cut as in `with_validation`.
+
+    Without one, and with a fraction of 0, there is none. Raises ManifestError where the manifest has no such rows.
+    """
+    names = (split,) if isinstance(split, str) else tuple(split)
+    for name in names:
+        if name not in SPLITS:
+            raise ConfigError(f"split {name!r}: {choices(str(name), SPLITS)}")
+    if not 0 <= validation_fraction < 1:
+        raise ConfigError(f"validation_fraction is {validation_fraction}: it must lie in [0, 1)")
+    column = table["split"]
+    has_validation = bool(pc.any(pc.equal(column, "validation")).as_py())
+    if not has_validation and validation_fraction > 0 and {"train", "validation"} & {*names}:
+        ids, label = np.array(table["sample_id"].to_pylist(), dtype=object), table["label"].to_numpy().astype(np.int32)
+        cut = with_validation(table, ids, label, fraction=validation_fraction, seed=seed)
+        num_cut, num_train = int((cut == "validation").sum()), pc.sum(pc.equal(column, "train")).as_py()
+        log.warning(
+            "the manifest has no validation split: %d of its %d training rows are cut as one, as in finetune "
+            "(validation_fraction=0 cuts none)",
+            num_cut,
+            num_train,
+        )
+        column = pa.chunked_array([pa.array(cut, pa.string())])
+    rows: RowIndex = np.flatnonzero(pc.is_in(column, value_set=pa.array(names)).to_numpy(zero_copy_only=False))
+    if len(rows) == 0:
+        raise ManifestError(f"the manifest has no rows of split {' or '.join(names)}")
+    return rows
 
 
 def training_rows(

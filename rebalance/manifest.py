@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,10 @@ from ..audit.hashing import digest, hash_ids
 from ..audit.parsing import Shape
 from ..audit.scores.table import PROVENANCE as SCORES
 from ..audit.storage import parse_provenance, read_batches, read_footer, read_parquet, read_schema
+from .curriculum import split_rows
+
+if TYPE_CHECKING:
+    from .manifest_dataset import ManifestDataset
 
 SCHEMA_VERSION = 3
 ROWS_KEY = "mmaudit.rows"  # key in the file metadata, written last: number of rows and both digests
@@ -154,6 +158,56 @@ class Manifest:
     def numbers(self, name: str) -> NDArray[np.float64]:
         """Return a column of numbers, (n,), null as NaN."""
         return np.array(self.table[name].to_pandas(), dtype=np.float64)
+
+    def to_torch(
+        self,
+        *,
+        data: str | Path | None = None,
+        features: str | Path | None = None,
+        split: str | Sequence[str] = "train",
+        transform: Callable[[dict[str, Any]], Any] | None = None,
+        validation_fraction: float = 0.1,
+        seed: int = 0,
+        allow_outside: bool = False,
+    ) -> ManifestDataset:
+        """Return a map-style dataset of PyTorch of the samples of a split, in the order of the manifest.
+
+        Nothing that the manifest names is opened or imported: media are read from `data`, vectors from `features`.
+
+        Args:
+            data: The data that were scored; media are decoded as `score` does, at the sizes of its settings.
+            features: In place of `data`: folder `features` of the run; cached vectors are read and nothing is decoded.
+            split: train, validation or test, or several.
+            transform: Function of a sample, a dictionary, whose result is returned in its place.
+            validation_fraction: Share of the training rows that is the validation split where the manifest has none, as
+                in `finetune`; 0 cuts none.
+            seed: Seed of that cut.
+            allow_outside: Allow paths outside the data folder.
+
+        Returns:
+            The dataset: sample_id, label, weight, and each modality by name.
+
+        Raises:
+            ManifestError: The split is empty, samples are not in the data or the cache, or have changed in the cache.
+            DatasetError: The data cannot be opened.
+            ConfigError: Neither `data` nor `features` is passed, or both.
+
+        Example:
+            >>> manifest = mmaudit.read_manifest("mmaudit-run/manifests/balanced.parquet")
+            >>> manifest.to_torch(data="clips")[0]["audio"].shape
+            torch.Size([16000])
+        """
+        from .manifest_dataset import open_rows
+
+        rows = split_rows(self.table, split, validation_fraction=validation_fraction, seed=seed)
+        return open_rows(
+            self.table.take(pa.array(rows)),
+            self.provenance.get("scores", {}),
+            data=data,
+            features=features,
+            transform=transform,
+            allow_outside=allow_outside,
+        )
 
 
 def _check_unique(ids: pa.ChunkedArray) -> None:

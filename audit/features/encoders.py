@@ -232,6 +232,16 @@ def preprocessing(modality: Modality, media: MediaConfig) -> str:
     return digest(repr(settings).encode())[:16]
 
 
+def decode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Any:
+    """Decode a loaded cell (see Dataset.load) as encoders get it; texts and checked vectors (d,) are returned."""
+    if modality.kind != "features":
+        return _DECODERS[modality.kind](loaded, media)
+    vector = check_vector(np.asarray(loaded, dtype=np.float32).ravel(), modality)
+    if isinstance(vector, UnusableError):
+        raise vector
+    return vector
+
+
 def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> EncodedCell | UnusableError:
     """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised.
 

@@ -56,6 +56,8 @@ class Balancer(Method):
         own_heads: Its unimodal losses need heads that the fused prediction does not share.
         sets_rates: It sets one learning rate per modality.
         needs_unimodal_logits: Its steps compute the unimodal logits, not the fused ones only.
+        evaluates: What it evaluates between epochs: "train" or "validation" samples, or "copies" that it trains. A loop
+            of the user's has these only where they are passed.
 
     Example:
         >>> class Twice(Balancer):
@@ -73,6 +75,7 @@ class Balancer(Method):
     own_heads: ClassVar[bool] = False
     sets_rates: ClassVar[bool] = False
     needs_unimodal_logits: bool = True
+    evaluates: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, net: FusionNet, optimization: Optimization, config: Any = None, *, epochs: int) -> None:
         self.net, self.optimization, self.epochs = net, optimization, epochs

@@ -108,6 +108,7 @@ class Gblend(Balancer):
     paper = "Wang et al., CVPR 2020"
     has_unimodal_loss = True
     own_heads = True
+    evaluates = ("train", "validation", "copies")
     state_fields = ("weights",)
     config: GblendConfig
 

@@ -126,6 +126,7 @@ class Gmm(Balancer):
     config_type = GmmConfig
     paper = "Liu et al., arXiv 2510.21797"
     has_unimodal_loss = True
+    evaluates = ("train",)
     config: GmmConfig
 
     @classmethod

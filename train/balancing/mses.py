@@ -67,6 +67,7 @@ class Mses(Sum):
 
     config_type = MsesConfig
     paper = "Fujimori et al., ACPR 2019"
+    evaluates = ("validation",)
     min_modalities = 2
     state_fields = (
         *("lowest_loss", "epochs_without_improvement", "previous_loss"),

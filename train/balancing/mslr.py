@@ -107,6 +107,7 @@ class Mslr(Sum):
     paper = "Yao and Mihalcea, Findings of ACL 2022"
     min_modalities = 2
     sets_rates = True
+    evaluates = ("validation",)
     state_fields = ("initial_loss", "lowest_loss", "accuracies")
     config: MslrConfig
 

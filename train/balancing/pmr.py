@@ -87,6 +87,7 @@ class Pmr(Balancer):
     config_type = PmrConfig
     paper = "Fan et al., CVPR 2023"
     has_unimodal_loss = True
+    evaluates = ("train",)
     state_fields = ("epoch", "_weight", "_prototypes", "_seen")
     config: PmrConfig
 

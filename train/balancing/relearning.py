@@ -87,6 +87,7 @@ class Relearning(Balancer):
     state_fields = ("_initial", "_gap", "_share", "_num_diagnoses")
     config: RelearningConfig
     needs_unimodal_logits = False
+    evaluates = ("train", "validation")
 
     @classmethod
     def late_start(cls, config: RelearningConfig, settings: TrainConfig) -> str | None:

@@ -1,0 +1,192 @@
+"""Networks of the user: what one must have, and its form for balancers and for fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..audit.errors import ConfigError, TrainError
+from .fusion import Fusion
+from .network import FusionNet, ModelConfig
+
+
+@runtime_checkable
+class MultimodalModel(Protocol):
+    """What a network of yours must have for `balance` and `finetune --model`: any nn.Module with these attributes.
+
+    The fused logits are `fuse` of the features of all modalities. A network may also have
+    `unimodal_logits(features) -> (m, b, k)`, the logits of each modality alone; without it, methods that need them give
+    each modality a linear head of its own, trained on features without gradient.
+
+    Attributes:
+        encoders: Encoder of each modality by name, such as an nn.ModuleDict: inputs (b, ...) to features (b, d_j).
+        num_features: Number of features d_j of each modality, by name.
+        num_classes: Number of classes k.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.num_features, self.num_classes = {"audio": 64, "image": 64}, 10
+        ...         self.encoders = nn.ModuleDict({"audio": nn.Linear(40, 64), "image": nn.Linear(512, 64)})
+        ...         self.head = nn.Linear(128, 10)
+        ...     def fuse(self, features):
+        ...         return self.head(torch.cat(features, dim=1))
+        ...     def forward(self, inputs):
+        ...         return self.fuse([encoder(inputs[name]) for name, encoder in self.encoders.items()])
+    """
+
+    encoders: Mapping[str, nn.Module]
+    num_features: Mapping[str, int]
+    num_classes: int
+
+    def fuse(self, features: Sequence[Tensor]) -> Tensor:
+        """Compute the fused logits (b, k) of features, m of (b, d_j); those of an absent modality are 0."""
+
+
+class CustomEncoder(nn.Module):
+    """An encoder of the user's network, and its number of features."""
+
+    def __init__(self, module: nn.Module, *, name: str, num_features: int) -> None:
+        super().__init__()
+        self.module, self.name, self.num_features = module, name, num_features
+        self.inputs_standardized = True  # an input of 0 stands for an absent one, not NaN
+        self._dtype: torch.dtype | None = None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Compute the features (b, d). Raises TrainError for another shape."""
+        self._dtype = self._dtype or rows.dtype
+        features: Tensor = self.module(rows if self._dtype.is_floating_point else rows.to(self._dtype))
+        if features.shape != (len(rows), self.num_features):
+            raise TrainError(
+                f"the encoder of {self.name} returns features of shape {tuple(features.shape)}, must be "
+                f"({len(rows)}, {self.num_features}) as in num_features"
+            )
+        return features
+
+
+class CustomFusion(Fusion):
+    """All of the user's network but its encoders."""
+
+    def __init__(self, model: nn.Module, encoders: Sequence[nn.Module]) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.decomposes = callable(getattr(model, "unimodal_logits", None))  # type: ignore[misc]
+        inside = {id(module) for encoder in encoders for module in encoder.modules()}
+        object.__setattr__(self, "_outside", [module for module in model.modules() if id(module) not in inside])
+        self._encoder_weights = {id(weight) for encoder in encoders for weight in encoder.parameters()}
+
+    _outside: list[nn.Module]
+    _modes: list[bool] | None = None
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that are in no encoder, with their names in this module."""
+        for name, parameter in super().named_parameters(*args, **options):
+            if id(parameter) not in self._encoder_weights:
+                yield name, parameter
+
+    def train(self, mode: bool = True) -> CustomFusion:
+        """Set training or eval mode of all modules outside the encoders; see `CustomNet.train`."""
+        if self.training and not mode:
+            self._modes = [module.training for module in self._outside]
+        for module, training in zip(self._outside, self._modes or [True] * len(self._outside), strict=True):
+            module.training = mode and training
+        self.training = mode
+        return self
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Compute the fused logits (b, k)."""
+        return self.model.fuse(tuple(features))  # type: ignore[operator, no-any-return]
+
+    def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
+        """Compute the unimodal logits (m, b, k)."""
+        logits: Tensor = self.model.unimodal_logits(tuple(features))  # type: ignore[operator]
+        return logits
+
+
+class CustomNet(FusionNet):
+    """The user's network in the form of mmaudit's own, for balancers.
+
+    It registers the network itself and the separate heads; `encoders` and `fusion` are views of the network's parts.
+
+    Args:
+        model: The network, see MultimodalModel.
+        heads: Give each modality a separate head.
+        config: Names of classes and shapes of inputs; None: unknown.
+    """
+
+    def __init__(self, model: nn.Module, *, heads: bool, config: ModelConfig | None = None) -> None:
+        nn.Module.__init__(self)
+        check_model(model)
+        self.model: nn.Module = model
+        assert isinstance(model, MultimodalModel)
+        names, num_classes = tuple(model.encoders), int(model.num_classes)
+        classes = tuple(map(str, range(num_classes)))
+        self.config = config or ModelConfig(modalities=names, shapes=((),) * len(names), classes=classes)
+        encoders = [
+            CustomEncoder(model.encoders[name], name=name, num_features=int(model.num_features[name])) for name in names
+        ]
+        object.__setattr__(self, "encoders", nn.ModuleList(encoders))
+        object.__setattr__(self, "fusion", CustomFusion(model, encoders))
+        self.has_own_heads = heads
+        sizes = [encoder.num_features for encoder in encoders] if heads else []
+        device = next(model.parameters()).device
+        self.heads = nn.ModuleList(nn.Linear(size, num_classes, device=device) for size in sizes)
+        self._frozen = frozenset()
+        self._modes: list[tuple[nn.Module, bool]] | None = None
+
+    def train(self, mode: bool = True) -> CustomNet:
+        """Set training or eval mode; after eval mode each module gets the mode of before: some may be frozen."""
+        if self.training and not mode:
+            self._modes = [(module, module.training) for module in (*self.modules(), self.fusion)]
+        super().train(mode)
+        self.fusion.training = mode
+        for module, training in self._modes or () if mode else ():
+            module.training = training
+        return self
+
+    def follow_mode(self) -> None:
+        """Set the mode of the views to that of the user's network; frozen encoders stay in eval mode."""
+        self.training = self.fusion.training = self.model.training
+        for j in self._frozen:
+            self.encoders[j].eval()
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ConfigError where a network lacks what MultimodalModel has."""
+    name = type(model).__name__
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ConfigError("pass the network itself, model.module: gradients are summed over the processes here")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name} is no nn.Module")
+    missing = [key for key in ("encoders", "num_features", "num_classes", "fuse") if not hasattr(model, key)]
+    if missing:
+        raise ConfigError(
+            f"the network {name} lacks {', '.join(missing)}; see mmaudit.MultimodalModel for their meaning"
+        )
+    assert isinstance(model, MultimodalModel)
+    if {*model.encoders} != {*model.num_features}:
+        raise ConfigError(
+            f"the network {name} has encoders of {', '.join(model.encoders)} and num_features of "
+            f"{', '.join(model.num_features)}: the names must be the same"
+        )
+    registered = {id(parameter) for parameter in model.parameters()}
+    if unregistered := [
+        key for key, part in model.encoders.items() if not {id(p) for p in part.parameters()} <= registered
+    ]:
+        raise ConfigError(f"the encoder of {unregistered[0]} is no part of {name}: put it into an nn.ModuleDict")
+
+
+@contextmanager
+def in_eval_mode(net: CustomNet) -> Iterator[None]:
+    """Put all modules into eval mode, and restore each one's mode."""
+    training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(training)
