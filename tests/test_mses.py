@@ -48,7 +48,7 @@ def end_epochs(balancer: Mses, *losses: tuple[float, float]) -> list[tuple[bool,
     frozen = []
     for epoch, unimodal_loss in enumerate(losses, start=1):
         balancer.end_epoch(
-            epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=unimodal_loss, unimodal_accuracy=(0.5, 0.5))
+            epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=unimodal_loss, unimodal_metric=(0.5, 0.5))
         )
         frozen.append((balancer.optimization.frozen[0], balancer.optimization.frozen[1]))
     return frozen
@@ -168,9 +168,7 @@ def test_smoothed_criterion_by_hand() -> None:
 
 
 def end_epochs_from(balancer: Mses, epoch: int, unimodal_loss: tuple[float, float]) -> None:
-    balancer.end_epoch(
-        epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=unimodal_loss, unimodal_accuracy=(0.5, 0.5))
-    )
+    balancer.end_epoch(epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=unimodal_loss, unimodal_metric=(0.5, 0.5)))
 
 
 def weights_of(balancer: Mses) -> dict[str, Tensor]:

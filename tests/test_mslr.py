@@ -70,9 +70,7 @@ def rates_of_epoch(balancer: Mslr, epoch: int) -> list[float]:
 def end_epoch(balancer: Mslr, epoch: int, *remaining: float) -> None:
     """End an epoch with unimodal losses that are these shares of the initial ones."""
     unimodal_loss = tuple(share * initial for share, initial in zip(remaining, INITIAL_LOSSES, strict=True))
-    balancer.end_epoch(
-        epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=unimodal_loss, unimodal_accuracy=(0.5, 0.5))
-    )
+    balancer.end_epoch(epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=unimodal_loss, unimodal_metric=(0.5, 0.5)))
 
 
 def test_keep_uses_the_configured_factors() -> None:
@@ -178,7 +176,7 @@ def test_accuracy_mode_by_hand() -> None:
         if epoch <= len(ACCURACIES):
             accuracy = (ACCURACIES[epoch - 1], 0.25)
             balancer.end_epoch(
-                epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=(1.0, 1.0), unimodal_accuracy=accuracy)
+                epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=(1.0, 1.0), unimodal_metric=accuracy)
             )
     assert [audio for audio, *_ in rates] == pytest.approx([0.9 * ratio for ratio in RATIOS])
     assert [visual for _, visual, _ in rates] == pytest.approx([1.1] * 8)  # its accuracy does not change
@@ -195,7 +193,7 @@ def test_accuracy_mode_resumes() -> None:
     for epoch, accuracy in enumerate(ACCURACIES[:6], start=1):
         original.begin_epoch(epoch, InitialLosses(original.net))
         original.end_epoch(
-            epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=(1.0, 1.0), unimodal_accuracy=(accuracy, 0.5))
+            epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=(1.0, 1.0), unimodal_metric=(accuracy, 0.5))
         )
     resumed.load_state_dict(original.state_dict())
     assert rates_of_epoch(resumed, 7) == pytest.approx([1.5, 1, 1])

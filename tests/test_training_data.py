@@ -86,9 +86,9 @@ def test_validation_is_the_mean_over_validation_samples() -> None:
     fused, unimodal = separate_losses(outputs, label)
     assert validation.loss == pytest.approx(float(fused.mean()), rel=1e-5)
     assert validation.unimodal_loss == pytest.approx(unimodal.mean(dim=1).tolist(), rel=1e-5)
-    assert validation.accuracy == pytest.approx(float((outputs.fused.argmax(dim=1) == label).float().mean()))
+    assert validation.metric == pytest.approx(float((outputs.fused.argmax(dim=1) == label).float().mean()))
     expected = (outputs.unimodal.argmax(dim=2) == label).float().mean(dim=1)
-    assert validation.unimodal_accuracy == pytest.approx(expected.tolist())
+    assert validation.unimodal_metric == pytest.approx(expected.tolist())
 
 
 def test_train_copy_does_not_change_the_model() -> None:

@@ -90,9 +90,10 @@ class Step:
 class Batch:
     """This process's part of a step on the device: b rows, m modalities.
 
-    rows (b,) among the training samples; label (b,), the class, or of label sets and numbers the values (b, k); present (b, m) or None: all modalities are used. inputs: m tensors
-    (b_j, ...) of the rows that use the modality, b_j <= b. loss_weight (1 + m, b): see Step.loss_weights; over all
-    processes each of its rows sums to 1. size: samples of the whole step.
+    rows (b,) among the training samples; label (b,), the class, or of label sets and numbers the values (b, k); present
+    (b, m) or None: all modalities are used. inputs: m tensors (b_j, ...) of the rows that use the modality, b_j <= b.
+    loss_weight (1 + m, b): see Step.loss_weights; over all processes each of its rows sums to 1. size: samples of the
+    whole step.
     """
 
     rows: Tensor

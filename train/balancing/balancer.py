@@ -20,12 +20,15 @@ from ..optimizer import Optimization
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Validation results of an epoch: mean cross entropy and accuracy, of the tested answer and of each modality."""
+    """Validation results of an epoch: mean loss and metric, of the tested answer and of each modality.
+
+    The metric is the accuracy of classes, the MAP of label sets, and the mean absolute error of numbers.
+    """
 
     loss: float
-    accuracy: float
+    metric: float
     unimodal_loss: tuple[float, ...]
-    unimodal_accuracy: tuple[float, ...]
+    unimodal_metric: tuple[float, ...]
 
 
 def check_window(section: str, config: Any) -> None:

@@ -168,7 +168,7 @@ class Mslr(Sum):
 
         self.accuracies = [
             [*earlier, accuracy][-1 - _NUM_ACCURACIES :]
-            for earlier, accuracy in zip(self.accuracies, validation.unimodal_accuracy, strict=True)
+            for earlier, accuracy in zip(self.accuracies, validation.unimodal_metric, strict=True)
         ]
 
     def epoch_metrics(self) -> dict[str, float]:

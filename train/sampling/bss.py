@@ -30,7 +30,7 @@ from ..network import Outputs, separate_losses
 from .sampler import Ordered, Paced
 
 _MODEL_REASON = (
-    "the model's balance scores are by class probabilities; the manifest's are drawn by with --set "
+    "balance scores of the model are by class probabilities; use those of the manifest with --set "
     "sampling.bss.score_source=manifest"
 )
 SCORE_SOURCES = ("auto", "manifest", "model")
