@@ -229,7 +229,7 @@ def test_evaluate_file_repeats_the_metrics_of_training(tmp_path: Path, answer: s
         device="cpu",
     )
     assert result.pop("n") == 40
-    assert result == {name: metrics[name] for name in ("answer", "test", "test_by_class", "contribution")}
+    assert result == {name: metrics[name] for name in ("task", "answer", "test", "test_by_class", "contribution")}
     assert result["answer"] == answer
 
 

@@ -19,7 +19,7 @@ from ..rebalance.curriculum import RowIndex, id_keys, training_rows
 from .augment import InputForm, augment, local_rows
 from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, to_batch
-from .config import FinetuneConfig, TrainConfig
+from .config import REGRESSION_LOSSES, FinetuneConfig, TrainConfig
 from .examples import NUM_READERS, Examples, Store
 from .methods import Methods, check_schedule, check_task, list_unused
 from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
@@ -309,7 +309,7 @@ def set_up(
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
     for warning in (*check_schedule(methods), *list_unused(methods)) if distributed.is_first else ():
         log.warning("%s", warning)
-    if config.finetune.regression_loss != FinetuneConfig.regression_loss and examples.task != "regression":
+    if config.finetune.regression_loss != REGRESSION_LOSSES[0] and examples.task != "regression":
         log.warning("finetune.regression_loss has no effect: the task is %s", examples.task)
     if config.optim.freeze and config.finetune.init is None:
         log.info(
