@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from .cli.config import RunConfig, load_config
     from .cli.demo import DemoResult, demo
     from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
+    from .cli.methods import MethodTable, methods
     from .cli.scoring import ReportResult, ScoreResult, report, score
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
-    from .cli.training import EvaluationResult, FinetuneResult, MethodTable, evaluate, finetune, methods
+    from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
     from .rebalance.diff import ManifestDiff
     from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
@@ -41,9 +42,10 @@ _NAMES = {
     "cli.config": ["RunConfig", "load_config"],
     "cli.demo": ["DemoResult", "demo"],
     "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
+    "cli.methods": ["MethodTable", "methods"],
     "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
-    "cli.training": ["EvaluationResult", "FinetuneResult", "MethodTable", "evaluate", "finetune", "methods"],
+    "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
     "rebalance.diff": ["ManifestDiff"],
     "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -24,6 +25,7 @@ from ..rebalance.balanced import BalancedConfig
 from ..rebalance.curriculum import OrderConfig
 from ..train.config import AugmentConfig, FinetuneConfig, OptimConfig, TrainConfig
 from ..train.methods import list_methods
+from ..train.presets import read_preset
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +34,8 @@ else:
 
 log = logging.getLogger("mmaudit")
 
-NETWORK_FIELDS = ("width", "normalise_pictures", "normalise_sound")  # of the section network, those of a fine-tuning
+NETWORK_FIELDS = ("width", "normalise_pictures", "normalise_sound")  # of section network, that fine-tuning reads
+TRAINING_SECTIONS = tuple(name for name in TrainConfig.__dataclass_fields__ if name not in NETWORK_FIELDS)
 _PREFIX = "MMAUDIT_"
 _OTHER_VARIABLES = {"MMAUDIT_DEBUG", "MMAUDIT_RUN", "MMAUDIT_DEVICE", "MMAUDIT_NUM_WORKERS"}  # of the command line
 _DEEP_KEY = re.compile(r"""(?:["'\w-]{1,100}[ \t]{0,9}\.[ \t]{0,9}){64}""")
@@ -87,9 +90,8 @@ class RunConfig:
 
     def training(self) -> TrainConfig:
         """Return the config of fine-tuning; the seed is not part of it."""
-        of_network = {name: getattr(self.network, name) for name in NETWORK_FIELDS}
-        sections = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__ if name not in of_network}
-        return TrainConfig(**sections, **of_network)
+        sections = {name: getattr(self, name) for name in TRAINING_SECTIONS}
+        return TrainConfig(**sections, **{name: getattr(self.network, name) for name in NETWORK_FIELDS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,8 @@ def load_config(
     config: RunConfig | str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
     keywords: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
 ) -> RunConfig:
     """Load the settings of a command. Of a setting that is made in several ways the last of these counts.
 
@@ -116,6 +120,8 @@ def load_config(
             override the file.
         settings: Settings by key, {"probe.folds": 10}, or as texts, ["probe.folds=10"].
         keywords: Settings by key, from a function's own parameters; those that are None are not made.
+        preset: Name of a published protocol, which all of the others override. A RunConfig overrides it where it
+            differs from the defaults.
 
     Returns:
         The settings of all stages.
@@ -127,46 +133,52 @@ def load_config(
         >>> load_config(settings={"probe.folds": 10}).probe.folds
         10
     """
-    return load_settings(config, settings, keywords)[0]
+    return load_settings(config, settings, keywords, preset=preset)[0]
 
 
 def load_settings(
     config: RunConfig | str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
     keywords: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
 ) -> tuple[RunConfig, Given]:
     """Load the settings of a command as `load_config` does, and return with them those made by the user.
 
-    Of a RunConfig, settings that equal the default do not count as made; `keywords`, the options of the command
-    itself, never do.
+    Of a RunConfig, settings that equal the default do not count as made; those of a preset, and `keywords`, the options
+    of the command itself, never do.
     """
     made = {key: value for key, value in (keywords or {}).items() if value is not None}
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {} if preset is None else preset_content(preset)
     given: dict[str, str] = {}
-    defaults = dict(_leaves(plain(RunConfig())))
+    defaults = plain(RunConfig())
     if isinstance(config, RunConfig):
-        content = without_none(plain(config))
-        given = {key: "config" for key, value in _leaves(content) if defaults.get(key, ...) != value}
+        differing = _differences(plain(config), defaults)
+        _update(content, without_none(plain(config)) if preset is None else differing)
+        given = {key: "config" for key, _ in _leaves(without_none(differing))}
     else:
         if config is not None:
             if not Path(config).exists():
                 raise ConfigError(f"config file not found: {config}")
-            content = _read_toml(Path(config))
-            given = {key: Path(config).name for key, _ in _leaves(content)}
+            stated = _read_toml(Path(config))
+            _update(content, stated)
+            given = {key: Path(config).name for key, _ in _leaves(stated)}
         for key, text in _environment_settings().items():
             _set(content, key, _parse_value(key, text), source=f"{_variable(key)}={text}")
             given[key] = _variable(key)
     pairs = [*(settings.items() if isinstance(settings, Mapping) else map(_parse_setting, settings))]
     for key, value in (*pairs, *made.items()):
+        if key == "data.encoder" and preset is not None:
+            value = _with_encoders(content, value)
         _set(content, key, list(value) if isinstance(value, tuple) else value, source=f"--set {key}")
     given |= {key.strip(): "--set" for key, _ in pairs}
     built = build_config(RunConfig, content, where="")
-    values = dict(_leaves(plain(built)))
+    values, default_of = dict(_leaves(plain(built))), dict(_leaves(defaults))
     return built, {
         key: GivenSetting(
             value=values[key],
             source=source,
-            is_default=source == Path(str(config)).name and defaults.get(key, ...) == values[key],
+            is_default=source == Path(str(config)).name and default_of.get(key, ...) == values[key],
         )
         for key, source in given.items()
         if key in values and key not in made
@@ -180,6 +192,60 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def preset_content(name: str) -> dict[str, Any]:
+    """Return the settings of a preset as nested plain values, which the caller may change."""
+    return copy.deepcopy(dict(read_preset(name).settings))
+
+
+def preset_record(name: str, own: Mapping[str, Any], used: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a preset in run.json and metrics.json: its name and digest, and what the user changed.
+
+    Args:
+        name: The preset.
+        own: Settings of the preset alone, as nested plain values.
+        used: Settings in force, in the same form.
+
+    Returns:
+        {name, digest, changed: {key: {preset, used}}}; None stands for a key that one of the two does not have.
+    """
+    values, changed = (dict(_leaves(content)) for content in (own, used))
+    differing = {
+        key: {"preset": values.get(key), "used": changed.get(key)}
+        for key in sorted({*values, *changed})
+        if values.get(key) != changed.get(key)
+    }
+    return {"name": name, "digest": read_preset(name).digest, "changed": differing}
+
+
+def _with_encoders(content: Mapping[str, Any], encoders: Any) -> Any:
+    """Return a preset's encoders with those that the user passes, by modality; what is no list is left as it is."""
+    own = content.get("data", {}).get("encoder", [])
+    if not isinstance(encoders, (list, tuple)) or not all(isinstance(text, str) for text in encoders):
+        return encoders
+    by_modality = {text.partition("=")[0]: text for text in (*own, *encoders)}
+    return list(by_modality.values())
+
+
+def _update(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Change nested settings in place."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(content.get(key), dict):
+            _update(content[key], value)
+        else:
+            content[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _differences(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested values that differ from the defaults."""
+    differing = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            value = _differences(value, defaults.get(key, {}))
+        if value != defaults.get(key) and value != {}:
+            differing[key] = value
+    return differing
 
 
 def _environment_settings() -> dict[str, str]:

@@ -326,10 +326,10 @@ def _print_answer(metrics: dict[str, Any]) -> None:
 
 def print_evaluate(evaluation: dict[str, Any]) -> None:
     """Print all metrics by subset, the classes of lowest recall, and the contribution of each modality."""
-    samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest']}"
+    samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest'] or 'its data'}"
     print_line(f"{evaluation['name']} on {samples}")
     if evaluation.get("num_trained_on", 0) is None:
-        print_line("  overlap with its training samples unknown: its own manifest was removed or has changed")
+        print_line("  overlap with its training samples unknown: its manifest was removed or changed, or it had none")
     elif evaluation.get("num_trained_on"):
         print_line(
             f"  {evaluation['num_trained_on']} of them were used in training or validation: metrics are too high"
@@ -366,7 +366,10 @@ def _print_contribution(analysis: dict[str, Any]) -> None:
 
 
 def print_methods(summary: dict[str, Any]) -> None:
-    """Print one line per method, and below it what it needs."""
+    """Print one line per method, and below it what it needs; or the presets."""
+    if "presets" in summary:
+        print_presets(summary["presets"])
+        return
     rows = summary["methods"]
     width = max(len(row["name"]) for row in rows)
     for row in rows:
@@ -374,6 +377,16 @@ def print_methods(summary: dict[str, Any]) -> None:
         print_line(f"{row['kind']:<9} {row['name']:<{width}}  {row['help']}{paper}")
         if row["needs"]:
             print_line(f"{'':<9} {'':<{width}}  needs {'; '.join(row['needs'])}")
+
+
+def print_presets(presets: list[dict[str, Any]]) -> None:
+    """Print each preset with its paper, reported figures, what is not stated and what it cannot reproduce."""
+    width = max(len(preset["name"]) for preset in presets)
+    for preset in presets:
+        print_line(f"{preset['name']:<{width}}  {preset['title']} ({preset['paper']})")
+        for heading, key in (("reported", "reported"), ("not stated", "not_stated"), ("differs", "differs")):
+            for text in preset[key]:
+                print_line(f"{'':<{width}}  {heading}: {text}")
 
 
 def print_report(summary: dict[str, Any]) -> None:

@@ -111,8 +111,13 @@ def _order_fields(order: OrderConfig) -> tuple[str, ...]:
     return ("pacing", "start", "grow_epochs", *(("steps",) if order.pacing == "step" else ()))
 
 
-def effects_in_training(config: RunConfig, manifest: Manifest, examples: Examples) -> HasEffect:
-    """Return whether a setting has an effect in `finetune`; the methods of the config are resolved."""
+def effects_in_training(
+    config: RunConfig, manifest: Manifest, examples: Examples, *, modalities: Sequence[Modality] = ()
+) -> HasEffect:
+    """Return whether a setting has an effect in `finetune`; the methods of the config are resolved.
+
+    modalities: Those of data without scores, which the training reads by the sections data and media.
+    """
     optim, augment, shapes = config.optim, config.augment, examples.shapes
     pictures, sound = any(len(shape) > 2 for shape in shapes), any(len(shape) == 2 for shape in shapes)
     stored = [view.stored for view in examples.views if view is not None and view.stored is not None]
@@ -133,6 +138,9 @@ def effects_in_training(config: RunConfig, manifest: Manifest, examples: Example
     ):
         used = used | keys if has_effect else used - keys
     sections = {f"{axis}.{name}" for axis in ("sampling", "balancing") for name in getattr(config, axis)}
+    if modalities:
+        used |= _media_keys(config, modalities)
+        sections.add("data")
     return lambda key: key in used or key.rpartition(".")[0] in sections
 
 

@@ -58,11 +58,13 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="finetune", module="training", printer="print_finetune"),
     Command(name="evaluate", module="training", printer="print_evaluate"),
     Command(name="report", module="scoring", printer="print_report"),
-    Command(name="methods", module="training", printer="print_methods"),
+    Command(name="methods", module="methods", printer="print_methods"),
 )
 
 _SELECTION, _RULE = "Selection of samples", "Options of the selection"
 _UNTRUSTED = "For a manifest that was not made by you on this machine"
+_DATA = "Data: to train without scores, or of a manifest that was not made by you on this machine"
+_DATA_COLUMNS = ("modality", "label", "id", "group", "split")
 _TRAINING, _SETTINGS, _EXECUTION = "Training", "Settings", "Execution"
 # Panels of the options that are not in the first one, which holds at most a dozen.
 _PANELS: dict[str | tuple[str, str], str] = {
@@ -72,11 +74,8 @@ _PANELS: dict[str | tuple[str, str], str] = {
     **dict.fromkeys(("tolerance", "size", "bins", "by", "grid", "between", "resplit"), _RULE),
     **dict.fromkeys(("only", "init", "keep_posterior", "epochs", "batch_size", "lr"), _TRAINING),
     **{(command, name): _UNTRUSTED for command in ("verify", "export") for name in ("data", "allow_outside")},
-    **{
-        (command, name): _UNTRUSTED
-        for command in ("finetune", "evaluate")
-        for name in ("data", "encoder", "allow_outside")
-    },
+    **{("evaluate", name): _UNTRUSTED for name in ("data", "encoder", "allow_outside")},
+    **{("finetune", name): _DATA for name in ("data", *_DATA_COLUMNS, "encoder", "allow_outside")},
     ("order", "batch_size"): "",
 }
 _FLAGS: dict[str | tuple[str, str], tuple[str, ...]] = {
@@ -87,6 +86,7 @@ _FLAGS: dict[str | tuple[str, str], tuple[str, ...]] = {
 _METAVARS = {
     "modality": "NAME=COLUMN[:KIND]",
     "encoder": "NAME=ENCODER",
+    "features": "[NAME=]FILE",
     "settings": "SECTION.KEY=VALUE",
     "dominated": "MODALITY:T",
     "between": "A[:B]",

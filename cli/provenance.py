@@ -196,7 +196,7 @@ def check_config(run_dir: Run, record: dict[str, Any], dataset: Dataset, config:
         for key, value in content.items()
         if record["config"][section].get(key) != value
     ]
-    if record["modalities"] != (modalities := _modalities(dataset, config)):
+    if record["modalities"] != (modalities := described_modalities(dataset, config)):
         differing.append(f"the modalities are {_names(record['modalities'])} in the run and {_names(modalities)} now")
     if record["config"]["seed"] != config.seed:
         differing.insert(0, f"seed is {record['config']['seed']} in the run and {config.seed} now")
@@ -215,11 +215,11 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
         "schema": RUN_SCHEMA,
         "version": __version__,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        "source": _absolute_source(dataset.source),
+        "source": absolute_source(dataset.source),
         "fingerprint": audit.fingerprint,
         "seed": config.seed,
         "config": config.scoring_config(),
-        "modalities": _modalities(dataset, config),
+        "modalities": described_modalities(dataset, config),
         "columns": asdict(dataset.columns),
         "code": {modality.encoder: encoder_location(modality.encoder) for modality in dataset.modalities},
         "counts": {"input": dataset.num_rows, "scored": len(audit.scores), "quarantined": num_quarantined},
@@ -389,7 +389,8 @@ def saw_test_labels(manifest: Manifest) -> bool:
     return bool(config.get("probe", {}).get("learn_from") != "train")
 
 
-def _modalities(dataset: Dataset, config: RunConfig) -> list[dict[str, Any]]:
+def described_modalities(dataset: Dataset, config: RunConfig) -> list[dict[str, Any]]:
+    """Return the modalities with the fingerprints of their preprocessing, as run.json has them."""
     from ..audit.features.encoders import preprocessing
 
     return [{**asdict(item), "preprocessing": preprocessing(item, config.media)} for item in dataset.modalities]
@@ -406,7 +407,7 @@ def _verdict(mixture: Mixture) -> str:
     return f"not bimodal ({'; '.join(mixture.reasons)}); p_balanced is the rule gap <= {mixture.threshold:g}"
 
 
-def _absolute_source(source: str) -> str:
+def absolute_source(source: str) -> str:
     """Return the absolute path of a source on disk; the name of a Hugging Face dataset is returned unchanged."""
     from ..audit.dataset.formats.saved import looks_like_hub_name
 

@@ -411,9 +411,10 @@ _BRANCH = RequiredKeys(dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high
 _SUBSET = RequiredKeys({"n": int, "branches?": {"*": _BRANCH}})
 _METRICS = RequiredKeys(
     {
-        "manifest": str,
+        "manifest": (str, _NULL),
         "manifest_digest": str,
         "config": RequiredKeys({"seed": int, "finetune": {}, "data?": {}}),
+        "made_from?": {},
         "counts": RequiredKeys(train=int, validation=int, test=int),
         "test": RequiredKeys({"all": _SUBSET, "*": _SUBSET}),
         "best_epoch": int,

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.dataset.dataset import Dataset
+from ..audit.dataset.joined import join_vectors
 from ..audit.dataset.samples import read_samples
 from ..audit.errors import ConfigError, RunError, quarantine_table
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import collect_encoded
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.parsing import RequiredKeys
+from ..audit.parsing import RequiredKeys, build_config
 from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from ..audit.scores.table import ScoreTable, write_scores
 from ..audit.storage import read_json, write_json, write_parquet
 from ..audit.workers import Progress, default_workers
-from .config import RunConfig, load_settings
+from .config import RunConfig, load_settings, preset_content, preset_record
 from .effects import effects_in_scoring, warn_without_effect
 from .progress import progress_bars
 from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
@@ -90,9 +91,11 @@ class ReportResult:
 
 
 def score(
-    data: str | Path,
+    data: str | Path | None = None,
     *,
     run: str | Path = "mmaudit-run",
+    features: Mapping[str, str | Path] | Sequence[str] | None = None,
+    preset: str | None = None,
     modality: Mapping[str, str] | Sequence[str] | None = None,
     encoder: Mapping[str, str] | Sequence[str] | None = None,
     task: str | None = None,
@@ -114,11 +117,14 @@ def score(
 ) -> ScoreResult:
     """Fit a probe per modality, score every sample out of fold, and write the report.
 
-    A finished run of the same data and config is not changed; cached features are reused.
+    A finished run of the same data and config is not changed; cached features are reused. With `features` the
+    modalities are vectors computed elsewhere, joined to the data by id.
 
     Args:
         data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
         run: Run folder.
+        features: Vectors of a modality: a .parquet, .npz or .npy file; in Python also {"audio": "audio.npz"}.
+        preset: Published protocol whose media settings to use, as `finetune --preset` does.
         modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
         encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
         task: classification, multilabel or regression; by default classification.
@@ -150,7 +156,10 @@ def score(
     Example:
         >>> result = mmaudit.score("features.parquet", modality={"audio": "mfcc", "visual": "resnet"}, group="actor")
         >>> result.scores.gap.mean()
+        >>> mmaudit.score("labels.csv", features={"audio": "wav2vec.npz", "visual": "clip.parquet"})
     """
+    if data is None and not features:
+        raise ConfigError("pass the data to score, or files of vectors with labels: mmaudit score --features FILE")
     keywords = data_settings(
         modality=modality,
         encoder=encoder,
@@ -163,12 +172,16 @@ def score(
     )
     keywords |= {"seed": seed, "probe.learn_from": learn_from, "probe.repeats": repeats}
     keywords |= {"probe.thorough": thorough or None}
-    config, given = load_settings(config, settings, keywords)
+    config, given = load_settings(config, settings, keywords, preset=preset)
     device = pick_device(device)
-    dataset = open_encodable(data, config.data)
-    warn_without_effect("score", given, effects_in_scoring(config, dataset.modalities))
     run_dir = Run.open(run)
     run_dir.check_folder()
+    about: dict[str, Any] = {} if preset is None else {"preset": _preset_record(preset, config)}
+    if files := pairs(features):
+        joined = join_vectors(data, files, config.data, folder=run_dir.features / "joined")
+        data, about = joined.path, {**about, "joined": joined.to_dict()}
+    dataset = open_encodable(str(data), config.data)
+    warn_without_effect("score", given, effects_in_scoring(config, dataset.modalities))
     with progress_bars(progress) as report_progress:
         encode = partial(
             encode_missing, run_dir, dataset, config, device=device, num_workers=num_workers, progress=report_progress
@@ -177,6 +190,7 @@ def score(
             with write_lock(run_dir.folder, command="mmaudit score") as lock:
                 if overwrite or not run_dir.is_scored():  # another process may have finished it meanwhile
                     audit, record = _score(run_dir, dataset, config, encode, device=device, progress=report_progress)
+                    record |= about
                     _write_audit(run_dir, audit, record, overwrite=overwrite, lock=lock)
                     _write_report(run_dir)
                     return _score_result(run_dir)
@@ -209,6 +223,12 @@ def report(*, run: str | Path = "mmaudit-run") -> ReportResult:
     return ReportResult(
         page=page, numbers=page.with_suffix(".json"), figures=tuple(sorted(run_dir.figures.glob("*.png")))
     )
+
+
+def _preset_record(name: str, config: RunConfig) -> dict[str, Any]:
+    """Return the record of a preset in run.json, of the settings that scores depend on, without the seed."""
+    own = build_config(RunConfig, preset_content(name), where="").scoring_config()
+    return preset_record(name, own, {**config.scoring_config(), "seed": own["seed"]})
 
 
 def _write_report(run_dir: Run) -> Path:
@@ -322,7 +342,7 @@ def data_settings(
     }
 
 
-def pairs(values: Mapping[str, str] | Sequence[str] | None) -> tuple[str, ...] | None:
+def pairs(values: Mapping[str, str | Path] | Sequence[str] | None) -> tuple[str, ...] | None:
     """Return NAME=VALUE texts, of a mapping or as they are; None if there are none."""
     if isinstance(values, Mapping):
         values = [f"{name}={value}" for name, value in values.items()]

@@ -1,62 +1,44 @@
-"""The commands of training: finetune, evaluate, methods."""
+"""The commands of training: finetune, evaluate."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..audit.dataset.formats import READERS
-from ..audit.dataset.samples import read_samples
-from ..audit.downloads import DOWNLOADS
-from ..audit.errors import ConfigError, ManifestError, RunError, choices
-from ..audit.features.encode import encode_dataset
-from ..audit.features.encoded_samples import collect_encoded
-from ..audit.features.encoders import ENCODERS
+from ..audit.errors import ConfigError, ManifestError, RunError, choices, quarantine_table
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.parsing import build_config, plain
-from ..audit.storage import write_json, write_text
+from ..audit.parsing import build_config
+from ..audit.storage import write_json, write_parquet, write_text
 from ..audit.workers import Progress, default_workers, no_progress
-from ..rebalance import EXPORTERS
-from ..rebalance.manifest import Manifest, read_dropped, read_manifest
-from ..train import FUSIONS, TRACKERS
-from ..train.balancing import BALANCERS
-from ..train.config import TrainConfig
+from ..rebalance.manifest import read_manifest
 from ..train.evaluate import evaluate_file
-from ..train.examples import Examples, load_examples
+from ..train.examples import Examples
 from ..train.finetune import finetune_on
-from ..train.methods import MethodRow, list_methods, resolve
 from ..train.optimizer import DistributedContext, local_device, open_distributed
-from ..train.sampling import SAMPLERS
 from ..train.tracking import load_trackers
-from .config import NETWORK_FIELDS, RunConfig, load_settings, to_toml, without_none
-from .effects import (
-    check_media_settings,
-    effects_in_training,
-    scored_settings,
-    warn_without_effect,
-    with_scored_network,
-)
+from ..train.unscored import check_without_scores
+from .config import RunConfig, load_settings, to_toml, without_none
+from .effects import check_media_settings, effects_in_training, warn_without_effect
 from .progress import progress_bars
-from .provenance import SourceOptions, open_source, origin_of, own_record, saw_test_labels
+from .provenance import SourceOptions
 from .run import Run, new_finetune, read_metrics, swap_finetune
-from .scoring import pairs, pick_device
+from .scoring import data_settings, pairs, pick_device
+from .training_source import (
+    LoadedSource,
+    ManifestSource,
+    UnscoredSource,
+    decisive_settings,
+    record_preset,
+    reopened_config,
+    resolve_methods,
+    training_settings,
+)
 
 log = logging.getLogger("mmaudit")
-
-_REGISTRIES = {
-    "download": DOWNLOADS,
-    "reader": READERS,
-    "encoder": ENCODERS,
-    "exporter": EXPORTERS,
-    "sampler": SAMPLERS,
-    "balancer": BALANCERS,
-    "fusion": FUSIONS,
-    "tracker": TRACKERS,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +84,10 @@ class EvaluationResult:
 
 
 def finetune(
-    manifest: str | Path,
+    manifest: str | Path | None = None,
     *,
     run: str | Path = "mmaudit-run",
+    preset: str | None = None,
     sampling: str | None = None,
     balancing: str | None = None,
     fusion: str | None = None,
@@ -118,7 +101,12 @@ def finetune(
     batch_size: int | None = None,
     lr: float | None = None,
     data: str | Path | None = None,
+    modality: Mapping[str, str] | Sequence[str] | None = None,
     encoder: Mapping[str, str] | Sequence[str] | None = None,
+    label: str | None = None,
+    id: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
     allow_outside: bool = False,
     seed: int | None = None,
     device: str = "auto",
@@ -127,15 +115,17 @@ def finetune(
     settings: Mapping[str, Any] | Sequence[str] = (),
     progress: bool = True,
 ) -> FinetuneResult:
-    """Train a network on a manifest, and test it overall and by subset. Works under torchrun -m -- mmaudit.
+    """Train a network on a manifest, or on all samples of data without scores, and test it. Works under torchrun.
 
     A finished fine-tuning of the same settings is not changed, an interrupted one is resumed. Under torchrun its
     processes train together, and rank 0 writes. A manifest that was not made by this user on this machine needs `data`,
-    `encoder` and `allow_outside`.
+    `encoder` and `allow_outside`. Without a manifest, methods that read scores are refused, and there are no metrics by
+    subset.
 
     Args:
-        manifest: Manifest file, or its name in the run.
+        manifest: Manifest file, or its name in the run; by default none, and all samples of the data are used.
         run: Run folder.
+        preset: Published protocol, listed by `mmaudit methods --presets`; other options and settings override it.
         sampling: Which samples each step uses, in which order; by default uniform.
         balancing: Loss, and what is done to its gradients; by default joint, or as the sampling needs.
         fusion: Fusion of the features; by default concat, or as the balancing needs.
@@ -148,8 +138,13 @@ def finetune(
         epochs: Number of epochs; by default 60.
         batch_size: Samples per step; by default 64.
         lr: Learning rate; by default 0.001.
-        data: The data; also if your own data moved.
-        encoder: Confirm the encoder (code or model) of a modality.
+        data: The data: without a manifest what is trained on, with one its data, also if your own data moved.
+        modality: Without a manifest: modality, its column and kind.
+        encoder: Encoder of a modality; with a manifest, confirm it (code or model).
+        label: Without a manifest: label column.
+        id: Without a manifest: id column.
+        group: Without a manifest: group column.
+        split: Without a manifest: split column; none: cut a test split.
         allow_outside: Allow paths outside the data folder.
         seed: Random seed; by default 0.
         device: auto, cpu or cuda.
@@ -169,7 +164,10 @@ def finetune(
 
     Example:
         >>> mmaudit.finetune("balanced", sampling="bss-h", epochs=20).accuracy
+        >>> mmaudit.finetune(data="crema-d", preset="ogm-ge-cremad").accuracy
     """
+    columns = {"label": label, "id": id, "group": group, "split": split}
+    _check_source(manifest, data, {"modality": modality, **columns})
     keywords = {
         "seed": seed,
         "finetune.sampling": sampling,
@@ -183,25 +181,32 @@ def finetune(
         "finetune.report_to": None if report_to is None else report_to.split(","),
         "optim.lr": lr,
     }
-    config, given = load_settings(config, settings, keywords)
-    config = _resolve_methods(config)
-    options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
-    run_dir = Run.open(run)
-    path = run_dir.find_manifest(str(manifest))
-    opened = read_manifest(path)
-    check_media_settings(given, opened)
-    scored = scored_settings(opened.provenance)
-    config = with_scored_network(config, given, scored)
-    folder = run_dir.finetune(name or _finetune_name(path.stem, config))
-    resolved = {**_settings(config), "manifest": path.stem}
+    if manifest is None:
+        keywords |= data_settings(modality=modality, encoder=encoder, allow_outside=allow_outside, **columns)
+    config, given = load_settings(config, settings, keywords, preset=preset)
+    config = resolve_methods(config)
+    run_dir, device = Run.open(run), local_device(pick_device(device))
+    workers = default_workers() if num_workers is None else num_workers
+    source: ManifestSource | UnscoredSource
+    if manifest is None:
+        check_without_scores(config.training(), commands=_scoring_commands(data, run, preset))
+        source = UnscoredSource(data=str(data), run_dir=run_dir, device=device)
+    else:
+        options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
+        source = ManifestSource.open(run_dir.find_manifest(str(manifest)), run_dir, options)
+        check_media_settings(given, source.manifest)
+        config = source.with_network(config, given)
+    folder = run_dir.finetune(name or _finetune_name(source.name or "all", config, preset))
+    resolved = {**training_settings(config, source), "manifest": source.name}
     if (folder / "metrics.json").exists() and not overwrite:
-        return _result(folder, _finished(folder, resolved, opened))
+        with progress_bars(progress) as report_progress:
+            digest = source.digest(config, num_workers=workers, progress=report_progress)
+        return _result(folder, _finished(folder, resolved, digest))
     weights = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
     if overwrite and weights is not None and folder.resolve() in weights.resolve().parents:
         raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
     if config.finetune.report_to:
         load_trackers(config.finetune.report_to)  # before any data is read
-    device = local_device(pick_device(device))
     target = new_finetune(run_dir.folder, folder.name) if overwrite else folder  # moved to `folder` when finished
     with (
         progress_bars(progress) as report_progress,
@@ -211,39 +216,46 @@ def finetune(
         if not distributed.is_first:
             report_progress = no_progress
         with _first_rank_first(distributed):
-            workers = default_workers() if num_workers is None else num_workers
-            examples = _examples_of(
-                opened, path, run_dir, options, config, num_workers=workers, progress=report_progress
-            )
+            loaded = source.load(config, num_workers=workers, progress=report_progress)
+        about = {
+            "manifest": source.name,
+            "manifest_digest": loaded.digest,
+            "test_labels_in_scores": loaded.saw_test_labels,
+            "config": resolved,
+            "preset": None if preset is None else record_preset(preset, config, source),
+            "made_from": loaded.made_from,
+        }
         only = config.finetune.only
-        examples = examples if only is None else examples.only(only)
-        warn_without_effect("finetune", given, effects_in_training(config, opened, examples), recorded=scored)
+        examples = loaded.examples if only is None else loaded.examples.only(only)
+        effects = effects_in_training(config, loaded.manifest, examples, modalities=loaded.modalities)
+        warn_without_effect("finetune", given, effects, recorded=source.scored_settings())
         result = finetune_on(
             examples,
             target,
             config=config.training(),
-            between=_between(opened, examples),
+            between=loaded.between,
             seed=config.seed,
             device=device,
             progress=report_progress,
             distributed=distributed,
             init=weights,
         )
-        metrics = {
-            "manifest": path.stem,
-            "manifest_digest": opened.digest(),
-            "test_labels_in_scores": saw_test_labels(opened),
-            "config": resolved,
-            "made_from": opened.provenance,
-            **result.metrics,
-        }
+        metrics = {**about, **result.metrics}
         if lock is not None:
-            training_settings = {key: value for key, value in resolved.items() if key != "manifest"}
             lock.check()
-            write_text(to_toml(training_settings), target / "config.toml")
-            write_json(metrics, target / "metrics.json")  # written last: it marks a finished fine-tuning
+            _write_finetune(target, metrics, loaded)
             swap_finetune(run_dir.folder, folder.name)
     return _result(folder, metrics)
+
+
+def _write_finetune(target: Path, metrics: dict[str, Any], loaded: LoadedSource) -> None:
+    """Write the files of a finished fine-tuning other than its weights and history."""
+    if metrics["manifest"] is None:
+        write_parquet(quarantine_table(loaded.quarantined), target / "quarantine.parquet", provenance={})
+    write_text(
+        to_toml({key: value for key, value in metrics["config"].items() if key != "manifest"}), target / "config.toml"
+    )
+    write_json(metrics, target / "metrics.json")  # written last: it marks a finished fine-tuning
 
 
 def evaluate(
@@ -295,70 +307,42 @@ def evaluate(
     config = build_config(
         RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where=""
     )
-    path = run_dir.find_manifest(str(manifest)) if manifest is not None else run_dir.own_manifest(metrics["manifest"])
-    opened = read_manifest(path)
-    if manifest is None and opened.digest() != metrics["manifest_digest"]:
-        raise RunError(f"{path} has changed since {folder.name} was trained on it; pass a manifest with --manifest")
-    workers = default_workers() if num_workers is None else num_workers
     options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
+    workers, device = default_workers() if num_workers is None else num_workers, pick_device(device)
+    source: ManifestSource | UnscoredSource
+    if manifest is None and metrics["manifest"] is None:
+        own_data, config = reopened_config(config, metrics["made_from"], options, name=folder.name)
+        source = UnscoredSource(data=own_data, run_dir=run_dir, device=device)
+    else:
+        own_name = metrics["manifest"]
+        path = run_dir.own_manifest(own_name) if manifest is None else run_dir.find_manifest(str(manifest))
+        source = ManifestSource.open(path, run_dir, options)
     own = manifest is None and split == "test"
-    file = folder / ("-".join(["evaluation"] + ([] if own else [split]) + ([path.stem] if manifest else [])) + ".json")
+    names = ["evaluation", *([] if own else [split]), *([] if manifest is None or not source.name else [source.name])]
+    file = folder / f"{'-'.join(names)}.json"
     with progress_bars(progress) as report_progress, _evaluation_lock(run_dir, file):
-        examples = _examples_of(opened, path, run_dir, options, config, num_workers=workers, progress=report_progress)
+        loaded = source.load(config, num_workers=workers, progress=report_progress)
+        examples = loaded.examples
+        if manifest is None and loaded.digest != metrics["manifest_digest"]:
+            trained_on = "the data have" if source.name is None else f"the manifest {source.name} has"
+            raise RunError(f"{trained_on} changed since {folder.name} was trained; pass a manifest with --manifest")
         if config.finetune.only is not None:
             examples = examples.only(config.finetune.only)
         measured = evaluate_file(
             folder / "model.safetensors",
             examples,
             split=split,
-            between=_between(opened, examples),
+            between=loaded.between,
             config=config.training(),
             seed=config.seed,
-            device=pick_device(device),
+            device=device,
         )
-        result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
+        result = {"name": folder.name, "manifest": source.name, "split": split, **measured}
         if manifest is not None:
             result["num_trained_on"] = _count_learned(run_dir, metrics, examples.sample_id[examples.rows(split)])
         write_json(result, file)
     accuracy = result["test"]["all"]["branches"]["fused"]["accuracy"]
     return EvaluationResult(name=folder.name, file=file, accuracy=accuracy, metrics=result)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MethodTable:
-    """Result of `methods`.
-
-    Attributes:
-        rows: One row for each method, in the order of the pipeline: kind, name, help, paper, needs and settings.
-    """
-
-    rows: tuple[MethodRow, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the rows as JSON values."""
-        return {"methods": [asdict(row) for row in self.rows]}
-
-
-def methods(*, kind: str | None = None) -> MethodTable:
-    """List the methods by name, built in and installed, with what they need and their settings.
-
-    Args:
-        kind: Only methods of this kind: download, reader, encoder, exporter, sampler, balancer, fusion or tracker.
-
-    Returns:
-        The methods; installed ones are not imported.
-
-    Raises:
-        ConfigError: There is no such kind.
-
-    Example:
-        >>> [row.name for row in mmaudit.methods(kind="sampler").rows][:2]
-        ['uniform', 'bss-h']
-    """
-    if kind is not None and kind not in _REGISTRIES:
-        raise ConfigError(f"--kind {kind}: {choices(kind, _REGISTRIES)}")
-    registries = _REGISTRIES if kind is None else {kind: _REGISTRIES[kind]}
-    return MethodTable(rows=tuple(list_methods(registries)))
 
 
 def _result(folder: Path, metrics: dict[str, Any]) -> FinetuneResult:
@@ -377,9 +361,8 @@ def read_examples(
 ) -> Examples:
     """Load the training and test examples of a manifest, given by file or by name in the run."""
     run_dir = Run.open(run)
-    path = run_dir.find_manifest(str(manifest))
-    opened, options, config = read_manifest(path), options or SourceOptions(), config or RunConfig()
-    return _examples_of(opened, path, run_dir, options, config, num_workers=num_workers, progress=progress)
+    source = ManifestSource.open(run_dir.find_manifest(str(manifest)), run_dir, options or SourceOptions())
+    return source.load(config or RunConfig(), num_workers=num_workers, progress=progress).examples
 
 
 @contextmanager
@@ -400,21 +383,25 @@ def _evaluation_lock(run_dir: Run, file: Path) -> AbstractContextManager[Lock]:
     return write_lock(root, scope, command="mmaudit evaluate", wait_seconds=WAIT_SECONDS)
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that a fine-tuning depends on, as plain values by section."""
-    sections = [name for name in TrainConfig.__dataclass_fields__ if name not in NETWORK_FIELDS]
-    network = {name: getattr(config.network, name) for name in NETWORK_FIELDS}
-    return {**{name: plain(config)[name] for name in ("seed", *sections)}, "network": network}
+def _check_source(manifest: str | Path | None, data: str | Path | None, columns: Mapping[str, Any]) -> None:
+    """Raise ConfigError if there is nothing to train on, or options have no effect on a manifest."""
+    if manifest is None and data is None:
+        raise ConfigError(
+            "pass --manifest to train on a manifest, or --data to train on all samples of data without scores"
+        )
+    ineffective = [name for name, value in columns.items() if value is not None]
+    if manifest is not None and ineffective:
+        raise ConfigError(f"--{ineffective[0]}: a manifest's data are read as they were scored; it is for --data alone")
 
 
-def _resolve_methods(config: RunConfig) -> RunConfig:
-    """Return the config with the names and all constants of the methods in use."""
-    resolved = resolve(config.training()).config
-    return replace(config, **{name: getattr(resolved, name) for name in ("finetune", "sampling", "balancing")})
-
-
-def _between(manifest: Manifest, examples: Examples) -> str:
-    return str(manifest.provenance.get("between", ":".join(examples.modalities[:2])))
+def _scoring_commands(data: str | Path | None, run: str | Path, preset: str | None) -> list[str]:
+    """Return the commands that score the data and make a manifest of all samples."""
+    in_run = "" if str(run) == "mmaudit-run" else f" --run {run}"
+    with_preset = "" if preset is None else f" --preset {preset}"
+    return [
+        f"mmaudit score {data} --learn-from train{with_preset}{in_run}",
+        f"mmaudit split --subset most-balanced:100% --name all{in_run}",
+    ]
 
 
 @contextmanager
@@ -428,48 +415,10 @@ def _first_rank_first(distributed: DistributedContext) -> Iterator[None]:
         distributed.wait()
 
 
-def _examples_of(
-    manifest: Manifest,
-    path: Path,
-    run_dir: Run,
-    options: SourceOptions,
-    config: RunConfig,
-    *,
-    num_workers: int,
-    progress: Progress,
-) -> Examples:
-    """Open a manifest's source, encode what the run's cache lacks, and load the training and test examples.
-
-    Media that are unchanged since the run cached their vectors, by path, size and times, are not opened.
-    """
-    origin = origin_of(path, manifest.provenance, manifest.digests)
-    dataset, scored_config = open_source(origin, options)
-    _check_trainable(scored_config)
-    tasks = encode_dataset(
-        dataset,
-        run_dir.features,
-        media=scored_config.media,
-        num_workers=num_workers,
-        progress=progress,
-        trust_unchanged=own_record(run_dir.folder)[0] is not None,  # others could have planted vectors in the cache
-    )
-    samples = read_samples(dataset, seed=scored_config.seed, test_fraction=scored_config.data.test_fraction)
-    dropped = read_dropped(path, manifest)
-    if dropped is None:
-        log.info("no dropped rows of %s found: test metrics are on the manifest's own test samples only", path.name)
-    return load_examples(
-        manifest,
-        dropped,
-        samples=samples,
-        statuses=collect_encoded(dataset, samples, tasks).statuses,
-        tasks=tasks,
-        validation_fraction=config.finetune.validation_fraction,
-        seed=config.seed,
-    )
-
-
 def _count_learned(run_dir: Run, metrics: dict[str, Any], sample_ids: Iterable[str]) -> int | None:
-    """Count samples used in training or validation; None if the fine-tuning's manifest was removed or has changed."""
+    """Count samples used in training or validation; None if it had no manifest, or that has changed."""
+    if metrics["manifest"] is None:
+        return None
     try:
         own = read_manifest(run_dir.own_manifest(metrics["manifest"]))
     except (RunError, ManifestError):
@@ -480,14 +429,10 @@ def _count_learned(run_dir: Run, metrics: dict[str, Any], sample_ids: Iterable[s
     return len({name for name, split in splits if split != "test"}.intersection(sample_ids))
 
 
-def _check_trainable(scored_config: RunConfig) -> None:
-    """Raise ConfigError if the task of a manifest's scores is not classification."""
-    if scored_config.data.task != "classification":
-        raise ConfigError(f"finetune requires task classification; the manifest's task is {scored_config.data.task}")
-
-
-def _finetune_name(manifest: str, config: RunConfig) -> str:
+def _finetune_name(manifest: str, config: RunConfig, preset: str | None) -> str:
     finetune_config = config.finetune
+    if preset is not None:
+        return f"{manifest}-{preset}"
     parts = [manifest, finetune_config.fusion, finetune_config.sampling]
     parts += [finetune_config.balancing] if finetune_config.balancing != "joint" else []
     parts += [f"only-{finetune_config.only}"] if finetune_config.only else []
@@ -513,17 +458,10 @@ def _find_model(run_dir: Run, name: str) -> Path:
     return _find_finetune(run_dir, name) / "model.safetensors"
 
 
-def _finished(folder: Path, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+def _finished(folder: Path, settings: dict[str, Any], digest: str) -> dict[str, Any]:
     metrics = read_metrics(folder)
-    is_same = _decisive_settings(metrics["config"]) == _decisive_settings(settings)
-    if not is_same or metrics["manifest_digest"] != manifest.digest():
+    is_same = decisive_settings(metrics["config"]) == decisive_settings(settings)
+    if not is_same or metrics["manifest_digest"] != digest:
         raise RunError(f"{folder} holds a fine-tuning of other settings: pass another --name, or --overwrite")
     log.info("%s is already trained with these settings: nothing to do", folder)
     return metrics
-
-
-def _decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove settings that have no effect on the weights: trackers, checkpoint interval, resident memory."""
-    without_effect = ("report_to", "save_steps", "resident_mib")
-    finetune_settings = {key: value for key, value in settings.get("finetune", {}).items() if key not in without_effect}
-    return {**settings, "finetune": finetune_settings}

@@ -24,9 +24,11 @@ _CONSTANT = re.compile(r"`?\b([A-Z][A-Z_]{4,}S)\b`?")
 
 
 def write_pages(folder: Path) -> None:
-    """Write cli.md, config.md and methods.md into a folder, each only where its text changed."""
+    """Write cli.md, config.md, methods.md and presets.md into a folder, each only where its text changed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("cli.md", cli_page()), ("config.md", config_page()), ("methods.md", methods_page())):
+    pages = {"cli.md": cli_page, "config.md": config_page, "methods.md": methods_page, "presets.md": presets_page}
+    for name, make_page in pages.items():
+        text = make_page()
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
@@ -140,7 +142,7 @@ def _command(command: Command) -> Iterator[str]:
 
 def methods_page() -> str:
     """Write a table for each kind of method: name, meaning, and where there are any paper, needs and settings."""
-    from mmaudit.cli.training import methods
+    from mmaudit.cli.methods import methods
 
     cells_of_kind: dict[str, list[dict[str, str]]] = {}
     for row in methods().rows:
@@ -155,6 +157,35 @@ def methods_page() -> str:
         lines += [f"| {' | '.join(_cell(cells[name]) for name in columns)} |" for cells in rows]
         lines.append("")
     return "\n".join(lines)
+
+
+def presets_page() -> str:
+    """Write a section for each preset: paper, reported figures, what is not stated, what differs, and its settings."""
+    from mmaudit.cli.config import to_toml
+    from mmaudit.train.presets import PRESETS, read_preset
+
+    presets = [read_preset(name) for name in PRESETS]
+    lines = ["| preset | method and data | paper | reported |", "|---|---|---|---|"]
+    for preset in presets:
+        cells = (
+            f"[`{preset.name}`](#{preset.name})",
+            preset.title,
+            preset.paper,
+            "; ".join(preset.reported) or "not read",
+        )
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    for preset in presets:
+        lines += ["", f"## {preset.name}", "", f"{preset.title}. {preset.paper}.", ""]
+        lines += [f"Data: {', '.join(f'`mmaudit ingest {name}`' for name in preset.data)}.", ""]
+        for heading, texts in (
+            ("Read in", preset.sources),
+            ("Reported", preset.reported),
+            ("Not stated", preset.not_stated),
+            ("Cannot be reproduced, or differs", preset.differs),
+        ):
+            lines += [f"- {heading}: {text}" for text in texts]
+        lines += ["", "```toml", to_toml(preset.settings).strip(), "```"]
+    return "\n".join([*lines, ""])
 
 
 def config_page() -> str:

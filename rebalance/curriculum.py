@@ -175,8 +175,8 @@ def with_validation(
 ) -> NDArray[np.object_]:
     """Return the split of each row (n,), with a validation split cut from the training rows where there is none.
 
-    It takes no more than `fraction` of the training rows, in whole groups. Where every group is larger it is cut within
-    groups, which a warning states: the validation loss then also measures what is learned of a group.
+    It takes no more than `fraction` of the training rows, in whole groups; 0 cuts none. Where every group is larger it
+    is cut within groups, which a warning states: the validation loss then also measures what is learned of a group.
     """
     split = np.array(table["split"].to_pylist(), dtype=object)
     unknown = {str(name) for name in split} - set(SPLITS)
@@ -184,7 +184,7 @@ def with_validation(
         raise ManifestError(
             f"column split of the manifest has {sorted(unknown)[0]!r}, must be one of train, validation, test"
         )
-    if "validation" in split:
+    if "validation" in split or fraction == 0:
         return split
     train = np.flatnonzero(split == "train")
     groups = table["group"].to_pylist() if "group" in table.column_names else [None]

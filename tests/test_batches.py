@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.train.batches import Batch, Step, split_order, to_batch
+from mmaudit.train.batches import Batch, Step, split_order, to_batch, whole_batches
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
 
 torch.set_num_threads(1)
@@ -34,6 +34,21 @@ def test_steps_cut_the_order_without_losing_a_row(order: list[int], batch_size: 
     assert [row for step in steps for row in step] == order
     assert all(len(step) == batch_size for step in steps[:-1])
     assert all(0 < len(step) <= batch_size for step in steps)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 50), st.integers(1, 20), st.integers(0, 10))
+def test_only_a_last_smaller_batch_is_left_out_also_when_resumed(size: int, batch_size: int, after: int) -> None:
+    order = np.arange(size)
+    whole = [
+        step.rows.tolist() for step in whole_batches(split_order(order, batch_size=batch_size), batch_size=batch_size)
+    ]
+    assert all(len(rows) == batch_size for rows in whole) or len(whole) == 1
+    assert sum(map(len, whole)) == (size if size < batch_size else size - size % batch_size)
+    if after <= len(whole):
+        rest = split_order(order, batch_size=batch_size, after=after)
+        resumed = whole_batches(rest, batch_size=batch_size, num_done=after)
+        assert [step.rows.tolist() for step in resumed] == whole[after:]
 
 
 @settings(deadline=None)

@@ -217,6 +217,9 @@ def test_generated_pages_have_every_command_and_every_key() -> None:
         assert all(f"`{option}" in cli for option in options - _generate().GENERAL)
     methods = _generate().methods_page()
     assert not [row.name for row in mmaudit.methods().rows if f"| `{row.name}` |" not in methods]
+    presets = _generate().presets_page()
+    names = [preset.name for preset in mmaudit.methods(presets=True).presets]
+    assert not [name for name in names if f"\n## {name}\n" not in presets]
     sections = {key.rpartition(".")[0] for key in KEYS}
     assert not [key for key in KEYS - sections if f"| `{key}` |" not in config]
     assert not [line for line in config.splitlines() if re.search(r"\|\s*\|$", line)]  # a key without a meaning

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from training import QUICK, fine_tune, make_examples, metrics_without_seconds, model_bytes, stop_after, with_options
 
-from mmaudit.audit.errors import ManifestError, RunError
+from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.rebalance.curriculum import OrderConfig, root_pacing
 from mmaudit.train.checkpoint import read_model_config, save_state
@@ -37,6 +37,42 @@ def change_sample(examples: Examples, split: str, name: str) -> Examples:
     values = getattr(examples, name).copy()
     values[row] = (values[row] + 1) % 4 if name == "label" else values[row] + 1
     return replace(examples, **{name: values})
+
+
+def test_last_epoch_is_kept_whatever_validation_says(tmp_path: Path) -> None:
+    examples = make_examples(240)
+    settings: dict[str, Any] = {"epochs": 6, "lr": 0.5}  # so large a rate that the best epoch is not the last
+    best = fine_tune(examples, tmp_path / "best", with_options(**settings))
+    last = fine_tune(examples, tmp_path / "last", with_options(**settings, keep="last"))
+    assert best.metrics["best_epoch"] < 6
+    assert last.metrics["best_epoch"] == 6
+    assert best.history == last.history
+
+
+def test_without_validation_samples_all_others_are_trained_on(tmp_path: Path) -> None:
+    examples = make_examples(120)
+    unsplit = replace(examples, split=np.where(examples.split == "validation", "train", examples.split))
+    result = fine_tune(unsplit, tmp_path, with_options(keep="last"))
+    assert result.metrics["counts"] == {"train": 90, "validation": 0, "test": 30}
+    assert result.metrics["best_epoch"] == 5
+    assert "validation_loss" not in result.history[-1]
+    with pytest.raises(ManifestError, match=r"no validation samples, .*; or keep the last|keep the last epoch"):
+        fine_tune(unsplit, tmp_path / "best")
+    with pytest.raises(ConfigError, match="--balancing mses follows validation losses"):
+        fine_tune(unsplit, tmp_path / "mses", with_options(keep="last", balancing="mses"))
+
+
+def test_last_smaller_batch_is_left_out(tmp_path: Path) -> None:
+    config = with_options(batch_size=16, epochs=1)
+    examples = make_examples(120)  # 60 training samples: three batches of 16 and one of 12
+    assert [fine_tune(examples, tmp_path / "all", config).history[0][key] for key in ("steps", "samples")] == [4, 60]
+    whole = fine_tune(examples, tmp_path / "whole", with_options(config, drop_last=True))
+    assert [whole.history[0][key] for key in ("steps", "samples")] == [3, 48]
+
+
+def test_settings_without_effect_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fine_tune(make_examples(), tmp_path, with_options(epochs=1, drop_last=True, sampling="dus-h", balancing="sum"))
+    assert "finetune.drop_last has no effect: --sampling dus-h chooses the size of every step" in caplog.text
 
 
 @pytest.mark.parametrize("fusion", ["concat", "late"])
@@ -339,7 +375,7 @@ def test_keep_posterior_without_posteriors_raises(tmp_path: Path) -> None:
 def test_empty_split_raises(tmp_path: Path, name: str) -> None:
     examples = make_examples()
     split = np.where(examples.split == name, "unused", examples.split).astype(object)
-    with pytest.raises(ManifestError, match=f"the manifest leaves no {name} samples: relax its rule"):
+    with pytest.raises(ManifestError, match=f"the manifest leaves no {name} samples"):
         fine_tune(replace(examples, split=split), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from training import select_rows
 
 from mmaudit.train import FUSIONS
-from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropy, separate_losses
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropy, initialise_xavier, separate_losses
 
 torch.set_num_threads(1)
 
@@ -253,3 +253,16 @@ def test_cross_entropy_equals_torch(shape: tuple[int, ...]) -> None:
         torch.autograd.grad((branch_logits * weight).sum(), logits)[0] for branch_logits in (losses, expected)
     )
     torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_xavier_initialisation_has_the_published_variances_and_no_bias() -> None:
+    torch.manual_seed(0)
+    linear, convolution = nn.Linear(400, 200), nn.Conv2d(16, 64, kernel_size=3)
+    normalisation = nn.BatchNorm2d(8)
+    nn.init.constant_(normalisation.weight, 3)
+    for layer in (linear, convolution, normalisation):
+        initialise_xavier(layer)
+    assert linear.weight.var().item() == pytest.approx(2 / (400 + 200), rel=0.05)  # Xavier
+    assert convolution.weight.var().item() == pytest.approx(2 / (64 * 9), rel=0.05)  # He, fan out
+    assert not linear.bias.any()
+    assert (normalisation.weight == 1).all()

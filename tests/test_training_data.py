@@ -261,6 +261,18 @@ def test_method_gets_the_network_it_needs(balancing: str, fusion: str, own_heads
     assert (config.fusion, config.own_heads) == (fusion, own_heads)
 
 
+def test_initialisation_changes_the_network_that_is_built() -> None:
+    examples = make_examples()
+
+    def first_bias(initialisation: str) -> Tensor:
+        torch.manual_seed(0)
+        net = build_network(examples, resolve(with_options(initialisation=initialisation)))
+        return next(parameter for name, parameter in net.named_parameters() if name.endswith("layers.0.bias"))
+
+    assert first_bias("default").any()
+    assert not first_bias("xavier").any()
+
+
 def test_stored_pictures_are_the_same_after_a_resume_and_with_any_number_of_readers() -> None:
     """Frames and crops follow from seed, epoch, step and id; tests and moments read the whole middle frame."""
     stored = StoredPictures(num_frames=1, num_choices=3, side=6, is_sized=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -126,6 +126,21 @@ def split_order(order: RowIndex, *, batch_size: int, after: int = 0) -> list[Ste
     return [Step(rows=order[start : start + batch_size]) for start in starts]
 
 
+def whole_batches(steps: Iterable[Step], *, batch_size: int, num_done: int = 0) -> Iterator[Step]:
+    """Yield the steps of an epoch, without a last one of fewer than `batch_size` rows unless it is the only one.
+
+    num_done: steps of the epoch that an interrupted run has done.
+    """
+    num_steps, last = num_done, None
+    for step in steps:
+        if last is not None:
+            yield last
+            num_steps += 1
+        last = step
+    if last is not None and (len(last.rows) >= batch_size or num_steps == 0):
+        yield last
+
+
 def to_batch(
     step: Step,
     inputs: tuple[Tensor, ...],
@@ -231,6 +246,11 @@ class Method(ABC):
     @classmethod
     def check(cls, config: Any, settings: TrainConfig) -> None:
         """Raise ConfigError where the constants contradict other settings of the training."""
+
+    @classmethod
+    def reads_scores(cls, config: Any) -> bool:
+        """Return whether the method reads scores of the manifest, which data without scores do not have."""
+        return False
 
     @classmethod
     def late_start(cls, config: Any, settings: TrainConfig) -> str | None:

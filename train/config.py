@@ -16,6 +16,8 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 REGRESSION_LOSSES = ("l1", "mse")
+KEEP = ("best", "last")
+INITIALISATIONS = ("default", "xavier")
 ANSWERS = ("fused", "heads", "all")  # which logits are the prediction of all modalities together
 # Fewest validation samples that may select an epoch: two of them selected the first of 60, at chance accuracy.
 MIN_VALIDATION_SAMPLES = 20
@@ -59,8 +61,15 @@ class FinetuneConfig:
             and "all" on Kinetics-Sounds. It is recorded with the model, and metrics name it "fused" in any case.
         regression_loss: Loss of a regression, of the target in standard deviations: "l1", the absolute error, or
             "mse", the squared one.
+        initialisation: Random weights before training: "default", those of PyTorch and of the ResNet-18; "xavier",
+            those of the code of OGM-GE and BSS: linear layers normal by Xavier's rule with biases of 0, convolutions
+            normal by He's rule (fan out).
+        drop_last: Leave out the last batch of an epoch where it is smaller than the others; an epoch that has no other
+            keeps it. Without effect on samplers that choose their quantities from step to step.
+        keep: Epoch whose weights are the result: "best" on the validation split, or "last", as in the papers, which
+            have no validation split.
         validation_fraction: Share of the training samples, at least one, cut off as validation split where the source
-            has none; in [0, 1).
+            has none; in [0, 1). With keep = "last" it may be 0: all training samples are trained on.
         patience: Stop after this many epochs without a better validation result; 0 never stops early.
         compile: Compile the network with torch.compile.
         resident_mib: Inputs of up to this many MiB stay on the device; the others are read when they are needed.
@@ -81,6 +90,9 @@ class FinetuneConfig:
     own_heads: bool = False
     answer: str = "fused"
     regression_loss: str = "l1"
+    initialisation: str = "default"
+    drop_last: bool = False
+    keep: str = "best"
     validation_fraction: float = 0.1
     patience: int = 0
     compile: bool = False
@@ -91,10 +103,13 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in self.report_to:
             TRACKERS.check(name)
-        check_choices("finetune", self, answer=ANSWERS, regression_loss=REGRESSION_LOSSES)
+        choices = {"answer": ANSWERS, "regression_loss": REGRESSION_LOSSES}
+        check_choices("finetune", self, initialisation=INITIALISATIONS, keep=KEEP, **choices)
         check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "hidden"), "[1, inf)"))
         check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
         check_ranges("finetune", self, dropout="[0, 1)", validation_fraction="[0, 1)", keep_posterior="[0, 1]")
+        if self.keep == "last" and self.patience:
+            raise ConfigError("finetune.patience stops by the best epoch, and finetune.keep is last: set one of them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

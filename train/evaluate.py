@@ -250,14 +250,16 @@ def evaluate_network(
     """Evaluate the reader's network on some rows: {task, answer, test, test_by_class, contribution}.
 
     The prediction of all modalities, named "fused" whichever logits it is by (`answer`), and each modality alone,
-    overall, by subset and by class, see `evaluate` and `evaluate_classes`; each modality's contribution and the
-    confused samples, see `measure_contribution`. Label sets and numbers have the metrics of `task_metrics`, and no
-    confused samples; test_by_class has the labels, and nothing of numbers.
+    overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
+    modality's contribution and the confused samples, see `measure_contribution`. Label sets and numbers have the
+    metrics of `task_metrics`, and no confused samples; test_by_class has the labels, and nothing of numbers.
     """
     task, target = examples.task, examples.target[rows]
-    first, _, second = between.partition(":")
-    subset_masks = subsets(examples.discrepancy[rows], first=first, second=second or "rest")
-    subset_masks["in-manifest"] = examples.in_manifest[rows]
+    subset_masks = {"all": np.ones(len(rows), dtype=bool)}
+    if not np.isnan(examples.discrepancy).all():  # as it is of data without scores
+        first, _, second = between.partition(":")
+        subset_masks |= subsets(examples.discrepancy[rows], first=first, second=second or "rest")
+        subset_masks["in-manifest"] = examples.in_manifest[rows]
     predictions = predict(reader, rows, examples.modalities)
     sets = shapley_sets(len(examples.modalities), seed=seed)
     values = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy()

@@ -55,9 +55,9 @@ def finetune_on(
 ) -> Finetuned:
     """Train on the manifest's training rows, select on validation, test once; resume from `folder`/state.
 
-    The selected epoch has the best validation metric of the tested answer, accuracy of classes, MAP of label sets or
-    mean absolute error of numbers, then the lowest validation loss; with
-    fewer than MIN_VALIDATION_SAMPLES validation samples it is the last one.
+    The selected epoch has the best validation metric of the tested answer (accuracy of classes, MAP of label sets, mean
+    absolute error of numbers), then the lowest validation loss; with `keep = "last"`, or fewer than
+    MIN_VALIDATION_SAMPLES validation samples, it is the last one.
 
     Everything follows from examples, config and seed: the same batches in any number of processes, the same losses
     after an interruption at any step, and on one machine's CPU the same bytes (CUDA adds in no fixed order).
@@ -141,9 +141,9 @@ def finetune_on(
             results = {"total": float(summed_loss), "history": history, "best": best, "best_weights": weights}
             save_state({**position, **states, **results}, state_file)
 
-    selects_best = len(training_data.validation) >= MIN_VALIDATION_SAMPLES
-    if not selects_best:
-        num_validation = len(training_data.validation)
+    num_validation = len(training_data.validation)
+    selects_best = settings.keep == "best" and num_validation >= MIN_VALIDATION_SAMPLES
+    if settings.keep == "best" and not selects_best:
         log.info("%d validation samples are too few to select an epoch or stop early: using the last", num_validation)
     with ExitStack() as stack:
         tracked = settings.report_to and distributed.is_first
@@ -176,16 +176,19 @@ def finetune_on(
                     f"training has diverged: the loss of epoch {epoch} is {train_loss}; lower --lr, or clip gradients "
                     "with --set optim.clip_norm=1"
                 )
-            validation = validate(reader, net=tested)
-            balancer.end_epoch(epoch, validation)
             record = {"epoch": epoch, "steps": step, "samples": num_seen, "lr": lr, "train_loss": train_loss}
-            record |= {"validation_loss": validation.loss, f"validation_{metric.main}": validation.metric}
+            result = (0.0, 0.0)  # validation metric, high = good, and minus validation loss
+            if num_validation:
+                validation = validate(reader, net=tested)
+                result = (metric.sign * validation.metric, -validation.loss)
+                balancer.end_epoch(epoch, validation)
+                record |= {"validation_loss": validation.loss, f"validation_{metric.main}": validation.metric}
             record |= {**balancer.epoch_metrics(), **sampler.epoch_metrics()}
             history.append(record)
             for log_record in trackers:
                 log_record(record)
-            if not selects_best or (metric.sign * validation.metric, -validation.loss) > best[:2]:
-                best = (metric.sign * validation.metric, -validation.loss, epoch)
+            if not selects_best or result > best[:2]:
+                best = (*result, epoch)
                 best_weights = {name: tensor.clone() for name, tensor in tested.state_dict().items()}
             epoch, step, num_seen = epoch + 1, 0, 0
             total.zero_()

@@ -316,6 +316,22 @@ class FusionNet(nn.Module):
             yield from self.heads[modality].parameters()
 
 
+def initialise_xavier(module: nn.Module) -> None:
+    """Draw new weights for a layer, as the code of OGM-GE and BSS does: `net.apply(initialise_xavier)`.
+
+    Linear layers: normal by Xavier's rule, biases 0. Convolutions: normal by He's rule, fan out. Batch normalisation:
+    scale 1 and shift 0.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.ones_(module.weight)
+    if isinstance(module, (nn.Linear, nn.BatchNorm2d)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Compute the cross entropy (..., b) of each sample in float32, of logits (..., b, k) and one label (b,) for all.
 

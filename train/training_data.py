@@ -18,11 +18,11 @@ from ..audit.probes.config import fixed_moments
 from ..rebalance.curriculum import RowIndex, id_keys, training_rows
 from .augment import InputForm, augment, local_rows
 from .balancing.balancer import Validation
-from .batches import Batch, Loss, OutputFunction, Step, to_batch
+from .batches import Batch, Loss, OutputFunction, Step, to_batch, whole_batches
 from .config import REGRESSION_LOSSES, FinetuneConfig, TrainConfig
 from .examples import NUM_READERS, Examples, Store
 from .methods import Methods, check_schedule, check_task, list_unused
-from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
+from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder, initialise_xavier
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
 from .task_metrics import mean_average_precision
@@ -109,6 +109,9 @@ class TrainingData:
 
         A modality that a sample does not have is masked in its batch, whatever the sampler selects.
         """
+        finetune = self.config.finetune
+        if finetune.drop_last and prefetch:  # steps that depend on the last one cannot be read ahead
+            steps = whole_batches(steps, batch_size=finetune.batch_size, num_done=first_step - 1)
         present = self.present[self.train]
         if not present.all():
             steps = (step.masked_by(present) for step in steps)
@@ -299,7 +302,9 @@ def set_up(
     train = _training_rows(examples, config.finetune)
     validation, test = examples.rows("validation"), examples.rows("test")
     for name, rows in (("train", train), ("validation", validation), ("test", test)):
-        if len(rows) == 0:
+        if name == "validation" and len(rows) == 0:
+            _check_unvalidated(methods)
+        elif len(rows) == 0:
             advice = "relax its rule, or --keep-posterior"
             if name == "test":
                 advice += "; where the data have none, mmaudit split --resplit 80/8/12 cuts some"
@@ -307,10 +312,9 @@ def set_up(
     unknown = sorted({*config.optim.freeze, *config.optim.modality_lr_factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
-    for warning in (*check_schedule(methods), *list_unused(methods)) if distributed.is_first else ():
+    warnings = (*check_schedule(methods), *list_unused(methods), *_without_effect(methods, task=examples.task))
+    for warning in warnings if distributed.is_first else ():
         log.warning("%s", warning)
-    if config.finetune.regression_loss != REGRESSION_LOSSES[0] and examples.task != "regression":
-        log.warning("finetune.regression_loss has no effect: the task is %s", examples.task)
     if config.optim.freeze and config.finetune.init is None:
         log.info(
             "frozen encoders without --init: those of %s keep their random weights", ", ".join(config.optim.freeze)
@@ -325,6 +329,36 @@ def set_up(
     return TrainingData.of(
         examples, store, train=train, config=config, seed=seed, device=device, distributed=distributed
     )
+
+
+def _check_unvalidated(methods: Methods) -> None:
+    """Raise an error for a training without validation samples that needs some."""
+    settings = methods.config.finetune
+    if settings.keep == "best":
+        raise ManifestError(
+            "the manifest leaves no validation samples, and finetune.validation_fraction cuts none: raise it, or keep "
+            "the last epoch with --set finetune.keep=last"
+        )
+    if methods.balancer.reads_validation(methods.balancer_config):
+        raise ConfigError(
+            f"--balancing {settings.balancing} follows validation losses, and there are no validation samples: cut "
+            "some with --set finetune.validation_fraction=0.1"
+        )
+
+
+def _without_effect(methods: Methods, *, task: str) -> list[str]:
+    """Return one warning for each setting that another one makes ineffective."""
+    settings = methods.config.finetune
+    warnings = []
+    if settings.regression_loss != REGRESSION_LOSSES[0] and task != "regression":
+        warnings.append(f"finetune.regression_loss has no effect: the task is {task}")
+    if settings.drop_last and methods.sampler.adaptive:
+        warnings.append(
+            f"finetune.drop_last has no effect: --sampling {settings.sampling} chooses the size of every step"
+        )
+    if settings.initialisation != "default" and settings.init is not None:
+        warnings.append(f"finetune.initialisation has no effect: --init {settings.init} replaces all weights")
+    return warnings
 
 
 def build_network(examples: Examples, methods: Methods) -> FusionNet:
@@ -344,7 +378,8 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         dropout=settings.dropout,
         width=methods.config.width,
     )
-    return FusionNet(config, fusion=methods.fusion)
+    net = FusionNet(config, fusion=methods.fusion)
+    return net.apply(initialise_xavier) if settings.initialisation == "xavier" else net
 
 
 def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.int64]:

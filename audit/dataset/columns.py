@@ -87,6 +87,11 @@ def _find_column(names: Sequence[str], role: str, requested: str | None) -> str 
     return requested or next((name for name in _ROLE_NAMES[role] if name in names), None)
 
 
+def usual_column(names: Sequence[str], role: str, requested: str | None = None) -> str | None:
+    """Return the requested column if there is one, else the first of a usual name for the role, else None."""
+    return requested if requested in names else _find_column(names, role, None)
+
+
 SPLIT = "split"  # the column that holds splits inferred from names of files, folders and dataset parts
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {

@@ -175,17 +175,18 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
 def finetune_numbers(folder: Path, run: Run) -> Numbers:
     """Return the numbers of a finished fine-tuning, read from metrics.json and history.jsonl.
 
-    `manifest_is_unchanged` is whether the manifest of that name in the run is still the one that was trained on.
+    `manifest` is None for a training on data without a manifest. `manifest_is_unchanged` is whether the manifest of
+    that name in the run is still the one that was trained on.
     """
     metrics = read_metrics(folder)
-    path = run.manifest(metrics["manifest"])
+    path = None if metrics["manifest"] is None else run.manifest(metrics["manifest"])
     settings = metrics["config"].get("finetune", {})
     measured, contribution = metrics["test"]["all"].get("branches", {}), metrics.get("contribution")
     branches = sorted(measured, key=lambda name: (name == "fused", name))
     return {
         "name": folder.name,
         "manifest": metrics["manifest"],
-        "manifest_is_unchanged": not path.exists() or _digest(path) == metrics["manifest_digest"],
+        "manifest_is_unchanged": path is None or not path.exists() or _digest(path) == metrics["manifest_digest"],
         "test_labels_in_scores": metrics["test_labels_in_scores"],
         "settings": {key: settings.get(key) for key in SETTINGS},
         "seed": metrics["config"].get("seed"),

@@ -90,6 +90,11 @@ class Balancer(Method):
         """Set up the state."""
 
     @classmethod
+    def reads_validation(cls, config: Any) -> bool:
+        """Return whether the method needs validation samples; without them `end_epoch` is not called."""
+        return False
+
+    @classmethod
     def needs(cls) -> tuple[str, ...]:
         """Return what the method needs of data and settings, in words."""
         fusion = () if cls.fusions == Balancer.fusions else (f"--fusion {' or '.join(cls.fusions)}",)

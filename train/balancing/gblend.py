@@ -113,6 +113,11 @@ class Gblend(Balancer):
     config: GblendConfig
 
     @classmethod
+    def reads_validation(cls, config: GblendConfig) -> bool:
+        """Return whether weights are measured, on validation losses."""
+        return not config.weights
+
+    @classmethod
     def needs_own_heads(cls, config: GblendConfig) -> bool:
         """Whether each modality gets a classifier of its own."""
         return config.own_heads

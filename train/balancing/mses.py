@@ -75,6 +75,11 @@ class Mses(Sum):
     )
     config: MsesConfig
 
+    @classmethod
+    def reads_validation(cls, config: MsesConfig) -> bool:
+        """Return True: validation losses decide."""
+        return True
+
     def initialize(self) -> None:
         """Set up the state."""
         m = self.net.num_modalities

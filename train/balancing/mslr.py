@@ -121,6 +121,11 @@ class Mslr(Sum):
             )
 
     @classmethod
+    def reads_validation(cls, config: MslrConfig) -> bool:
+        """Return True: validation losses decide."""
+        return True
+
+    @classmethod
     def unused(cls, config: MslrConfig) -> dict[str, str]:
         """Return the constants of the mode dynamic in other modes."""
         reason = f"it belongs to the mode dynamic, and balancing.mslr.mode is {config.mode}"

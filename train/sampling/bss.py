@@ -134,6 +134,11 @@ class BssL(Ordered):
         return _MODEL_REASON if config.score_source != "manifest" else ""
 
     @classmethod
+    def reads_scores(cls, config: BssConfig) -> bool:
+        """Return whether the scores are the manifest's."""
+        return config.score_source == "manifest"
+
+    @classmethod
     def unused(cls, config: BssConfig) -> dict[str, str]:
         """Return the constants of evaluations where the manifest's scores are drawn by."""
         reason = "the scores are those of the manifest (sampling.bss.score_source = manifest), which never change"

@@ -154,6 +154,11 @@ class Paced(Ordered):
     order_fields = ("pacing", "start", "grow_epochs", "steps")
 
     @classmethod
+    def reads_scores(cls, config: Any) -> bool:
+        """Return whether the samples are ranked by the manifest's scores, not by those of the model in training."""
+        return getattr(config, "score_source", "manifest") != "model"
+
+    @classmethod
     def late_start(cls, config: Any, settings: TrainConfig) -> str | None:
         """Return a warning where the share does not reach 1."""
         finetune, order = settings.finetune, settings.order
@@ -190,6 +195,11 @@ class PosteriorWeighted(Ordered):
     """
 
     order_fields = ("draw",)
+
+    @classmethod
+    def reads_scores(cls, config: None) -> bool:
+        """Return True: it draws by P(balanced)."""
+        return True
 
     def initialize(self) -> None:
         """Check that every sample has a posterior."""

@@ -1,0 +1,294 @@
+"""Sources of the samples of a training: a manifest, or data without scores."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..audit.dataset.formats import READERS
+from ..audit.dataset.modalities import Modality
+from ..audit.dataset.samples import Samples, read_samples
+from ..audit.errors import ConfigError, Quarantined, RunError, printable
+from ..audit.features.encode import EncodeTask, encode_dataset
+from ..audit.features.encoded_samples import EncodedSamples, collect_encoded
+from ..audit.features.encoders import ENCODERS
+from ..audit.parsing import build_config, plain
+from ..audit.workers import Progress
+from ..rebalance.manifest import Manifest, read_dropped, read_manifest
+from ..train.examples import Examples, load_examples
+from ..train.methods import resolve
+from ..train.unscored import unscored_manifest
+from .config import NETWORK_FIELDS, TRAINING_SECTIONS, Given, RunConfig, preset_content, preset_record
+from .effects import scored_settings, with_scored_network
+from .provenance import (
+    SourceOptions,
+    absolute_source,
+    described_modalities,
+    open_encodable,
+    open_source,
+    origin_of,
+    own_record,
+    saw_test_labels,
+)
+from .run import Run
+
+log = logging.getLogger("mmaudit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedSource:
+    """The samples of a training, and what metrics.json states of them.
+
+    between: the two modalities, "first:second", whose discrepancy defines the subsets. quarantined: samples of data
+    without scores that cannot be used; those of a manifest are in the run. modalities: of data without scores, by which
+    their media settings have an effect.
+    """
+
+    examples: Examples
+    manifest: Manifest
+    between: str
+    made_from: dict[str, Any]
+    saw_test_labels: bool = False
+    quarantined: tuple[Quarantined, ...] = ()
+    modalities: tuple[Modality, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Digest of the samples."""
+        return self.manifest.digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestSource:
+    """A manifest of a run, or a manifest file."""
+
+    path: Path
+    manifest: Manifest
+    run_dir: Run
+    options: SourceOptions
+
+    @classmethod
+    def open(cls, path: Path, run_dir: Run, options: SourceOptions) -> ManifestSource:
+        """Read the manifest; its data are opened by `load`."""
+        return cls(path=path, manifest=read_manifest(path), run_dir=run_dir, options=options)
+
+    @property
+    def name(self) -> str | None:
+        """Name of the manifest."""
+        return self.path.stem
+
+    def media_settings(self) -> dict[str, Any]:
+        """Return how the samples are read, as sections `data` and `media`: as when they were scored."""
+        scores = self.manifest.provenance.get("scores", {})
+        encoders = [f"{entry['name']}={entry['encoder']}" for entry in scores.get("modalities", [])]
+        return {"data": {"encoder": encoders}, "media": scores.get("config", {}).get("media", {})}
+
+    def scored_settings(self) -> dict[str, Any]:
+        """Return the config of the scores as plain values, {} if it is not recorded."""
+        return scored_settings(self.manifest.provenance)
+
+    def with_network(self, config: RunConfig, given: Given) -> RunConfig:
+        """Return the config with the networks' width and normalisation of the scores, where none is given."""
+        return with_scored_network(config, given, self.scored_settings())
+
+    def digest(self, config: RunConfig, *, num_workers: int, progress: Progress) -> str:
+        """Return the digest of the samples, without opening the data."""
+        return self.manifest.digest()
+
+    def load(self, config: RunConfig, *, num_workers: int, progress: Progress) -> LoadedSource:
+        """Open the manifest's source, encode what the run's cache lacks, and load the training and test samples.
+
+        Media that are unchanged since the run cached their vectors, by path, size and times, are not opened.
+        """
+        origin = origin_of(self.path, self.manifest.provenance, self.manifest.digests)
+        dataset, scored_config = open_source(origin, self.options)
+        check_trainable(scored_config, source="the manifest's task")
+        tasks = encode_dataset(
+            dataset,
+            self.run_dir.features,
+            media=scored_config.media,
+            num_workers=num_workers,
+            progress=progress,
+            # Others could have planted vectors in the cache.
+            trust_unchanged=own_record(self.run_dir.folder)[0] is not None,
+        )
+        samples = read_samples(dataset, seed=scored_config.seed, test_fraction=scored_config.data.test_fraction)
+        dropped = read_dropped(self.path, self.manifest)
+        if dropped is None:
+            log.info(
+                "no dropped rows of %s found: test metrics are on the manifest's own test samples only", self.path.name
+            )
+        examples = load_examples(
+            self.manifest,
+            dropped,
+            samples=samples,
+            statuses=collect_encoded(dataset, samples, tasks).statuses,
+            tasks=tasks,
+            validation_fraction=config.finetune.validation_fraction,
+            seed=config.seed,
+        )
+        provenance = self.manifest.provenance
+        return LoadedSource(
+            examples=examples,
+            manifest=self.manifest,
+            between=str(provenance.get("between", ":".join(examples.modalities[:2]))),
+            made_from=provenance,
+            saw_test_labels=saw_test_labels(self.manifest),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnscoredSource:
+    """Data without scores: all usable samples are trained and tested on."""
+
+    data: str | Path
+    run_dir: Run
+    device: str
+
+    @property
+    def name(self) -> None:
+        """None: there is no manifest."""
+        return
+
+    def media_settings(self) -> dict[str, Any]:
+        """Return {}: the samples are read by the training's own settings."""
+        return {}
+
+    def scored_settings(self) -> dict[str, Any]:
+        """Return {}: there are no scores."""
+        return {}
+
+    def digest(self, config: RunConfig, *, num_workers: int, progress: Progress) -> str:
+        """Return the digest of the samples, which reads them all."""
+        return self.load(config, num_workers=num_workers, progress=progress).digest
+
+    def load(self, config: RunConfig, *, num_workers: int, progress: Progress) -> LoadedSource:
+        """Open the data, encode what the run's cache lacks, and load all usable samples."""
+        check_trainable(config, source="data.task")
+        dataset = open_encodable(self.data, config.data)
+        tasks = encode_dataset(
+            dataset,
+            self.run_dir.features,
+            media=config.media,
+            num_workers=num_workers,
+            device=self.device,
+            progress=progress,
+        )
+        samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+        if dataset.columns.split is None:
+            num_test = int((samples.split == "test").sum())
+            log.info("no split column: %d of %d samples are held out as test", num_test, len(samples))
+        encoded = collect_encoded(dataset, samples, tasks)
+        manifest, quarantined = unscored_manifest(encoded, keep_duplicates=config.data.keep_duplicates)
+        num_quarantined = len({row.sample_id for row in quarantined})
+        if num_quarantined:
+            log.warning("%d of %d samples cannot be used: see quarantine.parquet", num_quarantined, len(samples))
+        examples = _load_unscored(manifest, samples, encoded, tasks, config)
+        made_from = {
+            "source": absolute_source(dataset.source),
+            "fingerprint": encoded.fingerprint,
+            "modalities": described_modalities(dataset, config),
+            "columns": asdict(dataset.columns),
+            "counts": {"input": len(samples), "used": len(manifest), "quarantined": num_quarantined},
+            "quarantine": dict(Counter(row.reason.value for row in quarantined).most_common()),
+        }
+        return LoadedSource(
+            examples=examples,
+            manifest=manifest,
+            between=":".join(examples.modalities[:2]),
+            made_from=made_from,
+            quarantined=quarantined,
+            modalities=dataset.modalities,
+        )
+
+
+def _load_unscored(
+    manifest: Manifest, samples: Samples, encoded: EncodedSamples, tasks: list[EncodeTask], config: RunConfig
+) -> Examples:
+    return load_examples(
+        manifest,
+        None,
+        samples=samples,
+        statuses=encoded.statuses,
+        tasks=tasks,
+        validation_fraction=config.finetune.validation_fraction,
+        seed=config.seed,
+    )
+
+
+def check_trainable(config: RunConfig, *, source: str) -> None:
+    """Raise ConfigError if the task of the samples is not classification."""
+    if config.data.task != "classification":
+        raise ConfigError(f"finetune requires task classification; {source} is {config.data.task}")
+
+
+def reopened_config(
+    config: RunConfig, made_from: dict[str, Any], options: SourceOptions, *, name: str
+) -> tuple[str | Path, RunConfig]:
+    """Return the data of a fine-tuning without a manifest and the config that reads them, to test it again.
+
+    A file of the run may be another user's: the data, and encoders that are code or models, must be passed. Raises
+    RunError where one is not.
+    """
+    confirmed = dict(text.partition("=")[::2] for text in options.encoder)
+    recorded = {entry["name"]: entry["encoder"] for entry in made_from.get("modalities", [])}
+    needed = [
+        f"--encoder {printable(modality)}={printable(encoder)}"
+        for modality, encoder in recorded.items()
+        if encoder not in ENCODERS and confirmed.get(modality) != encoder
+    ]
+    if options.data is None:
+        needed.insert(0, f"--data {printable(made_from.get('source', 'DATA'))}")
+    if needed:
+        raise RunError(f"{name} was trained on data without a manifest: pass {' '.join(needed)}")
+    if config.data.reader not in ("auto", *READERS):
+        raise RunError(f"{name} names the reader {printable(config.data.reader)} of a package: train it again")
+    assert options.data is not None
+    return options.data, replace(config, data=replace(config.data, allow_outside=options.allow_outside))
+
+
+def training_settings(config: RunConfig, source: ManifestSource | UnscoredSource) -> dict[str, Any]:
+    """Return the settings that a fine-tuning depends on, as plain values by section.
+
+    Those of reading the samples are left out of a manifest's: its metadata state them.
+    """
+    reading = () if source.name is not None else ("data", "media")
+    network = {name: getattr(config.network, name) for name in NETWORK_FIELDS}
+    return {**{name: plain(config)[name] for name in ("seed", *TRAINING_SECTIONS, *reading)}, "network": network}
+
+
+def record_preset(name: str, config: RunConfig, source: ManifestSource | UnscoredSource) -> dict[str, Any]:
+    """Return the record of a preset in metrics.json; warn of media settings in which a manifest's scores differ."""
+    own = resolve_methods(build_config(RunConfig, preset_content(name), where=""))
+    used = {**training_settings(config, source), **source.media_settings(), "seed": own.seed}
+    of_preset = training_settings(own, source)
+    if source.name is not None:
+        of_preset |= {"data": {"encoder": list(own.data.encoder)}, "media": plain(own.media)}
+    record = preset_record(name, decisive_settings(of_preset), decisive_settings(used))
+    differing = [key for key in record["changed"] if key.startswith(("media.", "data.encoder"))]
+    if source.name is not None and differing:
+        log.warning(
+            "%s was scored with other settings than those of --preset %s, which have no effect here: %s; score with "
+            "mmaudit score --preset %s",
+            source.name,
+            name,
+            ", ".join(differing),
+            name,
+        )
+    return record
+
+
+def resolve_methods(config: RunConfig) -> RunConfig:
+    """Return the config with the names and all constants of the methods in use."""
+    resolved = resolve(config.training()).config
+    return replace(config, **{name: getattr(resolved, name) for name in ("finetune", "sampling", "balancing")})
+
+
+def decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Remove settings that have no effect on the weights: trackers, checkpoint interval, resident memory."""
+    without_effect = ("report_to", "save_steps", "resident_mib")
+    finetune_settings = {key: value for key, value in settings.get("finetune", {}).items() if key not in without_effect}
+    return {**settings, "finetune": finetune_settings}
