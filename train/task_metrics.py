@@ -28,6 +28,7 @@ class TaskMetrics:
         name: Its name in text.
         sign: 1 where high values of it are better, -1 where low ones are.
         keys: Keys of the printed metrics, the main one first.
+        chance: What is guessed at each level of chance, by its key.
         sample_value: Key of the mean of values of samples whose Shapley values are the contributions.
     """
 
@@ -35,21 +36,35 @@ class TaskMetrics:
     name: str
     sign: int
     keys: tuple[str, ...]
+    chance: dict[str, str]
     sample_value: str
 
 
 TASK_METRICS = {
     "classification": TaskMetrics(
-        main="accuracy", name="accuracy", sign=1, keys=("accuracy", "map", "macro_f1", "ece"), sample_value="accuracy"
+        main="accuracy", name="accuracy", sign=1, keys=("accuracy", "map", "macro_f1", "ece"), sample_value="accuracy",
+        chance={
+            "uniform": "guessing every class equally often",
+            "majority": "always guessing the most common class of the training samples",
+        },
     ),
     "multilabel": TaskMetrics(
         main="map", name="MAP", sign=1, keys=("map", "micro_f1", "macro_f1", "label_accuracy"),
         sample_value="label_accuracy",
+        chance={"constant": "the same probabilities for all samples"},
     ),
     "regression": TaskMetrics(
-        main="mae", name="MAE", sign=-1, keys=("mae", "pearson", "sign_accuracy"), sample_value="mae"
+        main="mae", name="MAE", sign=-1, keys=("mae", "pearson", "sign_accuracy"), sample_value="mae",
+        chance={
+            "median": "always the median of the training samples", "mean": "always the mean of the training samples",
+        },
     ),
 }  # fmt: skip
+
+
+def metrics_of(results: Mapping[str, Any]) -> TaskMetrics:
+    """Return the metrics of the task of a fine-tuning's or an evaluation's results."""
+    return TASK_METRICS[results.get("task", "classification")]
 
 
 def compute_multilabel_metrics(probability: Values, target: Values) -> Metrics:

@@ -20,7 +20,20 @@ from ..run import Run
 from . import findings
 from .findings import Numbers
 from .outcomes import MAX_DETAILED, finetune_numbers, manifest_numbers
-from .verdict import accuracy, amount, breakable, edge, gain, interval, percent, probe_metric, signed, small, verdict
+from .verdict import (
+    amount,
+    breakable,
+    edge,
+    gain,
+    interval,
+    level_of_chance,
+    percent,
+    probe_metric,
+    signed,
+    small,
+    tested,
+    verdict,
+)
 
 _TEMPLATE = "report.html.jinja"
 
@@ -103,7 +116,13 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "small": small}
-    environment.filters |= {"accuracy": accuracy, "probe_metric": probe_metric, "gain": gain, "breakable": breakable}
+    environment.filters |= {
+        "tested": tested,
+        "level_of_chance": level_of_chance,
+        "probe_metric": probe_metric,
+        "gain": gain,
+        "breakable": breakable,
+    }
     environment.filters |= {"thousands": "{:,}".format, "amount": amount, "edge": edge}
     modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]
     images = {name: _image(image) for name, image in figures.items()}
