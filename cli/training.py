@@ -284,9 +284,10 @@ def evaluate(
     """Test a finished fine-tuning: metrics by subset and class, and the contribution of each modality.
 
     Measured are accuracy, MAP, macro-F1 and ECE of the fused prediction and of each modality alone (of label sets MAP,
-    F1 and label accuracy; of numbers MAE, correlation and accuracy of the sign), overall, by subset and by class; the contribution of each modality; and the samples that are predicted correctly by one modality alone
-    but not by all together. They are written to evaluation.json in its folder; of other splits to
-    evaluation-SPLIT.json, of other manifests to evaluation-SPLIT-MANIFEST.json.
+    F1 and label accuracy; of numbers MAE, correlation and accuracy of the sign), overall, by subset and by class; the
+    contribution of each modality; and the samples that are predicted correctly by one modality alone but not by all
+    together. They are written to evaluation.json in its folder; of other splits to evaluation-SPLIT.json, of other
+    manifests to evaluation-SPLIT-MANIFEST.json.
 
     Args:
         name: Name of a finished fine-tuning in the run, or its folder.

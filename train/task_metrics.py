@@ -146,7 +146,7 @@ def compute_regression_metrics(prediction: Values, target: Values, *, signed: bo
     """
     predicted, truth = prediction[:, 0].astype(np.float64), target[:, 0].astype(np.float64)
     error = mean_interval(np.abs(predicted - truth), None, low=0.0, high=np.inf)
-    low, high = (None if np.isinf(error[key]) else error[key] for key in ("low", "high"))
+    low, high = (error["low"], error["high"]) if len(truth) > 1 else (None, None)
     metrics: Metrics = {"mae": error["mean"], "mae_low": low, "mae_high": high, **_pearson(predicted, truth)}
     counted = truth != 0
     n = int(counted.sum()) if signed else 0

@@ -198,7 +198,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
         "metric_name": of_task.name,
         "chance": {name: metrics["chance"][name] for name in of_task.chance},
         "chance_meaning": of_task.chance,
-        "keys": [key for key in of_task.keys if key != of_task.main],
+        "other_metrics": [key for key in of_task.keys if key != of_task.main],
         "value_name": of_task.sample_value.replace("_", " ") if of_task.sample_value != "mae" else "MAE",
         "branches": branches,
         "contribution": contribution if contribution and contribution["n"] else None,

@@ -117,12 +117,11 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "small": small}
     environment.filters |= {
-        "tested": tested,
-        "level_of_chance": level_of_chance,
         "probe_metric": probe_metric,
         "gain": gain,
         "breakable": breakable,
     }
+    environment.filters |= {"tested": tested, "level_of_chance": level_of_chance}
     environment.filters |= {"thousands": "{:,}".format, "amount": amount, "edge": edge}
     modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]
     images = {name: _image(image) for name, image in figures.items()}
