@@ -29,7 +29,6 @@ def test_metrics_of_label_sets_by_hand() -> None:
     assert metrics["micro_f1"] == pytest.approx(2 * 2 / (4 + 4))
     assert metrics["macro_f1"] == pytest.approx((2 * 1 / (2 + 2) + 2 * 1 / (2 + 1)) / 2)
     assert metrics["label_accuracy"] == pytest.approx((3 + 1 + 1 + 3) / 12)
-    assert metrics["label_accuracy_low"] == 0.0 or metrics["label_accuracy_low"] < 8 / 12  # type: ignore[operator]
 
 
 def test_metrics_of_label_sets_equal_scikit_learn() -> None:
@@ -82,12 +81,11 @@ def test_interval_of_the_error_is_students_t() -> None:
 
 @pytest.mark.parametrize("n", [1, 3, 10])
 def test_correlation_of_few_or_constant_values_is_undefined(n: int) -> None:
-    metrics = compute_regression_metrics(
-        np.ones((n, 1), np.float32), np.arange(n, dtype=np.float32)[:, None], signed=True
-    )
+    target = np.arange(n, dtype=np.float32)[:, None]
+    metrics = compute_regression_metrics(np.ones_like(target), target, signed=True)
     assert metrics["pearson"] is None
-    assert metrics["mae"] == pytest.approx(np.abs(np.arange(n) - 1).mean())
-    assert (metrics["mae_low"] is None) == (metrics["mae_high"] is None) or n == 1
+    assert metrics["mae"] == pytest.approx(np.abs(target - 1).mean())
+    assert (metrics["mae_low"] is None, metrics["mae_high"] is None) == (n == 1, n == 1)
 
 
 def test_perfect_predictions_have_a_correlation_of_1() -> None:

@@ -98,7 +98,7 @@ def mmaudit(*words: str | Path) -> str:
 
 
 def write_table(folder: Path, task: str) -> Path:
-    """Write vectors a and b, and a label that is half in each: 10 + 4 a + 4 b, or the labels "left", "right", "both"."""
+    """Write vectors a and b, and a label by both: the number 4 a + 4 b - 1, or a set of "left", "right", "both"."""
     rng = np.random.default_rng(0)
     first, second = rng.choice([-1.0, 1.0], size=(2, N)) * rng.uniform(0.5, 1.5, size=(2, N))
     label: list[object] = (-1 + 4 * first + 4 * second).tolist()
