@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +29,13 @@ from training import (
 )
 from typer.testing import CliRunner
 
-from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.cli.main import app
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.config import TrainConfig
+from mmaudit.train.evaluate import evaluate_file
 from mmaudit.train.examples import Examples
-from mmaudit.train.methods import check_task, resolve
+from mmaudit.train.methods import check_task, list_methods, resolve
 from mmaudit.train.sampling import SAMPLERS
 
 torch.set_num_threads(1)
@@ -231,3 +233,24 @@ def test_other_values_are_another_training(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level("INFO", logger="mmaudit"):
         fine_tune(replace(examples, values=values), tmp_path)
     assert "starting from scratch" in caplog.text
+
+
+def test_methods_that_need_classes_say_so() -> None:
+    rows = {(row.kind, row.name): row.needs for row in list_methods()}
+    for kind, names in NEED_CLASSES.items():
+        of_kind = {name for (row_kind, name), needs in rows.items() if row_kind == kind and "classes" in needs}
+        assert of_kind == names
+
+
+def test_warm_start_keeps_the_scale_of_the_new_numbers(tmp_path: Path) -> None:
+    fine_tune(make_numbers(), tmp_path / "first", with_options(QUICK, epochs=6))
+    init = tmp_path / "first" / "model.safetensors"
+    result = fine_tune(make_numbers(offset=100.0), tmp_path / "second", with_options(QUICK, epochs=1), init=init)
+    assert result.metrics["test"]["all"]["branches"]["fused"]["mae"] < 0.6 * result.metrics["chance"]["median"]
+
+
+def test_model_of_another_task_is_refused(tmp_path: Path) -> None:
+    fine_tune(make_label_sets(80), tmp_path, with_options(QUICK, epochs=1))
+    options: dict[str, Any] = {"split": "test", "between": "audio:visual", "config": QUICK, "seed": 0, "device": "cpu"}
+    with pytest.raises(ManifestError, match="was trained on other task: multilabel, the samples have regression"):
+        evaluate_file(tmp_path / "model.safetensors", make_numbers(80), **options)

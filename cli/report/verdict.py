@@ -58,11 +58,10 @@ def small(p: float) -> str:
 
 def tested(metrics: Mapping[str, Any], key: str) -> str:
     """Format a test metric with its interval, if it has one: a share in percent, an error in the data's units."""
-    if metrics[key] is None:
-        return "–"
-    is_error = key == "mae"
     value, low, high = (metrics.get(name) for name in (key, f"{key}_low", f"{key}_high"))
-    factor, digits = (1, 3) if is_error else (100, 1)
+    if value is None:
+        return "–"
+    factor, digits = (1, 3) if key == "mae" else (100, 1)
     interval = "" if low is None or high is None else f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
     return f"{factor * value:.{digits}f}{interval}"
 
