@@ -71,6 +71,12 @@ def test_metrics_of_numbers_by_hand() -> None:
     assert unsigned["sign_accuracy"] is None
 
 
+def test_interval_of_samples_that_are_all_right_has_a_width() -> None:
+    metrics = compute_multilabel_metrics(TARGET, TARGET)
+    assert metrics["label_accuracy"] == metrics["label_accuracy_high"] == 1.0
+    assert metrics["label_accuracy_low"] == pytest.approx(1 / (1 + 1.959964**2 / 4))
+
+
 def test_interval_of_the_error_is_students_t() -> None:
     rng = np.random.default_rng(1)
     target, error = rng.standard_normal((300, 1)), rng.standard_normal((300, 1))

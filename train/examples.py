@@ -134,7 +134,7 @@ class Examples:
     values: NDArray[np.float32] | None = None
 
     @property
-    def target(self) -> NDArray[np.int64] | NDArray[np.float32]:
+    def target(self) -> NDArray[Any]:
         """What is predicted: classes (n,), or values (n, k)."""
         return self.label if self.values is None else self.values
 

@@ -114,7 +114,7 @@ def draw_finetune(finetune: Numbers, colours: Palette) -> Figure:
         errors = np.nan_to_num([values - low, high - values])
         style: dict[str, Any] = {"fmt": "o", "color": colours.get(branch, LEVEL), "markersize": 4, "linewidth": 1}
         accuracy_axes.errorbar(values, heights, xerr=np.abs(errors), label=branches[index], **style)
-    _label_subsets(accuracy_axes, subsets, name=finetune["metric_name"], is_share=finetune["task"] != "regression")
+    _label_subsets(accuracy_axes, subsets, name=finetune["metric_name"], largest=_largest(finetune))
     chance_lines = dict(zip(finetune["chance"], _CHANCE_LINES, strict=False))
     chance = [
         accuracy_axes.axvline(finetune["chance"][name], color=SOFT, linewidth=0.9, linestyle=line, zorder=0.5)
@@ -137,19 +137,27 @@ def _legend_names(branches: Sequence[str]) -> list[str]:
     return fit_names(branches, _LEGEND_WIDTH / 2 - _HANDLE_WIDTH, size=8.5)
 
 
-def _label_subsets(axes: Axes, subsets: Sequence[Numbers], *, name: str, is_share: bool) -> None:
+def _label_subsets(axes: Axes, subsets: Sequence[Numbers], *, name: str, largest: float) -> None:
     """Name the subsets on the vertical axis, with their numbers of samples, and the metric on the horizontal one."""
     names = fit_names([subset["name"] for subset in subsets], 2.1)
     axes.set_yticks(
         range(len(subsets)), [f"{name} ({subset['n']:,})" for name, subset in zip(names, subsets, strict=True)]
     )
     axes.set(ylim=(len(subsets) - 0.4, -0.6), xlabel=f"{name} on test samples")
-    if is_share:
-        axes.set_xlim(0, 1)
+    axes.set_xlim(0, largest)
+    if largest == 1:
         axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "0.2", "0.4", "0.6", "0.8", "1"])
-    else:
-        axes.set_xlim(left=0)
     axes.tick_params(axis="y", length=0)
+
+
+def _largest(finetune: Numbers) -> float:
+    """Return the right end of the axis of the metric: 1 for shares, for errors a little above the largest one."""
+    if finetune["task"] != "regression":
+        return 1
+    key = finetune["metric"]
+    branches = [branch for subset in finetune["subsets"] for branch in subset["branches"] or ()]
+    values = [branch.get(name) or 0.0 for branch in branches for name in (key, f"{key}_high")]
+    return 1.05 * max(*values, *finetune["chance"].values()) or 1
 
 
 def _losses(axes: Axes, finetune: Numbers) -> None:
