@@ -77,9 +77,7 @@ def compute_multilabel_metrics(probability: Values, target: Values) -> Metrics:
     truth, predicted = target > 0.5, probability > 0.5
     right = (predicted == truth).mean(axis=1, dtype=np.float64)
     interval = mean_interval(right, None, low=0.0, high=1.0)
-    if (
-        np.ptp(right) == 0
-    ):  # no variance, which would be an interval of no width: that of as many right or wrong samples
+    if np.ptp(right) == 0:  # the interval would have no width
         interval["low"], interval["high"] = wilson_interval(float(right.sum()), len(right))
     labels = [metrics for metrics in compute_label_metrics(probability, target) if metrics is not None]
     total = int(truth.sum() + predicted.sum())
