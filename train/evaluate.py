@@ -303,7 +303,8 @@ def evaluate_file(
         ("classes", model_config.classes, examples.class_names),
     ):
         if trained_on != current:
-            raise ManifestError(f"{path} was trained on other {field_name}: {trained_on}, the samples have {current}")
+            before, now = (_described(value) for value in (trained_on, current))
+            raise ManifestError(f"{path} was trained on other {field_name}: {before}; the samples have {now}")
     rows = examples.rows(split)
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
@@ -318,6 +319,11 @@ def evaluate_file(
     )
     metrics = evaluate_network(NetworkReader(training_data, net.to(device)), rows, examples, between=between, seed=seed)
     return {"n": len(rows), **metrics}
+
+
+def _described(value: object) -> str:
+    """Return names as a list, other values as they are."""
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def predict(reader: NetworkReader, rows: RowIndex, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
