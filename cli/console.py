@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -300,27 +300,33 @@ def _column_width(names: Iterable[str], *, minimum: int = 0) -> int:
 
 
 def print_finetune(result: FinetuneResult) -> None:
-    """Print the accuracy on the test split, overall and by subset, and the folder of the fine-tuning."""
+    """Print the main metric of the task on the test split, overall and by subset, and the folder of the fine-tuning."""
+    from ..train.task_metrics import metrics_of
+
     metrics = result.metrics
-    counts, chance = metrics["counts"], metrics["chance"]
+    counts, of_task = metrics["counts"], metrics_of(metrics)
+    guesses = ", ".join(f"{name} {metrics['chance'][name]:.3f}" for name in of_task.chance)
     print_line(
         f"trained on {counts['train']}, validated on {counts['validation']}, tested on {counts['test']} samples; "
-        f"epoch kept: {metrics['best_epoch']}; guessing: uniform {chance['uniform']:.3f}, majority "
-        f"{chance['majority']:.3f}"
+        f"epoch kept: {metrics['best_epoch']}; guessing: {guesses}"
     )
     branches = sorted(metrics["test"]["all"]["branches"], key=lambda name: (name == "fused", name))
     width, widths = _column_width(metrics["test"], minimum=24), [_column_width([name], minimum=10) for name in branches]
     names = [name.strip() for name in _cells(branches, _NAME_CELLS)]
     heads = [_cells([name], size)[0] for name, size in zip(names, widths, strict=True)]
-    print_line(f"  {'accuracy':>{width}} {'n':>6} {' '.join(heads)}")
+    print_line(f"  {of_task.name:>{width}} {'n':>6} {' '.join(heads)}")
     subsets = sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0]))
     for (_, subset), name in zip(subsets, _cells(dict(subsets), width), strict=True):
-        values = [f"{subset['branches'][key]['accuracy']:.3f}" if subset["n"] else "-" for key in branches]
+        values = [_decimal(subset["branches"][key][of_task.main]) if subset["n"] else "-" for key in branches]
         cells = [f"{value:>{size}}" for value, size in zip(values, widths, strict=True)]
         print_line(f"  {name} {subset['n']:>6} {' '.join(cells)}")
     fused = metrics["test"]["all"]["branches"]["fused"]
-    interval = f"[{fused['accuracy_low']:.3f}, {fused['accuracy_high']:.3f}]"
-    print_line(f"  fused: 95% {interval}, MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
+    others = [
+        f"{_METRIC_NAMES[key]} {_decimal(fused[key])}{_interval(fused, key)}"
+        for key in of_task.keys[1:]
+        if key != "ece"
+    ]
+    print_line(f"  fused: {', '.join(([f'95%{text}'] if (text := _interval(fused, of_task.main)) else []) + others)}")
     _print_answer(metrics)
     if metrics["test_labels_in_scores"]:
         print_line(
@@ -328,6 +334,27 @@ def print_finetune(result: FinetuneResult) -> None:
             "choice of training samples; to compare methods, score with --learn-from train"
         )
     print_line(f"fine-tuning: {result.folder}")
+
+
+_METRIC_NAMES = {
+    "map": "MAP",
+    "macro_f1": "macro-F1",
+    "micro_f1": "micro-F1",
+    "label_accuracy": "label accuracy",
+    "pearson": "Pearson r",
+    "sign_accuracy": "accuracy of the sign",
+}
+
+
+def _decimal(value: float | None) -> str:
+    """Format a metric; "-" where it is not defined."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(metrics: dict[str, Any], key: str) -> str:
+    """Format the interval of a metric, after a space; "" where it has none."""
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    return "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
 
 
 def _print_answer(metrics: dict[str, Any]) -> None:
@@ -338,7 +365,9 @@ def _print_answer(metrics: dict[str, Any]) -> None:
 
 
 def print_evaluate(evaluation: dict[str, Any]) -> None:
-    """Print all metrics by subset, the classes of lowest recall, and the contribution of each modality."""
+    """Print all metrics by subset, the classes or labels of lowest recall, and the contribution of each modality."""
+    from ..train.task_metrics import metrics_of
+
     samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest'] or 'its data'}"
     print_line(f"{evaluation['name']} on {samples}")
     if evaluation.get("num_trained_on", 0) is None:
@@ -347,32 +376,42 @@ def print_evaluate(evaluation: dict[str, Any]) -> None:
         print_line(
             f"  {evaluation['num_trained_on']} of them were used in training or validation: metrics are too high"
         )
-    measures, tested = ("accuracy", "map", "macro_f1", "ece"), evaluation["test"]
+    measures, tested = metrics_of(evaluation).keys, evaluation["test"]
+    widths = [max(9, len(name)) for name in measures]
     branch_names = {name for subset in tested.values() for name in subset.get("branches", {})}
     width, branch_width = _column_width(tested, minimum=24), _column_width(branch_names, minimum=10)
-    print_line(f"  {'':>{width}} {'n':>6} {'branch':>{branch_width}} " + " ".join(f"{name:>9}" for name in measures))
+    print_line(f"  {'':>{width}} {'n':>6} {'branch':>{branch_width}} " + _columns(measures, widths))
     subsets = sorted(tested.items(), key=lambda pair: (pair[0] != "all", pair[0]))
     ordered = sorted(branch_names, key=lambda name: (name != "fused", name))
     branch_cells = dict(zip(ordered, _cells(ordered, branch_width), strict=True))
     for (_, subset), name in zip(subsets, _cells(dict(subsets), width), strict=True):
         for branch in [branch for branch in ordered if branch in subset.get("branches", {})]:
-            cells = " ".join(f"{subset['branches'][branch][key]:>9.3f}" for key in measures)
+            cells = _columns([_decimal(subset["branches"][branch][key]) for key in measures], widths)
             print_line(f"  {name} {subset['n']:>6} {branch_cells[branch]} {cells}")
     _print_answer(evaluation)
     classes = evaluation["test_by_class"].items()
     weakest = sorted((row["branches"]["fused"]["recall"], name) for name, row in classes if row["n"])[:3]
-    print_line(f"  lowest recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")
-    _print_contribution(evaluation["contribution"])
+    if weakest:
+        print_line(f"  lowest recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")
+    _print_contribution(evaluation["contribution"], name=metrics_of(evaluation).sample_value)
     print_line(f"all metrics: {evaluation['file']}")
 
 
-def _print_contribution(analysis: dict[str, Any]) -> None:
+def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def _print_contribution(analysis: dict[str, Any], *, name: str) -> None:
     shares = analysis["contribution"]
     parts = ", ".join(
         f"{name} {interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
         for name, interval in shares["modalities"].items()
     )
-    print_line(f"  accuracy {shares['all']:.3f} = {shares['nobody']:.3f} without any modality, {parts}")
+    title = {"mae": "MAE", "label_accuracy": "label accuracy"}.get(name, name)
+    sign = "; less by" if name == "mae" else ","
+    print_line(f"  {title} {shares['all']:.3f} = {shares['nobody']:.3f} without any modality{sign} {parts}")
+    if "confusion" not in analysis:
+        return
     confusion = analysis["confusion"]
     print_line(
         f"  correct with one modality alone and wrong with all: {confusion['confused']['share']:.3f}; "

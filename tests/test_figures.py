@@ -91,6 +91,9 @@ def finetune_of(branches: tuple[str, ...]) -> dict[str, Any]:
         "name": "one",
         "branches": [*branches, "fused"],
         "subsets": [{"name": name, "n": 12_345, "branches": [metrics] * (len(branches) + 1)} for name in names],
+        "task": "classification",
+        "metric": "accuracy",
+        "metric_name": "accuracy",
         "chance": {"uniform": 0.25, "majority": 0.3},
         "best_epoch": 2,
         "history": {"epoch": [1, 2], "train_loss": [2.0, 1.0], "validation_loss": [2.0, None]},
@@ -265,6 +268,31 @@ def test_legends_name_every_branch_and_both_levels_of_guessing() -> None:
         legends = [legend for legend in figure.findobj(Legend) if isinstance(legend, Legend)]
         names = [text.get_text().strip() for legend in legends for text in legend.get_texts()]
     assert {"_hidden", "$x$", "audio", "fused", "uniform 0.250", "majority 0.300"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "measured", "chance"),
+    [
+        ("multilabel", "map", {"map": 0.6}, {"constant": 0.2}),
+        ("regression", "mae", {"mae": 12.5, "mae_low": 11.0, "mae_high": 14.0}, {"median": 20.0, "mean": 21.0}),
+        ("multilabel", "map", {"map": None}, {"constant": 0.0}),
+    ],
+)
+def test_metric_of_the_task_is_drawn(
+    task: str, metric: str, measured: dict[str, float | None], chance: dict[str, float]
+) -> None:
+    finetune = finetune_of(("audio", "visual")) | {"task": task, "metric": metric, "metric_name": metric.upper()}
+    finetune |= {"chance": chance, "subsets": [{"name": "all", "n": 9, "branches": [measured] * 3}]}
+    with canvas():
+        figure = draw_finetune(finetune, palette(("audio", "visual")))
+        boxes_of(figure)
+        names = {text.get_text().strip() for legend in figure.findobj(Legend) for text in legend.get_texts()}
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == f"{metric.upper()} on test samples"
+    assert {f"{name} {level:.3f}" for name, level in chance.items()} <= names
+    low, high = axes.get_xlim()
+    assert low == 0
+    assert high == 1 if task == "multilabel" else high > 20
 
 
 def test_losses_of_a_single_epoch_are_drawn_at_a_whole_number() -> None:

@@ -135,7 +135,10 @@ def test_metrics_of_others_name_no_code_to_import(folder: Path) -> None:
         ([], "pass --manifest to train on a manifest, or --data to train on all samples"),
         (["--manifest", "all", "--label", "x"], "--label: a manifest's data are read as they were scored"),
         (["--data", "data.parquet", "--sampling", "bss-h"], "mmaudit score data.parquet --learn-from train --run"),
-        (["--data", "data.parquet", "--set", "data.task=regression"], "finetune requires task classification"),
+        (
+            ["--data", "data.parquet", "--task", "regression", "--balancing", "ogm"],
+            "--balancing ogm needs classes, and the task is regression: it compares the probabilities",
+        ),
         (["--data", "no-such-file"], "no-such-file"),
     ],
 )

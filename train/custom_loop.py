@@ -88,7 +88,7 @@ class Balanced:
         if "validation" in self._balancer.evaluates:
             return validate(self._reader, net=self._net)  # type: ignore[arg-type]
         unknown = (math.nan,) * self._net.num_modalities
-        return Validation(loss=math.nan, accuracy=math.nan, unimodal_loss=unknown, unimodal_accuracy=unknown)
+        return Validation(loss=math.nan, metric=math.nan, unimodal_loss=unknown, unimodal_metric=unknown)
 
     def step(
         self, inputs: Inputs, label: Tensor, *, weight: Tensor | None = None, present: Tensor | None = None

@@ -20,6 +20,7 @@ from ...rebalance import manifest
 from ...rebalance.balanced import BalancedConfig
 from ...rebalance.score_files import NO_SPLIT
 from ...rebalance.split_stats import read_numbers
+from ...train.task_metrics import metrics_of
 from ..run import Run, read_metrics
 from .findings import Numbers, finite, short, split_order
 
@@ -146,7 +147,7 @@ def _shortages(shortages: Sequence[Section], edges: Sequence[float]) -> list[Num
 
 
 SETTINGS = ("fusion", "sampling", "balancing", "only", "init", "epochs", "keep_posterior")  # shown on the page
-_HISTORY = ("epoch", "train_loss", "validation_loss", "validation_accuracy")  # keys of history.jsonl
+_HISTORY = ("epoch", "train_loss", "validation_loss")  # keys of history.jsonl, beside that of the validation metric
 MAX_DETAILED = 8  # manifests, and fine-tunings, that have a figure; the others are only in the table
 
 
@@ -188,7 +189,7 @@ def finetune_numbers(folder: Path, run: Run, *, fingerprint: str, modalities: Se
     """
     metrics = read_metrics(folder)
     path = None if metrics["manifest"] is None else run.manifest(metrics["manifest"])
-    settings = metrics["config"].get("finetune", {})
+    settings, of_task = metrics["config"].get("finetune", {}), metrics_of(metrics)
     measured, contribution = metrics["test"]["all"].get("branches", {}), metrics.get("contribution")
     order = [*modalities, *sorted(measured.keys() - {*modalities, "fused"}), "fused"]
     branches = [name for name in order if name in measured]
@@ -202,13 +203,19 @@ def finetune_numbers(folder: Path, run: Run, *, fingerprint: str, modalities: Se
         "seed": metrics["config"].get("seed"),
         "counts": metrics["counts"],
         "best_epoch": metrics["best_epoch"],
-        "chance": {name: metrics["chance"][name] for name in ("uniform", "majority")},
+        "task": metrics.get("task", "classification"),
+        "metric": of_task.main,
+        "metric_name": of_task.name,
+        "chance": {name: metrics["chance"][name] for name in of_task.chance},
+        "chance_meaning": of_task.chance,
+        "other_metrics": [key for key in of_task.keys if key != of_task.main],
+        "value_name": of_task.sample_value.replace("_", " ") if of_task.sample_value != "mae" else "MAE",
         "branches": branches,
         "contribution": contribution if contribution and contribution["n"] else None,
         "subsets": [
             _subset(name, metrics["test"][name], branches) for name in sorted(metrics["test"], key=_subset_order)
         ],
-        "history": _history(folder / "history.jsonl"),
+        "history": _history(folder / "history.jsonl", metric=of_task.main),
     }
 
 
@@ -282,17 +289,18 @@ def _subset(name: str, subset: Mapping[str, Any], branches: list[str]) -> Number
     return {"name": name, "n": subset["n"], "branches": branch_metrics}
 
 
-def _epoch(path: Path, number: int, line: str) -> dict[str, Any]:
+def _epoch(path: Path, number: int, line: str, *, keys: Sequence[str]) -> dict[str, Any]:
     try:
         record = parse_data_json(line)  # losses may be NaN
-        check_shape(record, dict.fromkeys(_HISTORY, (float, type(None))))
+        check_shape(record, dict.fromkeys(keys, (float, type(None))))
     except ValueError as error:
         raise RunError(f"{path}, line {number} cannot be read: {error}; train it again with --overwrite") from error
     return dict(record)
 
 
-def _history(path: Path) -> dict[str, list[float | None]]:
+def _history(path: Path, *, metric: str) -> dict[str, list[float | None]]:
     """Return the columns of history.jsonl, one value per epoch."""
+    keys = (*_HISTORY, f"validation_{metric}")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = [_epoch(path, number, line) for number, line in enumerate(lines, start=1) if line]
-    return {key: [finite(record.get(key)) for record in records] for key in _HISTORY}
+    records = [_epoch(path, number, line, keys=keys) for number, line in enumerate(lines, start=1) if line]
+    return {key: [finite(record.get(key)) for record in records] for key in keys}

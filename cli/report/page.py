@@ -21,17 +21,18 @@ from . import findings
 from .findings import Numbers
 from .outcomes import MAX_DETAILED, finetune_numbers, manifest_numbers
 from .verdict import (
-    accuracy,
     amount,
     breakable,
     breakable_sentence,
     edge,
     gain,
     interval,
+    level_of_chance,
     percent,
     probe_metric,
     signed,
     small,
+    tested,
     verdict,
 )
 
@@ -118,7 +119,8 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "small": small}
-    environment.filters |= {"accuracy": accuracy, "probe_metric": probe_metric, "gain": gain, "breakable": breakable}
+    environment.filters |= {"probe_metric": probe_metric, "gain": gain, "breakable": breakable}
+    environment.filters |= {"tested": tested, "level_of_chance": level_of_chance}
     environment.filters |= {"breakable_sentence": breakable_sentence}
     environment.filters |= {"thousands": "{:,}".format, "amount": amount, "edge": edge}
     images = {name: _image(image) for name, image in figures.items()}

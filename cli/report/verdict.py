@@ -66,10 +66,19 @@ def small(p: float) -> str:
     return "≤ 0.001" if p < 0.0015 else f"{p:.3f}"
 
 
-def accuracy(metrics: Mapping[str, Any]) -> str:
-    """Format an accuracy with its interval, in percent."""
-    low, high = 100 * metrics["accuracy_low"], 100 * metrics["accuracy_high"]
-    return f"{100 * metrics['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
+def tested(metrics: Mapping[str, Any], key: str) -> str:
+    """Format a test metric with its interval, if it has one: a share in percent, an error in the data's units."""
+    value, low, high = (metrics.get(name) for name in (key, f"{key}_low", f"{key}_high"))
+    if value is None:
+        return "–"
+    factor, digits = (1, 3) if key == "mae" else (100, 1)
+    interval = "" if low is None or high is None else f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+    return f"{factor * value:.{digits}f}{interval}"
+
+
+def level_of_chance(level: float, key: str) -> str:
+    """Format a metric of guessing as `tested` does."""
+    return tested({key: level}, key)
 
 
 def probe_metric(probe: Mapping[str, Any], metric: str) -> str:
