@@ -481,7 +481,7 @@ def _model_code(config: RunConfig) -> dict[str, str | None]:
 
 def _warn_changed(metrics: dict[str, Any], code: dict[str, str | None], *, name: str) -> None:
     """Warn of a network of the user's whose source file has changed since it was trained."""
-    if code and code["digest"] != metrics["code"].get("digest"):
+    if code and code["digest"] != metrics.get("code", {}).get("digest"):
         log.warning(
             "the source file of %s (%s) has changed since %s was trained; its weights are tested in the network of now",
             code["model"],
@@ -493,7 +493,7 @@ def _warn_changed(metrics: dict[str, Any], code: dict[str, str | None], *, name:
 def _finished(folder: Path, settings: dict[str, Any], digest: str, *, code: dict[str, Any]) -> dict[str, Any]:
     metrics = read_metrics(folder)
     is_same = decisive_settings(metrics["config"]) == decisive_settings(settings)
-    if is_same and metrics["code"].get("digest") != code.get("digest"):
+    if is_same and metrics.get("code", {}).get("digest") != code.get("digest"):
         raise RunError(
             f"{folder} was trained with another version of {code['file']}: pass another --name, or --overwrite"
         )
