@@ -195,7 +195,8 @@ def test_a_network_of_the_form_of_ours_trains_the_same(
 
     Equal up to the rounding of the fused logits, whose parts are summed in another order.
     """
-    examples, options = make_examples(), {"sampling": sampling, "balancing": balancing, "epochs": 3}
+    examples = make_examples()
+    options: dict[str, Any] = {"sampling": sampling, "balancing": balancing, "epochs": 3}
     ours = fine_tune(examples, tmp_path / "ours", with_options(**options))
     users = fine_tune(examples, tmp_path / "users", of_model(f"{nets}:Concat", **options))
     for record, expected in zip(users.history, ours.history, strict=True):

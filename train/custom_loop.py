@@ -16,8 +16,8 @@ from ..rebalance.curriculum import RowIndex
 from .balancing.balancer import Balancer, Validation
 from .batches import Batch, Loss, OutputFunction
 from .config import FinetuneConfig, OptimConfig, TrainConfig
-from .custom_network import CustomNet, check_custom, check_model, in_eval_mode
-from .methods import resolve
+from .custom_network import CustomNet, check_model, in_eval_mode
+from .methods import check_custom, resolve
 from .network import FusionNet
 from .optimizer import DistributedContext, Optimization
 from .training_data import validate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from ..audit.features.encoders import load_function
 from ..audit.probes.crops import to_pictures
 from .fusion import Fusion
 from .network import FusionNet, ModelConfig, Outputs, VectorStandardization
-
-if TYPE_CHECKING:
-    from .balancing.balancer import Balancer
 
 
 @runtime_checkable
@@ -277,12 +274,6 @@ def in_eval_mode(net: CustomNet) -> Iterator[None]:
         yield
     finally:
         net.train(training)
-
-
-def check_custom(name: str, method: type[Balancer]) -> None:
-    """Raise ConfigError where a method needs more than a network of the user's has."""
-    if "concat" not in method.fusions:
-        raise ConfigError(f"balancing {name} does not work with a network of your own: {method.fusion_reason}")
 
 
 def build_custom(config: ModelConfig) -> CustomNet:

@@ -88,6 +88,12 @@ def resolve(config: TrainConfig) -> Methods:
     return methods
 
 
+def check_custom(name: str, method: type[Balancer]) -> None:
+    """Raise ConfigError where a balancer needs more than a network of the user's has: a fusion of its own."""
+    if "concat" not in method.fusions:
+        raise ConfigError(f"balancing {name} does not work with a network of your own: {method.fusion_reason}")
+
+
 def load_fusion(name: str) -> type[Fusion]:
     """Import the fusion that a model was trained with: one of FUSIONS, or that of a balancer.
 
@@ -141,7 +147,7 @@ def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:
 def _resolve_fusion(settings: FinetuneConfig, balancing: str, balancer: type[Balancer]) -> tuple[str, type[Fusion]]:
     """Return the fusion's name and type; ConfigError where the balancer does not work with it."""
     if settings.model is not None:
-        from .custom_network import CustomFusion, check_custom
+        from .custom_network import CustomFusion
 
         check_custom(balancing, balancer)
         return OWN_FUSION, CustomFusion
