@@ -152,7 +152,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"nets_{tmp_path.name}".replace("-", "_")
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / f"{name}.py").write_text(SOURCE)
-    monkeypatch.syspath_prepend(tmp_path / "code")  # type: ignore[no-untyped-call]
+    monkeypatch.syspath_prepend(tmp_path / "code")
     return name
 
 
@@ -168,7 +168,7 @@ def test_the_network_of_the_guide_trains(
     section = page.partition("## Your own network in finetune\n")[2]
     name = f"guide_{len(shapes[0])}{len(shapes[1])}"
     (tmp_path / f"{name}.py").write_text(section.partition("```python\n")[2].partition("```")[0])
-    monkeypatch.syspath_prepend(tmp_path)  # type: ignore[no-untyped-call]
+    monkeypatch.syspath_prepend(tmp_path)
     examples, rng = make_examples(60), np.random.default_rng(0)
     inputs = [
         matrix if len(shape) == 1 else MatrixInputs(matrix=rng.random((60, int(np.prod(shape))), dtype=np.float32))
