@@ -62,7 +62,7 @@ class Concat(nn.Module):
 
 
 class Net(nn.Module):
-    """Batch normalisation in the encoders and in the head, no unimodal logits, and a part that is frozen."""
+    """Lazy layers, batch normalisation in encoders and head, no unimodal logits, and a part that is frozen."""
 
     def __init__(self, modalities, shapes, num_classes):
         super().__init__()
@@ -75,9 +75,6 @@ class Net(nn.Module):
                 for name, shape in zip(modalities, shapes)
             }
         )
-        for name, (d, *rest) in zip(modalities, shapes):
-            if not rest:
-                self.encoders[name][1] = nn.Linear(d, 5)
         self.head = nn.Sequential(nn.BatchNorm1d(5 * len(modalities)), nn.Linear(5 * len(modalities), num_classes))
         self.fixed = nn.Dropout(0.5).eval()
 

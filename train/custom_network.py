@@ -231,6 +231,8 @@ class CustomNet(FusionNet):
         self.fusion.training = mode
         for module, training in self._modes or () if mode else ():
             module.training = training
+        for j in self._frozen:
+            self.encoders[j].eval()
         return self
 
     def follow_mode(self) -> None:
