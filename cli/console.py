@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..audit.errors import printable
+from ..audit.errors import cut_distinct, printable
 
 if TYPE_CHECKING:
     from ..rebalance.diff import ManifestDiff
     from ..rebalance.verify import Verification
     from .manifests import Epoch
+    from .training import FinetuneResult
 
 _BALANCED_SHARE = (0.4, 0.6)  # share of samples with D > 0; outside this range a balanced split gets a warning
 _NAME_CELLS = 32  # of a name in a table; three such columns and the numbers fill a wide terminal
@@ -78,9 +79,9 @@ def print_score(record: dict[str, Any]) -> None:
     if record["quarantine"]:
         print_line(f"  by sample: {Path(record['report']).parent / 'quarantine.parquet'}")
     probe_report = record["probe_report"]
-    width = _column_width((entry["name"] for entry in probe_report["probe_metrics"]), minimum=10)
-    for entry in probe_report["probe_metrics"]:
-        name, metric = _cell(entry["name"], width), probe_report["metric"]
+    names = [entry["name"] for entry in probe_report["probe_metrics"]]
+    width, metric = _column_width(names, minimum=10), probe_report["metric"]
+    for entry, name in zip(probe_report["probe_metrics"], _cells(names, width), strict=True):
         interval, calibration = f"95% [{entry['low']:.3f}, {entry['high']:.3f}]", entry["calibration"]
         line = f"  {name}  {entry['value']:.3f}  {metric} out of fold, {interval}"
         if calibration and calibration["ece_after"] is not None:
@@ -98,15 +99,20 @@ def print_score(record: dict[str, Any]) -> None:
 
 def _print_stability(record: dict[str, Any]) -> None:
     """Print the shares of balanced samples that all modalities get right or wrong, and the reliability."""
+    from .report.verdict import percent, plain
+
     if side := record["balanced_side"]:
-        shares = f"{side['all_correct']:.0%} right by all modalities, {side['all_wrong']:.0%} wrong by all"
+        right, wrong = percent(side["all_correct"]), percent(side["all_wrong"])
+        shares = f"{right} right by all modalities, {wrong} wrong by all"
         print_line(f"  balanced: {side['n']} samples, {shares}")
     if record["margin_check"]["survives"]:
         print_line(
             "  the modes remain with the modalities paired at random within classes: they are not in the pairing"
         )
     halves = record["halves"] or {"reliability": [], "reason": "probe.halves is off"}
-    values = ", ".join(f"{row['modality']} r = {row['r']:.2f}, z = {row['z']:.1f}" for row in halves["reliability"])
+    values = ", ".join(
+        f"{row['modality']} r = {plain(row['r'])}, z = {plain(row['z'], 1)}" for row in halves["reliability"]
+    )
     print_line(f"  discrepancy by halves of the features: {values or 'not measured: ' + halves['reason']}")
 
 
@@ -205,9 +211,7 @@ def _print_balance(summary: dict[str, Any]) -> None:
         )
     if round(summary["effective_size"]) < summary["kept"]:
         print_line(f"  effective sample size with weights: {summary['effective_size']:.0f} of {summary['kept']}")
-    names = [_cell(row["name"], _column_width([row["name"]])) for row in summary["least_uniform_classes"]]
-    distances = [row["distance_after"] for row in summary["least_uniform_classes"]]
-    worst = ", ".join(f"{name} {distance:.2f}" for name, distance in zip(names, distances, strict=True))
+    worst = ", ".join(f"{row['name']} {row['distance_after']:.2f}" for row in summary["least_uniform_classes"])
     print_line(f"  least uniform classes: {worst}")
     if summary["empty_bins"]:
         print_line(f"  empty bins: {', '.join(map(str, summary['empty_bins']))}; uniform over the other bins")
@@ -270,17 +274,22 @@ def print_export(summary: dict[str, Any]) -> None:
     print_line(f"files: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}")
 
 
-def _cell(text: str, width: int) -> str:
-    """Align a text to the right of a column, which wide characters of Chinese or emoji fill by two cells each.
+def _cells(texts: Iterable[str], width: int) -> list[str]:
+    """Align texts to the right of a column, which wide characters of Chinese or emoji fill by two cells each.
 
-    A longer text is cut in the middle; the end distinguishes NAME-dominated-0.2 from NAME-dominated-0.4.
+    A longer text is cut in the middle, or so that it remains distinct from the others.
     """
     from rich.cells import cell_len
 
-    text, kept = printable(text), len(text)
-    while cell_len(cut := text if kept >= len(text) else f"{text[: kept // 3]}…{text[kept // 3 - kept :]}") > width:
-        kept -= 1
-    return " " * (width - cell_len(cut)) + cut
+    def fits(text: str) -> bool:
+        return cell_len(text) <= width
+
+    def cut(text: str) -> str:
+        parts = (f"{text[: kept // 3]}…{text[kept // 3 - kept :]}" for kept in range(len(text) - 1, 0, -1))
+        return text if fits(text) else next(filter(fits, parts))
+
+    names = cut_distinct([printable(text) for text in texts], cut=cut, fits=fits)
+    return [" " * (width - cell_len(name)) + name for name in names]
 
 
 def _column_width(names: Iterable[str], *, minimum: int = 0) -> int:
@@ -290,8 +299,9 @@ def _column_width(names: Iterable[str], *, minimum: int = 0) -> int:
     return min(max([minimum, *(cell_len(printable(name)) for name in names)]), max(_NAME_CELLS, minimum))
 
 
-def print_finetune(metrics: dict[str, Any]) -> None:
-    """Print the accuracy on the test split, overall and by subset."""
+def print_finetune(result: FinetuneResult) -> None:
+    """Print the accuracy on the test split, overall and by subset, and the folder of the fine-tuning."""
+    metrics = result.metrics
     counts, chance = metrics["counts"], metrics["chance"]
     print_line(
         f"trained on {counts['train']}, validated on {counts['validation']}, tested on {counts['test']} samples; "
@@ -300,12 +310,14 @@ def print_finetune(metrics: dict[str, Any]) -> None:
     )
     branches = sorted(metrics["test"]["all"]["branches"], key=lambda name: (name == "fused", name))
     width, widths = _column_width(metrics["test"], minimum=24), [_column_width([name], minimum=10) for name in branches]
-    heads = [_cell(name, size) for name, size in zip(branches, widths, strict=True)]
+    names = [name.strip() for name in _cells(branches, _NAME_CELLS)]
+    heads = [_cells([name], size)[0] for name, size in zip(names, widths, strict=True)]
     print_line(f"  {'accuracy':>{width}} {'n':>6} {' '.join(heads)}")
-    for name, subset in sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
+    subsets = sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0]))
+    for (_, subset), name in zip(subsets, _cells(dict(subsets), width), strict=True):
         values = [f"{subset['branches'][key]['accuracy']:.3f}" if subset["n"] else "-" for key in branches]
-        cells = [_cell(value, size) for value, size in zip(values, widths, strict=True)]
-        print_line(f"  {_cell(name, width)} {subset['n']:>6} {' '.join(cells)}")
+        cells = [f"{value:>{size}}" for value, size in zip(values, widths, strict=True)]
+        print_line(f"  {name} {subset['n']:>6} {' '.join(cells)}")
     fused = metrics["test"]["all"]["branches"]["fused"]
     interval = f"[{fused['accuracy_low']:.3f}, {fused['accuracy_high']:.3f}]"
     print_line(f"  fused: 95% {interval}, MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
@@ -315,6 +327,7 @@ def print_finetune(metrics: dict[str, Any]) -> None:
             "note: the probes behind this manifest were fitted on test samples too, so test labels influenced the "
             "choice of training samples; to compare methods, score with --learn-from train"
         )
+    print_line(f"fine-tuning: {result.folder}")
 
 
 def _print_answer(metrics: dict[str, Any]) -> None:
@@ -338,11 +351,13 @@ def print_evaluate(evaluation: dict[str, Any]) -> None:
     branch_names = {name for subset in tested.values() for name in subset.get("branches", {})}
     width, branch_width = _column_width(tested, minimum=24), _column_width(branch_names, minimum=10)
     print_line(f"  {'':>{width}} {'n':>6} {'branch':>{branch_width}} " + " ".join(f"{name:>9}" for name in measures))
-    for name, subset in sorted(tested.items(), key=lambda pair: (pair[0] != "all", pair[0])):
-        branches = sorted(subset.get("branches", {}).items(), key=lambda pair: (pair[0] != "fused", pair[0]))
-        for branch, values in branches:
-            cells = " ".join(f"{values[key]:>9.3f}" for key in measures)
-            print_line(f"  {_cell(name, width)} {subset['n']:>6} {_cell(branch, branch_width)} {cells}")
+    subsets = sorted(tested.items(), key=lambda pair: (pair[0] != "all", pair[0]))
+    ordered = sorted(branch_names, key=lambda name: (name != "fused", name))
+    branch_cells = dict(zip(ordered, _cells(ordered, branch_width), strict=True))
+    for (_, subset), name in zip(subsets, _cells(dict(subsets), width), strict=True):
+        for branch in [branch for branch in ordered if branch in subset.get("branches", {})]:
+            cells = " ".join(f"{subset['branches'][branch][key]:>9.3f}" for key in measures)
+            print_line(f"  {name} {subset['n']:>6} {branch_cells[branch]} {cells}")
     _print_answer(evaluation)
     classes = evaluation["test_by_class"].items()
     weakest = sorted((row["branches"]["fused"]["recall"], name) for name, row in classes if row["n"])[:3]

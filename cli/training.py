@@ -327,6 +327,8 @@ def evaluate(
         own_name = metrics["manifest"]
         path = run_dir.own_manifest(own_name) if manifest is None else run_dir.find_manifest(str(manifest))
         source = ManifestSource.open(path, run_dir, options)
+        if manifest is None and source.manifest.digest() != metrics["manifest_digest"]:
+            raise RunError(f"{path} has changed since {folder.name} was trained on it; pass a manifest with --manifest")
     own = manifest is None and split == "test"
     names = ["evaluation", *([] if own else [split]), *([] if manifest is None or not source.name else [source.name])]
     file = folder / f"{'-'.join(names)}.json"
@@ -334,8 +336,9 @@ def evaluate(
         loaded = source.load(config, num_workers=workers, progress=report_progress)
         examples = loaded.examples
         if manifest is None and loaded.digest != metrics["manifest_digest"]:
-            trained_on = "the data have" if source.name is None else f"the manifest {source.name} has"
-            raise RunError(f"{trained_on} changed since {folder.name} was trained; pass a manifest with --manifest")
+            raise RunError(
+                f"the data have changed since {folder.name} was trained on them; pass a manifest with --manifest"
+            )
         if config.finetune.only is not None:
             examples = examples.only(config.finetune.only)
         measured = evaluate_file(

@@ -143,7 +143,8 @@ def test_bad_input_is_one_line_and_exit_2(words: list[str], line: str, keypad: P
         (["scor"], "Did you mean 'score'?"),
         (["score", "x", "--grop", "y"], "No such option: --grop"),
         (["split", "--balancd"], "--balanced"),
-        (["score"], "Missing argument"),
+        (["score"], "pass the data to score, or files of vectors with labels"),
+        (["evaluate"], "Missing argument"),
     ],
 )
 def test_unknown_command_or_option_suggests_the_nearest(words: list[str], line: str) -> None:

@@ -271,8 +271,10 @@ def test_samples_of_other_modalities_inputs_or_classes_raise(tmp_path: Path, fie
         "classes": replace(config, classes=("a", "b", "c", "e")),
     }
     save_model(load_model(path), path, about=asdict(changed[field_name]))
-    with pytest.raises(ManifestError, match=f"was trained on other {field_name}"):
+    with pytest.raises(ManifestError, match=f"was trained on other {field_name}") as raised:
         evaluate_file(path, examples, split="test", between="audio:visual", config=QUICK, seed=0, device="cpu")
+    if field_name == "modalities":
+        assert str(raised.value).endswith("modalities: audio, touch; the samples have audio, visual")
 
 
 CorrectBySet = dict[frozenset[int], NDArray[np.bool_]]

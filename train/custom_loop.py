@@ -287,7 +287,7 @@ def balance(
     """
     check_model(model)
     if precision not in ("float32", "bfloat16"):
-        raise ConfigError(f"precision {precision}: {choices(precision, ('float32', 'bfloat16'))}")
+        raise ConfigError(f"precision {precision}: no such precision; {choices(precision, ('float32', 'bfloat16'))}")
     methods = resolve(TrainConfig(finetune=FinetuneConfig(balancing=method), balancing=_sections(settings or {})))
     balancer_type = methods.balancer
     check_custom(method, balancer_type)

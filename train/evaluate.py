@@ -279,7 +279,8 @@ def evaluate_file(
         ("classes", model_config.classes, examples.class_names),
     ):
         if trained_on != current:
-            raise ManifestError(f"{path} was trained on other {field_name}: {trained_on}, the samples have {current}")
+            before, now = (_described(value) for value in (trained_on, current))
+            raise ManifestError(f"{path} was trained on other {field_name}: {before}; the samples have {now}")
     rows = examples.rows(split)
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
@@ -314,6 +315,11 @@ def _load_network(path: Path, config: ModelConfig) -> FusionNet:
             raise RunError(f"the weights of {path} do not fit the network that {config.model} builds now") from error
         raise RunError(f"{path} is damaged, its weights do not fit its own architecture: train it again") from error
     return net
+
+
+def _described(value: object) -> str:
+    """Return names as a list, other values as they are."""
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def predict_probabilities(

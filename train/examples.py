@@ -141,7 +141,7 @@ class Examples:
     def only(self, modality: str) -> Examples:
         """Return the same samples with one modality. Raises ConfigError where there is no such modality."""
         if modality not in self.modalities:
-            raise ConfigError(f"--only {modality}: {choices(modality, self.modalities)}")
+            raise ConfigError(f"--only {modality}: no such modality; {choices(modality, self.modalities)}")
         index = self.modalities.index(modality)
         return replace(
             self,

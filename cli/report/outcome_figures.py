@@ -146,11 +146,14 @@ def _label_subsets(axes: Axes, subsets: Sequence[Numbers]) -> None:
 def _losses(axes: Axes, finetune: Numbers) -> None:
     """Draw losses by epoch, and the epoch of the selected weights."""
     history = finetune["history"]
+    marker = "o" if len(history["epoch"]) == 1 else ""  # a line through one point is not drawn
     for key, shade, name in (("train_loss", LEVEL, "training"), ("validation_loss", INK, "validation")):
         values = np.array(history[key], dtype=np.float64)  # None becomes NaN, which is not drawn
         if np.isfinite(values).any():
-            axes.plot(history["epoch"], values, color=shade, linewidth=1.4, label=name)
+            axes.plot(history["epoch"], values, color=shade, linewidth=1.4, label=name, marker=marker, markersize=4)
     axes.axvline(finetune["best_epoch"], color=SOFT, linewidth=1, linestyle="--", zorder=0.5, label="kept")
     axes.set_ylim(bottom=0)
+    if marker:
+        axes.set_xlim(history["epoch"][0] - 1, history["epoch"][0] + 1)  # for ticks at whole epochs
     axes.set(xlabel="epoch", ylabel="loss")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

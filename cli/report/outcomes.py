@@ -56,6 +56,7 @@ def uniformity(numbers: Section, splits: Mapping[str, int]) -> Numbers:
             for name, distance in sorted(numbers["distances"].items(), key=lambda pair: split_order(pair[0]))
         ],
         "curve": [] if config is None else numbers.get("curve", []),
+        "curve_exceeds_tolerance": config is not None and _exceeds_tolerance(numbers, config),
         "next_point": None if config is None else _larger_size(numbers, config),
         "classes": None if config is None else _classes(numbers["classes"]),
         "shortages": _shortages(numbers["shortages"], edges) if _cuts_bins(config) else [],
@@ -89,6 +90,12 @@ def _ranges(bins: Sequence[int], edges: Sequence[float]) -> list[list[float]]:
         else:
             ranges.append([edges[bin_index], edges[bin_index + 1]])
     return ranges
+
+
+def _exceeds_tolerance(numbers: Section, config: BalancedConfig) -> bool:
+    """Return whether a point of the curve is less uniform than its tolerance, which holds for each split by itself."""
+    curve = [] if config.grid or config.per_class else numbers.get("curve", [])
+    return any(point["distance"] > point["tolerance"] + _MIN_CHANGE for point in curve)
 
 
 def _larger_size(numbers: Section, config: BalancedConfig) -> Numbers | None:
@@ -172,21 +179,24 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
     }
 
 
-def finetune_numbers(folder: Path, run: Run) -> Numbers:
+def finetune_numbers(folder: Path, run: Run, *, fingerprint: str, modalities: Sequence[str]) -> Numbers:
     """Return the numbers of a finished fine-tuning, read from metrics.json and history.jsonl.
 
     `manifest` is None for a training on data without a manifest. `manifest_is_unchanged` is whether the manifest of
-    that name in the run is still the one that was trained on.
+    that name in the run is still the one that was trained on, and `of_this_run` whether it was made from the run's
+    data, of that fingerprint. Branches are in the order of the run's modalities, the fused one last.
     """
     metrics = read_metrics(folder)
     path = None if metrics["manifest"] is None else run.manifest(metrics["manifest"])
     settings = metrics["config"].get("finetune", {})
     measured, contribution = metrics["test"]["all"].get("branches", {}), metrics.get("contribution")
-    branches = sorted(measured, key=lambda name: (name == "fused", name))
+    order = [*modalities, *sorted(measured.keys() - {*modalities, "fused"}), "fused"]
+    branches = [name for name in order if name in measured]
     return {
         "name": folder.name,
         "manifest": metrics["manifest"],
         "manifest_is_unchanged": path is None or not path.exists() or _digest(path) == metrics["manifest_digest"],
+        "of_this_run": _made_from(metrics) in (None, fingerprint),
         "test_labels_in_scores": metrics["test_labels_in_scores"],
         "settings": {key: settings.get(key) for key in SETTINGS},
         "seed": metrics["config"].get("seed"),
@@ -200,6 +210,11 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
         ],
         "history": _history(folder / "history.jsonl"),
     }
+
+
+def _made_from(metrics: Section) -> str | None:
+    """Return the fingerprint of the data that a manifest was made from; None without a manifest, or one unknown."""
+    return ((metrics.get("made_from") or {}).get("scores") or {}).get("fingerprint")
 
 
 def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
