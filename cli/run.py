@@ -434,6 +434,7 @@ _METRICS = RequiredKeys(
         "task?": str,
         "config": RequiredKeys({"seed": int, "finetune": {}, "data?": {}}),
         "made_from?": {},
+        "code?": {},
         "counts": RequiredKeys(train=int, validation=int, test=int),
         "test": RequiredKeys({"all": _SUBSET, "*": _SUBSET}),
         "best_epoch": int,

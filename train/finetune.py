@@ -20,6 +20,7 @@ from ..audit.storage import write_text
 from ..audit.workers import NETWORK_THREADS, Progress, fixed_threads
 from .checkpoint import common_state, resume, run_identity, save_model, save_state, warm_start
 from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
+from .custom_network import check_first_pass
 from .evaluate import evaluate_network
 from .examples import Examples
 from .methods import resolve
@@ -92,6 +93,9 @@ def finetune_on(
     if init is not None:
         warm_start(net, init)
     training_data.standardize_resident(net)
+    reader = NetworkReader(training_data, net)
+    first_rows = training_data.train[: 2 * distributed.world_size]
+    check_first_pass(net, lambda function: reader.read_samples(function, first_rows))
     net.freeze_encoders([examples.modalities.index(name) for name in config.optim.freeze])
     by_modality = methods.balancer.sets_rates
     optimization = Optimization(net, config.optim, device=device, distributed=distributed, by_modality=by_modality)
@@ -106,7 +110,6 @@ def finetune_on(
     )
     averaged = _averaged(net, config.optim.ema)
     tested = net if averaged is None else cast(FusionNet, averaged.module)
-    reader = NetworkReader(training_data, net)
     if settings.compile:
         net.compile()
 
