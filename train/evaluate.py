@@ -132,6 +132,14 @@ def subsets(discrepancy: NDArray[np.floating[Any]], *, first: str, second: str) 
     return masks
 
 
+def subsets_of_rows(examples: Examples, rows: RowIndex, *, between: str) -> dict[str, NDArray[np.bool_]]:
+    """Return the masks of each subset of some rows (b,); only `all` where the samples have no scores."""
+    if np.isnan(examples.discrepancy).all():
+        return {"all": np.ones(len(rows), dtype=bool)}
+    first, _, second = between.partition(":")
+    return subsets(examples.discrepancy[rows], first=first, second=second or "rest")
+
+
 def evaluate(
     probabilities: Mapping[str, Probabilities], label: Labels, subset_masks: Mapping[str, NDArray[np.bool_]]
 ) -> dict[str, Any]:
@@ -222,21 +230,27 @@ def average_precision(scores: Probabilities, positive: NDArray[np.bool_]) -> flo
 
 
 def evaluate_network(
-    reader: NetworkReader, rows: RowIndex, examples: Examples, *, between: str, seed: int
+    reader: NetworkReader,
+    rows: RowIndex,
+    examples: Examples,
+    *,
+    between: str,
+    seed: int,
+    branch_probabilities: Mapping[str, Probabilities] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the reader's network on some rows: {answer, test, test_by_class, contribution}.
 
     The prediction of all modalities, named "fused" whichever logits it is by (`answer`), and each modality alone,
     overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
-    modality's contribution and the confused samples, see `measure_contribution`.
+    modality's contribution and the confused samples, see `measure_contribution`. branch_probabilities: those of
+    `predict_probabilities`, where they are known.
     """
     label = examples.label[rows]
-    subset_masks = {"all": np.ones(len(rows), dtype=bool)}
-    if not np.isnan(examples.discrepancy).all():  # as it is of data without scores
-        first, _, second = between.partition(":")
-        subset_masks |= subsets(examples.discrepancy[rows], first=first, second=second or "rest")
+    subset_masks = subsets_of_rows(examples, rows, between=between)
+    if len(subset_masks) > 1:
         subset_masks["in-manifest"] = examples.in_manifest[rows]
-    branch_probabilities = predict_probabilities(reader, rows, examples.modalities)
+    if branch_probabilities is None:
+        branch_probabilities = predict_probabilities(reader, rows, examples.modalities)
     sets = shapley_sets(len(examples.modalities), seed=seed)
     correct = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy() > 0.5
     unimodal_correct = np.stack(
