@@ -37,7 +37,7 @@ from .comparing_cells import (
     with_epochs,
 )
 from .config import Given, RunConfig, load_settings, parse_setting, read_toml
-from .effects import check_media_settings, effects_in_training, warn_without_effect
+from .effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect
 from .progress import progress_bars
 from .provenance import SourceOptions
 from .run import Run
@@ -169,15 +169,14 @@ def _read_plan(
     controls: bool,
 ) -> Plan:
     """Return the plan of a file, with the options that override it."""
-    kinds = {"manifests": list, "methods": list, "seeds": int, "name": str, "controls": bool}
+    kinds: dict[str, type] = {"manifests": list, "methods": list, "seeds": int, "name": str, "controls": bool}
+    words = {list: "a list of texts", int: "a whole number", str: "a text", bool: "true or false"}
     content = {} if file is None else read_toml(Path(file))
     for key, value in content.items():
         if key not in kinds:
             raise ConfigError(f"{file}: no key {key}; {choices(key, kinds)}")
         if type(value) is not kinds[key] or (kinds[key] is list and not all(isinstance(text, str) for text in value)):
-            raise ConfigError(
-                f"{file}: {key} is {value!r}; it must be {'texts' if kinds[key] is list else kinds[key].__name__}"
-            )
+            raise ConfigError(f"{file}: {key} is {value!r}; it must be {words[kinds[key]]}")
     manifests = [str(entry) for entry in manifests] or content.get("manifests", [])
     specs = [parse_method(text) for text in [*methods] or content.get("methods", [])]
     seeds = content.get("seeds", _DEFAULT_SEEDS) if seeds is None else seeds
@@ -219,14 +218,20 @@ def _pairs_of(settings: Sequence[str]) -> dict[str, Any]:
 
 def _check_settings(given: Given, configs: Mapping[str, tuple[RunConfig, Given]], loaded: LoadedManifests) -> None:
     """Refuse media settings of other scores, and name settings without effect."""
-    effects = []
+    all_effects: list[HasEffect] = []
     for name, (config, own) in configs.items():
+        effects = []
         for manifest, source in loaded.sources.items():
             check_media_settings({**given, **own}, source.manifest)
-            effects.append((name, effects_in_training(config, source.manifest, loaded.examples[manifest])))
-        of_method = [has_effect for method, has_effect in effects if method == name]
-        warn_without_effect(f"compare, method {name}", own, lambda key, of=of_method: any(h(key) for h in of))
-    warn_without_effect("compare", given, lambda key: any(has_effect(key) for _, has_effect in effects))
+            effects.append(effects_in_training(config, source.manifest, loaded.examples[manifest]))
+        warn_without_effect(f"compare, method {name}", own, _any_of(effects))
+        all_effects += effects
+    warn_without_effect("compare", given, _any_of(all_effects))
+
+
+def _any_of(effects: Sequence[HasEffect]) -> HasEffect:
+    """Return whether a setting has an effect in any of several trainings."""
+    return lambda key: any(has_effect(key) for has_effect in effects)
 
 
 def _random_controls(run_dir: Run, paths: Sequence[Path], *, seed: int) -> dict[str, str]:

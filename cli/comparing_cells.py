@@ -42,6 +42,7 @@ log = logging.getLogger("mmaudit")
 _TRIAL_STEPS = 20  # of the training by which the time is estimated; ours
 _MAX_RESIDENT = 1 << 30  # bytes of features that are kept in memory between cells
 _CODE = ("audit", "rebalance", "train")  # packages that results depend on
+_STATISTICS = ("comparison.py", "difference.py")  # which are computed anew from finished cells
 _CELL = RequiredKeys(made_by={"*": str}, status=str, message=str, seconds=float, test={}, samples_seen=int, epochs=int)
 
 
@@ -228,7 +229,7 @@ def made_by(cell: Cell, loaded: LoadedManifests) -> dict[str, str]:
 def _code_digest() -> str:
     """Return a digest of the source files that results depend on, and of the versions beneath them."""
     root = Path(__file__).parents[1]
-    files = [path for name in _CODE for path in sorted((root / name).rglob("*.py"))]
+    files = [path for name in _CODE for path in sorted((root / name).rglob("*.py")) if path.name not in _STATISTICS]
     versions = [f"{name} {version(name)}" for name in ("torch", "numpy")] + [platform.machine()]
     return digest("\n".join(versions).encode(), *(path.read_bytes() for path in files))
 

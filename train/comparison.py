@@ -211,6 +211,7 @@ def compare_predictions(
         ("", method): _correctness(values, labels, method) for method, values in predictions.items()
     }
     n = correct["", baseline].shape[1]
+    _check_lengths(correct, n, group=group, sample_id=sample_id)
     masks = {"all": np.ones(n, dtype=bool), **{key: _mask(mask, n, key) for key, mask in (subsets or {}).items()}}
     rows = [
         {"manifest": "", "method": method, "seed": seed, "subset": subset, "n": int(mask.sum())}
@@ -377,11 +378,21 @@ def _correctness(values: ArrayLike, labels: ArrayLike | None, method: str) -> Co
         return array.astype(np.float64)
     if np.shape(labels) != array.shape[1:]:
         raise ConfigError(f"{method} has {array.shape[1]} test samples, and labels have the shape {np.shape(labels)}")
-    return (array == np.asarray(labels)).astype(np.float64)
+    return np.equal(array, np.asarray(labels)).astype(np.float64)
+
+
+def _check_lengths(correct: Mapping[Condition, Correctness], n: int, **values: Sequence[object] | None) -> None:
+    """Raise ConfigError for methods, groups or ids of another number of test samples."""
+    for (_, method), array in correct.items():
+        if array.shape[1] != n:
+            raise ConfigError(f"{method} has {array.shape[1]} test samples, the baseline {n}: pass the same samples")
+    for name, column in values.items():
+        if column is not None and len(column) != n:
+            raise ConfigError(f"{name} has {len(column)} values for {n} test samples")
 
 
 def _mask(mask: ArrayLike, n: int, name: str) -> Mask:
-    array = np.asarray(mask)
+    array: Mask = np.asarray(mask)
     if array.shape != (n,) or array.dtype != bool:
         raise ConfigError(f"subset {name} is no mask of {n} test samples")
     return array

@@ -78,7 +78,13 @@ def parse_method(text: str) -> MethodSpec:
         if axis in parts:
             raise ConfigError(f"--method {text!r}: {parts[axis]} and {part} are both of the kind {axis}")
         parts[axis] = part
-    return MethodSpec(name=text.strip(), settings=settings, **parts)
+    return MethodSpec(
+        name=text.strip(),
+        sampling=parts.get("sampling"),
+        balancing=parts.get("balancing"),
+        fusion=parts.get("fusion"),
+        settings=settings,
+    )
 
 
 def _axis(part: str, text: str) -> str:
