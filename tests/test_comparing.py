@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,11 @@ def test_every_cell_is_tested_on_one_test_set_with_equal_samples_seen(finished: 
     assert len(runs) == 2 * len(conditions)
     assert runs["n"].nunique() == 1
     assert runs["n"].iloc[0] == len(finished.per_sample) == finished.subsets["all"].sum()
-    num_train = 2 * finished.runs.attrs.get("none", 0) or runs["samples_seen"].min()
-    assert runs["samples_seen"].between(num_train, num_train + 31).all()  # to the batch
+    of_largest = runs[(runs["manifest"] == "all") & (runs["method"] == "joint")]
+    budget = of_largest["samples_seen"].iloc[0]
+    assert of_largest["epochs"].unique().tolist() == [2]
+    assert runs["samples_seen"].between(budget, budget + 31).all()  # to the batch
+    assert runs[runs["manifest"] == "few"]["epochs"].min() > 2
     accuracy = [finished.per_sample[f"{row.manifest}/{row.method}/{row.seed}"].mean() for row in runs.itertuples()]
     assert runs["accuracy"].tolist() == pytest.approx(accuracy)
     assert runs[["macro_f1", "map", "ece"]].notna().all(axis=None)
@@ -108,13 +111,11 @@ def test_summary_compares_methods_with_the_baseline_and_controls_with_what_they_
 def test_random_control_has_as_many_samples_of_each_class_and_split(finished: Comparison) -> None:
     assert finished.folder is not None
     tables = [
-        pq.read_table(
-            finished.folder.parents[1] / "manifests" / f"{name}.parquet", columns=["split", "label"]
-        ).to_pandas()
+        pd.read_parquet(finished.folder.parents[1] / "manifests" / f"{name}.parquet", columns=["split", "label"])
         for name in ("few", "random-like-few")
     ]
-    first, second = (table.value_counts(sort=False).sort_index() for table in tables)
-    assert first.to_dict() == second.to_dict()
+    first, second = (table.value_counts().to_dict() for table in tables)
+    assert first == second
 
 
 def test_files_hold_the_result(finished: Comparison) -> None:
@@ -249,18 +250,23 @@ def test_wrong_plans_are_refused(tmp_path: Path, content: str, words: str) -> No
         ({"seeds": 0}, "--seeds 0: at least 1"),
         ({"jobs": 0}, "--jobs 0: at least 1"),
         ({"name": "../elsewhere"}, "a name must not contain /"),
-        ({"method": ["joint: balancing.ogm.alpha=2"]}, "balancing.ogm"),
         ({"method": ["joint: optim.lrr=1"]}, "optim.lrr"),
     ],
 )
-def test_bad_options_are_refused(run: Path, options: dict[str, Any], words: str, caplog: Any) -> None:
-    if options.get("method") == ["joint: balancing.ogm.alpha=2"]:
-        compare(run, controls=False, seeds=1, **options)
-        assert "settings without effect in mmaudit compare, method joint" in caplog.text
-        assert words in caplog.text
-        return
+def test_bad_options_are_refused(run: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises((ConfigError, RunError), match=words):
         compare(run, **options)
+
+
+def test_settings_without_effect_are_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"manifest": ["all"], "controls": False, "seeds": 1}
+    methods = ["sum: balancing.ogm.alpha=0.5", "ogm: balancing.ogm.alpha=0.5"]
+    compare(run, method=methods, settings={**QUICK, "optim.lr_step": 3}, **options)
+    lines = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
+    assert lines == [
+        "settings without effect in mmaudit compare, method sum: balancing.ogm.alpha=0.5: balancing.ogm.alpha (--set)",
+        "settings without effect in mmaudit compare: optim.lr_step (--set)",
+    ]
 
 
 def test_manifest_of_another_dataset_is_refused(run: Path, tmp_path: Path) -> None:
@@ -273,14 +279,14 @@ def test_manifest_of_another_dataset_is_refused(run: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def without_test(tmp_path: Path) -> Iterator[Path]:
+def without_test(tmp_path: Path) -> Path:
     """A scored run whose data have no test samples."""
     table = gaussian_table(num_samples=90)
     table = table.set_column(table.column_names.index("split"), "split", [["train"] * 90])
     pq.write_table(table, tmp_path / "data.parquet")
     mmaudit.score(tmp_path / "data.parquet", run=tmp_path / "bare", repeats=1, num_workers=0, progress=False)
     mmaudit.split(run=tmp_path / "bare", subset="most-balanced:100%", name="all")
-    yield tmp_path / "bare"
+    return tmp_path / "bare"
 
 
 def test_data_without_test_samples_are_refused(without_test: Path) -> None:
