@@ -161,11 +161,11 @@ def _with_common_test(examples: Mapping[str, Examples]) -> tuple[dict[str, Examp
         )
     first = next(iter(examples.values()))
     for name, entry in examples.items():
-        learned = set(entry.sample_id[entry.split != "test"])
-        if learned & set.union(*test_ids.values()):
+        learned = set(entry.sample_id[np.isin(entry.split.astype(str), ("train", "validation"))])
+        if leaked := learned & set.union(*test_ids.values()):
             raise ManifestError(
-                f"{name} trains on test samples of another manifest (the first: "
-                f"{min(learned & set.union(*test_ids.values()))}): compare manifests of the same splits"
+                f"{name} trains on test samples of another manifest (the first: {min(leaked)}): compare manifests of "
+                "the same splits"
             )
         if (entry.class_names, entry.modalities) != (first.class_names, first.modalities):
             raise ManifestError(f"{name} has other classes or modalities than {next(iter(examples))}")
