@@ -1,4 +1,4 @@
-"""Exceptions of mmaudit, reasons for quarantine, and text that is safe to print.
+"""Exceptions of mmaudit, reasons for quarantine, and text that is safe to print or cut to fit.
 
 MmauditError            one line for the user, exit 2
 ├── ConfigError         an option, a key or a value that does not exist
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -167,3 +167,53 @@ def quarantine_table(rows: Iterable[Quarantined]) -> pa.Table:
 
     schema = pa.schema([(name, pa.string()) for name in ("sample_id", "modality", "reason", "detail")])
     return pa.Table.from_pylist([{**asdict(row), "reason": row.reason.value} for row in rows], schema)
+
+
+def cut_distinct(names: Sequence[str], *, cut: Callable[[str], str], fits: Callable[[str], bool]) -> list[str]:
+    """Return names as `cut` shortens them, which remain distinct where the names are.
+
+    Where the cut names would be equal, their parts that differ are kept instead, and numbered where that is too long.
+    """
+    short_of = {name: cut(name) for name in names}
+    for alike in _cut_alike(short_of):
+        short_of |= _cut_around_difference(alike, cut=cut, fits=fits)
+    for alike in _cut_alike(short_of):
+        short_of |= {name: f"{short_of[name]} ({index})" for index, name in enumerate(alike, start=1)}
+    return [short_of[name] for name in names]
+
+
+def _cut_alike(short_of: Mapping[str, str]) -> list[list[str]]:
+    """Return the names that are cut to the same text, as a list of two or more for each such text."""
+    names_of: dict[str, list[str]] = {}
+    for name, text in short_of.items():
+        names_of.setdefault(text, []).append(name)
+    return [names for names in names_of.values() if len(names) > 1]
+
+
+def _cut_around_difference(
+    names: list[str], *, cut: Callable[[str], str], fits: Callable[[str], bool]
+) -> dict[str, str]:
+    """Cut names to the words that differ, or to the part that does, with as much of their start and end as fits."""
+    prefix = _common_length(names)
+    suffix = _common_length([name[prefix:][::-1] for name in names])
+    words = (_trimmed(names[0][:prefix]), _trimmed(names[0][len(names[0]) - suffix :][::-1]))
+    if all(fits(f"…{name[words[0] : len(name) - words[1]]}…") for name in names):
+        prefix, suffix = words
+    short_of = {}
+    for name in names:
+        core = name[prefix : len(name) - suffix]
+        texts = [f"{name[:k]}…{core}…{name[len(name) - k :]}" for k in range(min(prefix, suffix) + 1)]
+        texts = [text for text in texts if fits(text)]
+        short_of[name] = texts[-1] if texts else cut(core)
+    return short_of
+
+
+def _trimmed(text: str) -> int:
+    """Return the length of a text without the letters and digits at its end, which belong to the next word."""
+    return next((length for length in range(len(text), 0, -1) if not text[length - 1].isalnum()), 0)
+
+
+def _common_length(names: list[str]) -> int:
+    """Return the number of characters at the start that all names have in common."""
+    columns = enumerate(zip(*names, strict=False))
+    return next((index for index, chars in columns if len(set(chars)) > 1), min(map(len, names)))

@@ -77,7 +77,7 @@ class Registry(Mapping[str, Entry]):
     def check(self, name: str) -> None:
         """Raise ConfigError for an unknown name, with the nearest one; nothing is imported."""
         if name not in self.entries and name not in (names := self.names()):
-            raise ConfigError(f"{self.option} {name}: {choices(name, names)}")
+            raise ConfigError(f"{self.option} {name}: no such name; {choices(name, names)}")
 
     def load(self, name: str) -> Any:
         """Import a method.

@@ -2,7 +2,8 @@
 
 Run with: python benchmarks/gpu.py [--cpu] [--quick] [SECTION ...], less than eight minutes on one card. It needs torch,
 numpy, scipy, scikit-learn, pandas, safetensors, pillow and pyarrow; the section `tests` also pytest and hypothesis.
-Neither media libraries nor `datasets` are imported. Sections, which stop when the time is up:
+Media libraries and `datasets` are not imported; without transformers, whose ResNet-18 mmaudit trains, it measures the
+throughput of the same layers in plain torch. Sections, which stop when the time is up:
 
     precisions  losses in bfloat16, float16 and compiled, against float32; the bound is 5% and 2 points of accuracy
     throughput  two ResNet-18s, frames of 224 pixels and spectrograms of 257 x 300: clips/s and share of the peak, which
@@ -17,21 +18,27 @@ Neither media libraries nor `datasets` are imported. Sections, which stop when t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import overhead
 import resnet
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.probes import network
 from mmaudit.audit.workers import no_progress
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
@@ -48,6 +55,59 @@ PRECISIONS = (
     ("float32", True),
     ("bfloat16", True),
 )
+
+
+class PlainResNet(nn.Module):
+    """The layers of a ResNet-18 (He et al., 2016), 11,176,512 weights with three channels, as a stand-in."""
+
+    def __init__(self, num_channels: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(num_channels, sizes[0], 7, stride=2, padding=3, bias=False),
+            nn.BatchNorm2d(sizes[0]),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        sizes_in = [sizes[0], *sizes[:-1]]
+        self.blocks = nn.Sequential(
+            *(
+                PlainBlock(size if second else size_in, size, stride=1 if second or not stage else 2)
+                for stage, (size_in, size) in enumerate(zip(sizes_in, sizes, strict=True))
+                for second in (False, True)
+            )
+        )
+
+    def forward(self, pictures: Tensor) -> SimpleNamespace:
+        """Compute the pooled features (b, d, 1, 1) of pictures (b, c, h, w), in the form of transformers."""
+        return SimpleNamespace(pooler_output=self.blocks(self.stem(pictures)).mean(dim=(2, 3), keepdim=True))
+
+
+class PlainBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut."""
+
+    def __init__(self, size_in: int, size: int, *, stride: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(size_in, size, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(size),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(size, size, 3, padding=1, bias=False),
+            nn.BatchNorm2d(size),
+        )
+        shortcut = nn.Sequential(nn.Conv2d(size_in, size, 1, stride=stride, bias=False), nn.BatchNorm2d(size))
+        self.shortcut = shortcut if stride > 1 or size_in != size else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute features (b, d, h, w)."""
+        return functional.relu(self.layers(features) + self.shortcut(features))
+
+
+def plain_trunk(shape: tuple[int, ...], *, width: float) -> network.Trunk:
+    """Build the trunk of `network.build_trunk` without transformers."""
+    sizes = [max(1, round(width * size)) for size in network.SIZES]
+    num_channels = 1 if len(shape) == 2 else shape[-1]
+    return network.Trunk(PlainResNet(num_channels, sizes), num_channels=num_channels, num_features=sizes[-1])
+
 
 Row = tuple[list[str], bool]  # cells of a table, and whether the bound is met
 
@@ -98,6 +158,8 @@ def tests(device: str, *, quick: bool, seconds_left: float) -> Iterator[Row]:
 
 def throughput(device: str, *, quick: bool, seconds_left: float) -> Iterator[Row]:
     """Measure the throughput of two ResNet-18s, and the share of the measured peak."""
+    if importlib.util.find_spec("transformers") is None:
+        mock.patch("mmaudit.train.network.build_trunk", plain_trunk).start()
     yield ["batch", "precision", "clips/s", "GFLOP per clip", "TFLOP/s", "of the peak"], True
     size, mel, width = (32, (33, 30), 0.1) if quick else (224, (257, 300), 1.0)
     kinds = [("float32", torch.float32)] if quick else [("bfloat16", torch.bfloat16), ("float32", torch.float32)]

@@ -109,7 +109,7 @@ def load_manifests(loading: Loading, progress: Progress = no_progress) -> Loaded
     """Load the manifests, of which the data are read once; until `clear_loaded`, a second call returns the same.
 
     Raises:
-        ManifestError: A manifest is of another dataset, has other classes, trains on test samples of another one, or
+        ManifestError: The task is not classification, a manifest is of another dataset, has other classes, trains on test samples of another one, or
             there are no common test samples.
     """
     if loading not in _loaded:
@@ -134,6 +134,10 @@ def _load(loading: Loading, progress: Progress) -> LoadedManifests:
     for source in opened[1:]:
         scores = [entry.manifest.provenance.get("scores", {}) for entry in (first, source)]
         check_same_dataset(scores[0], scores[1], name=str(source.path))
+    if (task := first.task(loading.config)) != "classification":
+        raise ManifestError(
+            f"compare needs classes, whose predictions are right or wrong; the task of the scores is {task}"
+        )
     encoded = first.read(num_workers=loading.num_workers, progress=progress)
     loaded = {name: source.join(encoded, loading.config) for name, source in sources.items()}
     examples, test_ids = _with_common_test({name: entry.examples for name, entry in loaded.items()})
@@ -313,10 +317,10 @@ def _write_predictions(result: Finetuned, cell: Cell, loaded: LoadedManifests, f
     """Write the predictions of the test samples, and return what cell.json states of the training."""
     examples = loaded.examples[cell.manifest]
     label = examples.label[examples.rows("test")]
-    predicted = result.probabilities.argmax(axis=1)
+    predicted = result.predictions.argmax(axis=1)
     columns = {"sample_id": loaded.test_ids, "label": label, "predicted": predicted, "correct": predicted == label}
     write_parquet(pa.table(columns), folder / "predictions.parquet", provenance={})
-    tested = evaluate({"fused": result.probabilities}, label, loaded.subsets)
+    tested = evaluate({"fused": result.predictions}, label, loaded.subsets)
     measures = ("accuracy", "macro_f1", "map", "ece")
     test = {
         name: {"n": subset["n"], **{key: subset["branches"]["fused"][key] for key in measures if subset["n"]}}

@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..audit.errors import printable
+from ..audit.errors import cut_distinct, printable
 
 if TYPE_CHECKING:
     from ..rebalance.diff import ManifestDiff
     from ..rebalance.verify import Verification
     from .manifests import Epoch
+    from .training import FinetuneResult
 
 _BALANCED_SHARE = (0.4, 0.6)  # share of samples with D > 0; outside this range a balanced split gets a warning
 _NAME_CELLS = 32  # of a name in a table; three such columns and the numbers fill a wide terminal
@@ -78,9 +79,9 @@ def print_score(record: dict[str, Any]) -> None:
     if record["quarantine"]:
         print_line(f"  by sample: {Path(record['report']).parent / 'quarantine.parquet'}")
     probe_report = record["probe_report"]
-    width = _column_width((entry["name"] for entry in probe_report["probe_metrics"]), minimum=10)
-    for entry in probe_report["probe_metrics"]:
-        name, metric = _cell(entry["name"], width), probe_report["metric"]
+    names = [entry["name"] for entry in probe_report["probe_metrics"]]
+    width, metric = _column_width(names, minimum=10), probe_report["metric"]
+    for entry, name in zip(probe_report["probe_metrics"], _cells(names, width), strict=True):
         interval, calibration = f"95% [{entry['low']:.3f}, {entry['high']:.3f}]", entry["calibration"]
         line = f"  {name}  {entry['value']:.3f}  {metric} out of fold, {interval}"
         if calibration and calibration["ece_after"] is not None:
@@ -98,15 +99,20 @@ def print_score(record: dict[str, Any]) -> None:
 
 def _print_stability(record: dict[str, Any]) -> None:
     """Print the shares of balanced samples that all modalities get right or wrong, and the reliability."""
+    from .report.verdict import percent, plain
+
     if side := record["balanced_side"]:
-        shares = f"{side['all_correct']:.0%} right by all modalities, {side['all_wrong']:.0%} wrong by all"
+        right, wrong = percent(side["all_correct"]), percent(side["all_wrong"])
+        shares = f"{right} right by all modalities, {wrong} wrong by all"
         print_line(f"  balanced: {side['n']} samples, {shares}")
     if record["margin_check"]["survives"]:
         print_line(
             "  the modes remain with the modalities paired at random within classes: they are not in the pairing"
         )
     halves = record["halves"] or {"reliability": [], "reason": "probe.halves is off"}
-    values = ", ".join(f"{row['modality']} r = {row['r']:.2f}, z = {row['z']:.1f}" for row in halves["reliability"])
+    values = ", ".join(
+        f"{row['modality']} r = {plain(row['r'])}, z = {plain(row['z'], 1)}" for row in halves["reliability"]
+    )
     print_line(f"  discrepancy by halves of the features: {values or 'not measured: ' + halves['reason']}")
 
 
@@ -205,9 +211,7 @@ def _print_balance(summary: dict[str, Any]) -> None:
         )
     if round(summary["effective_size"]) < summary["kept"]:
         print_line(f"  effective sample size with weights: {summary['effective_size']:.0f} of {summary['kept']}")
-    names = [_cell(row["name"], _column_width([row["name"]])) for row in summary["least_uniform_classes"]]
-    distances = [row["distance_after"] for row in summary["least_uniform_classes"]]
-    worst = ", ".join(f"{name} {distance:.2f}" for name, distance in zip(names, distances, strict=True))
+    worst = ", ".join(f"{row['name']} {row['distance_after']:.2f}" for row in summary["least_uniform_classes"])
     print_line(f"  least uniform classes: {worst}")
     if summary["empty_bins"]:
         print_line(f"  empty bins: {', '.join(map(str, summary['empty_bins']))}; uniform over the other bins")
@@ -270,17 +274,22 @@ def print_export(summary: dict[str, Any]) -> None:
     print_line(f"files: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}")
 
 
-def _cell(text: str, width: int) -> str:
-    """Align a text to the right of a column, which wide characters of Chinese or emoji fill by two cells each.
+def _cells(texts: Iterable[str], width: int) -> list[str]:
+    """Align texts to the right of a column, which wide characters of Chinese or emoji fill by two cells each.
 
-    A longer text is cut in the middle; the end distinguishes NAME-dominated-0.2 from NAME-dominated-0.4.
+    A longer text is cut in the middle, or so that it remains distinct from the others.
     """
     from rich.cells import cell_len
 
-    text, kept = printable(text), len(text)
-    while cell_len(cut := text if kept >= len(text) else f"{text[: kept // 3]}…{text[kept // 3 - kept :]}") > width:
-        kept -= 1
-    return " " * (width - cell_len(cut)) + cut
+    def fits(text: str) -> bool:
+        return cell_len(text) <= width
+
+    def cut(text: str) -> str:
+        parts = (f"{text[: kept // 3]}…{text[kept // 3 - kept :]}" for kept in range(len(text) - 1, 0, -1))
+        return text if fits(text) else next(filter(fits, parts))
+
+    names = cut_distinct([printable(text) for text in texts], cut=cut, fits=fits)
+    return [" " * (width - cell_len(name)) + name for name in names]
 
 
 def _column_width(names: Iterable[str], *, minimum: int = 0) -> int:
@@ -290,31 +299,62 @@ def _column_width(names: Iterable[str], *, minimum: int = 0) -> int:
     return min(max([minimum, *(cell_len(printable(name)) for name in names)]), max(_NAME_CELLS, minimum))
 
 
-def print_finetune(metrics: dict[str, Any]) -> None:
-    """Print the accuracy on the test split, overall and by subset."""
-    counts, chance = metrics["counts"], metrics["chance"]
+def print_finetune(result: FinetuneResult) -> None:
+    """Print the main metric of the task on the test split, overall and by subset, and the folder of the fine-tuning."""
+    from ..train.task_metrics import metrics_of
+
+    metrics = result.metrics
+    counts, of_task = metrics["counts"], metrics_of(metrics)
+    guesses = ", ".join(f"{name} {metrics['chance'][name]:.3f}" for name in of_task.chance)
     print_line(
         f"trained on {counts['train']}, validated on {counts['validation']}, tested on {counts['test']} samples; "
-        f"epoch kept: {metrics['best_epoch']}; guessing: uniform {chance['uniform']:.3f}, majority "
-        f"{chance['majority']:.3f}"
+        f"epoch kept: {metrics['best_epoch']}; guessing: {guesses}"
     )
     branches = sorted(metrics["test"]["all"]["branches"], key=lambda name: (name == "fused", name))
     width, widths = _column_width(metrics["test"], minimum=24), [_column_width([name], minimum=10) for name in branches]
-    heads = [_cell(name, size) for name, size in zip(branches, widths, strict=True)]
-    print_line(f"  {'accuracy':>{width}} {'n':>6} {' '.join(heads)}")
-    for name, subset in sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
-        values = [f"{subset['branches'][key]['accuracy']:.3f}" if subset["n"] else "-" for key in branches]
-        cells = [_cell(value, size) for value, size in zip(values, widths, strict=True)]
-        print_line(f"  {_cell(name, width)} {subset['n']:>6} {' '.join(cells)}")
+    names = [name.strip() for name in _cells(branches, _NAME_CELLS)]
+    heads = [_cells([name], size)[0] for name, size in zip(names, widths, strict=True)]
+    print_line(f"  {of_task.name:>{width}} {'n':>6} {' '.join(heads)}")
+    subsets = sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0]))
+    for (_, subset), name in zip(subsets, _cells(dict(subsets), width), strict=True):
+        values = [_decimal(subset["branches"][key][of_task.main]) if subset["n"] else "-" for key in branches]
+        cells = [f"{value:>{size}}" for value, size in zip(values, widths, strict=True)]
+        print_line(f"  {name} {subset['n']:>6} {' '.join(cells)}")
     fused = metrics["test"]["all"]["branches"]["fused"]
-    interval = f"[{fused['accuracy_low']:.3f}, {fused['accuracy_high']:.3f}]"
-    print_line(f"  fused: 95% {interval}, MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
+    others = [
+        f"{_METRIC_NAMES[key]} {_decimal(fused[key])}{_interval(fused, key)}"
+        for key in of_task.keys[1:]
+        if key != "ece"
+    ]
+    print_line(f"  fused: {', '.join(([f'95%{text}'] if (text := _interval(fused, of_task.main)) else []) + others)}")
     _print_answer(metrics)
     if metrics["test_labels_in_scores"]:
         print_line(
             "note: the probes behind this manifest were fitted on test samples too, so test labels influenced the "
             "choice of training samples; to compare methods, score with --learn-from train"
         )
+    print_line(f"fine-tuning: {result.folder}")
+
+
+_METRIC_NAMES = {
+    "map": "MAP",
+    "macro_f1": "macro-F1",
+    "micro_f1": "micro-F1",
+    "label_accuracy": "label accuracy",
+    "pearson": "Pearson r",
+    "sign_accuracy": "accuracy of the sign",
+}
+
+
+def _decimal(value: float | None) -> str:
+    """Format a metric; "-" where it is not defined."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(metrics: dict[str, Any], key: str) -> str:
+    """Format the interval of a metric, after a space; "" where it has none."""
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    return "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
 
 
 def _print_answer(metrics: dict[str, Any]) -> None:
@@ -325,7 +365,9 @@ def _print_answer(metrics: dict[str, Any]) -> None:
 
 
 def print_evaluate(evaluation: dict[str, Any]) -> None:
-    """Print all metrics by subset, the classes of lowest recall, and the contribution of each modality."""
+    """Print all metrics by subset, the classes or labels of lowest recall, and the contribution of each modality."""
+    from ..train.task_metrics import metrics_of
+
     samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest'] or 'its data'}"
     print_line(f"{evaluation['name']} on {samples}")
     if evaluation.get("num_trained_on", 0) is None:
@@ -334,30 +376,42 @@ def print_evaluate(evaluation: dict[str, Any]) -> None:
         print_line(
             f"  {evaluation['num_trained_on']} of them were used in training or validation: metrics are too high"
         )
-    measures, tested = ("accuracy", "map", "macro_f1", "ece"), evaluation["test"]
+    measures, tested = metrics_of(evaluation).keys, evaluation["test"]
+    widths = [max(9, len(name)) for name in measures]
     branch_names = {name for subset in tested.values() for name in subset.get("branches", {})}
     width, branch_width = _column_width(tested, minimum=24), _column_width(branch_names, minimum=10)
-    print_line(f"  {'':>{width}} {'n':>6} {'branch':>{branch_width}} " + " ".join(f"{name:>9}" for name in measures))
-    for name, subset in sorted(tested.items(), key=lambda pair: (pair[0] != "all", pair[0])):
-        branches = sorted(subset.get("branches", {}).items(), key=lambda pair: (pair[0] != "fused", pair[0]))
-        for branch, values in branches:
-            cells = " ".join(f"{values[key]:>9.3f}" for key in measures)
-            print_line(f"  {_cell(name, width)} {subset['n']:>6} {_cell(branch, branch_width)} {cells}")
+    print_line(f"  {'':>{width}} {'n':>6} {'branch':>{branch_width}} " + _columns(measures, widths))
+    subsets = sorted(tested.items(), key=lambda pair: (pair[0] != "all", pair[0]))
+    ordered = sorted(branch_names, key=lambda name: (name != "fused", name))
+    branch_cells = dict(zip(ordered, _cells(ordered, branch_width), strict=True))
+    for (_, subset), name in zip(subsets, _cells(dict(subsets), width), strict=True):
+        for branch in [branch for branch in ordered if branch in subset.get("branches", {})]:
+            cells = _columns([_decimal(subset["branches"][branch][key]) for key in measures], widths)
+            print_line(f"  {name} {subset['n']:>6} {branch_cells[branch]} {cells}")
     _print_answer(evaluation)
     classes = evaluation["test_by_class"].items()
     weakest = sorted((row["branches"]["fused"]["recall"], name) for name, row in classes if row["n"])[:3]
-    print_line(f"  lowest recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")
-    _print_contribution(evaluation["contribution"])
+    if weakest:
+        print_line(f"  lowest recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")
+    _print_contribution(evaluation["contribution"], name=metrics_of(evaluation).sample_value)
     print_line(f"all metrics: {evaluation['file']}")
 
 
-def _print_contribution(analysis: dict[str, Any]) -> None:
+def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def _print_contribution(analysis: dict[str, Any], *, name: str) -> None:
     shares = analysis["contribution"]
     parts = ", ".join(
         f"{name} {interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
         for name, interval in shares["modalities"].items()
     )
-    print_line(f"  accuracy {shares['all']:.3f} = {shares['nobody']:.3f} without any modality, {parts}")
+    title = {"mae": "MAE", "label_accuracy": "label accuracy"}.get(name, name)
+    sign = "; less by" if name == "mae" else ","
+    print_line(f"  {title} {shares['all']:.3f} = {shares['nobody']:.3f} without any modality{sign} {parts}")
+    if "confusion" not in analysis:
+        return
     confusion = analysis["confusion"]
     print_line(
         f"  correct with one modality alone and wrong with all: {confusion['confused']['share']:.3f}; "

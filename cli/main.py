@@ -105,7 +105,11 @@ _REGISTRIES = {  # whose names complete the help of a parameter
     ("finetune", "fusion"): ("train", "FUSIONS"),
     ("finetune", "report_to"): ("train", "TRACKERS"),
 }
-_PRINTERS_OF_RESULTS = ("print_lines", "dump_order")  # the other printers take the result as JSON values
+_PRINTERS_OF_RESULTS = (
+    "print_lines",
+    "print_finetune",
+    "dump_order",
+)  # the other printers take the result as JSON values
 _VARIABLES = {name: f"MMAUDIT_{name.upper()}" for name in ("run", "device", "num_workers")}
 _shows_traceback = _is_quiet = False  # set by --debug and --quiet
 

@@ -69,6 +69,6 @@ def methods(*, kind: str | None = None, presets: bool = False) -> MethodTable:
             raise ConfigError("--kind selects methods, and --presets lists no methods: pass one of them")
         return MethodTable(rows=(), presets=tuple(map(read_preset, PRESETS)))
     if kind is not None and kind not in _REGISTRIES:
-        raise ConfigError(f"--kind {kind}: {choices(kind, _REGISTRIES)}")
+        raise ConfigError(f"--kind {kind}: no such kind; {choices(kind, _REGISTRIES)}")
     registries = _REGISTRIES if kind is None else {kind: _REGISTRIES[kind]}
     return MethodTable(rows=tuple(list_methods(registries)))

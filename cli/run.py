@@ -16,7 +16,7 @@ from typing import Any
 
 from ..audit.errors import ConfigError, RunError, choices, printable
 from ..audit.locks import Lock, find_holders, write_lock
-from ..audit.parsing import RequiredKeys, Shape
+from ..audit.parsing import RequiredKeys, Shape, check_shape
 from ..audit.scores.table import ScoreTable, read_scores
 from ..audit.storage import flush, read_json, write_json
 
@@ -335,9 +335,27 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     incomplete = [name for name, subset in metrics["test"].items() if _lacks_branches(subset, branches)]
     if incomplete or ("fused" not in branches and all_samples["n"]):
         raise RunError(f"{file} is damaged, test.{(incomplete or ['all'])[0]} has no branches: train it again")
-    if contribution["n"] and not {"contribution", "confusion"} <= contribution.keys():
+    task = metrics.get("task", "classification")
+    _check_task_metrics(metrics, task, file)
+    parts = {"contribution", "confusion"} if task == "classification" else {"contribution"}
+    if contribution["n"] and not parts <= contribution.keys():
         raise RunError(f"{file} is damaged, its contribution is incomplete: train it again")
     return metrics
+
+
+def _check_task_metrics(metrics: dict[str, Any], task: str, file: Path) -> None:
+    """Raise RunError if the branches or the levels of chance lack metrics of the task."""
+    from ..train.task_metrics import TASK_METRICS
+
+    if task not in TASK_METRICS:
+        raise RunError(f"{file} is damaged, its {choices(task, TASK_METRICS)}: train it again")
+    nullable = dict.fromkeys(TASK_METRICS[task].keys, (float, _NULL))
+    branch = RequiredKeys(_CLASS_BRANCH if task == "classification" else nullable)
+    shape = {"chance": RequiredKeys(dict.fromkeys(TASK_METRICS[task].chance, float))}
+    try:
+        check_shape(metrics, {**shape, "test": {"*": {"branches": {"*": branch}}}})
+    except ValueError as error:
+        raise RunError(f"{file} cannot be read: {error}; it is damaged, or not written by mmaudit") from error
 
 
 def _lacks_branches(subset: dict[str, Any], branches: Mapping[str, Any]) -> bool:
@@ -411,18 +429,19 @@ _RECORD: Shape = RequiredKeys(
 )
 _INTERVAL = RequiredKeys(mean=float, low=float, high=float)
 _SHARE = RequiredKeys(n=int, share=float, low=float, high=float)
-_BRANCH = RequiredKeys(dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "map", "macro_f1", "ece"), float))
-_SUBSET = RequiredKeys({"n": int, "branches?": {"*": _BRANCH}})
+_SUBSET = RequiredKeys({"n": int, "branches?": {"*": {"*": (float, _NULL)}}})
+_CLASS_BRANCH = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "map", "macro_f1", "ece"), float)
 _METRICS = RequiredKeys(
     {
         "manifest": (str, _NULL),
         "manifest_digest": str,
+        "task?": str,
         "config": RequiredKeys({"seed": int, "finetune": {}, "data?": {}}),
         "made_from?": {},
         "counts": RequiredKeys(train=int, validation=int, test=int),
         "test": RequiredKeys({"all": _SUBSET, "*": _SUBSET}),
         "best_epoch": int,
-        "chance": RequiredKeys(uniform=float, majority=float),
+        "chance": {"*": float},
         "test_labels_in_scores": bool,
         "contribution?": RequiredKeys(
             n=int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -282,7 +283,7 @@ def replay(manifest: str | Path, *, run: str | Path = "mmaudit-run", scores: str
     outside = [file for file in (recipe.like, *recipe.intersect, *recipe.exclude) if file is not None]
     outside += [] if scores is not None or record["scores"] is None else [str(path.parent / str(record["scores"]))]
     _check_inside(path, outside)
-    before = None if record["scores"] is None else path.parent / str(record["scores"])
+    before = None if record["scores"] is None else _without_parents(path.parent / str(record["scores"]))
     table = before if scores is None else Path(scores)
     if table is None:
         raise ManifestError(f"{path} does not name the score tables it was made from; pass them with --scores")
@@ -297,6 +298,12 @@ def replay(manifest: str | Path, *, run: str | Path = "mmaudit-run", scores: str
             if not old.exists() or old.read_bytes() != new.read_bytes()
         )
     return ReplayResult(manifest=path, scores=table, identical=not differ, differ=differ)
+
+
+def _without_parents(path: Path) -> Path:
+    """Return the path without `FOLDER/..` where it names the same file, which a link as FOLDER prevents."""
+    normal = Path(os.path.normpath(path))
+    return normal if normal.resolve() == path.resolve() else path
 
 
 def _check_inside(path: Path, files: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from ..rebalance.manifest import read_manifest
 from ..train.evaluate import evaluate_file
 from ..train.examples import Examples
 from ..train.finetune import finetune_on
+from ..train.methods import check_task, resolve
 from ..train.optimizer import DistributedContext, local_device, open_distributed
+from ..train.task_metrics import metrics_of
 from ..train.tracking import load_trackers
 from ..train.unscored import check_without_scores
 from .config import RunConfig, load_settings, to_toml, without_none
@@ -48,13 +51,15 @@ class FinetuneResult:
     Attributes:
         name: Name of the fine-tuning in the run.
         folder: Its folder, which holds the weights, config.toml and history.jsonl.
-        accuracy: Accuracy of the fused prediction on the test samples, in [0, 1].
+        accuracy: Accuracy of the fused prediction on the test samples, in [0, 1]; NaN where the task has no classes.
+        value: Main metric of the task: that accuracy, the MAP of label sets, or the mean absolute error of numbers.
         metrics: Content of metrics.json.
     """
 
     name: str
     folder: Path
     accuracy: float
+    value: float
     metrics: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,13 +74,15 @@ class EvaluationResult:
     Attributes:
         name: Name of the fine-tuning.
         file: The file with the results.
-        accuracy: Accuracy of the fused prediction, in [0, 1].
+        accuracy: Accuracy of the fused prediction, in [0, 1]; NaN where the task has no classes.
+        value: Main metric of the task: that accuracy, the MAP of label sets, or the mean absolute error of numbers.
         metrics: Content of the file.
     """
 
     name: str
     file: Path
     accuracy: float
+    value: float
     metrics: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,6 +110,7 @@ def finetune(
     data: str | Path | None = None,
     modality: Mapping[str, str] | Sequence[str] | None = None,
     encoder: Mapping[str, str] | Sequence[str] | None = None,
+    task: str | None = None,
     label: str | None = None,
     id: str | None = None,
     group: str | None = None,
@@ -141,6 +149,7 @@ def finetune(
         data: The data: without a manifest what is trained on, with one its data, also if your own data moved.
         modality: Without a manifest: modality, its column and kind.
         encoder: Encoder of a modality; with a manifest, confirm it (code or model).
+        task: Without a manifest: classification, multilabel or regression; by default classification.
         label: Without a manifest: label column.
         id: Without a manifest: id column.
         group: Without a manifest: group column.
@@ -166,7 +175,7 @@ def finetune(
         >>> mmaudit.finetune("balanced", sampling="bss-h", epochs=20).accuracy
         >>> mmaudit.finetune(data="crema-d", preset="ogm-ge-cremad").accuracy
     """
-    columns = {"label": label, "id": id, "group": group, "split": split}
+    columns = {"task": task, "label": label, "id": id, "group": group, "split": split}
     _check_source(manifest, data, {"modality": modality, **columns})
     keywords = {
         "seed": seed,
@@ -196,6 +205,7 @@ def finetune(
         source = ManifestSource.open(run_dir.find_manifest(str(manifest)), run_dir, options)
         check_media_settings(given, source.manifest)
         config = source.with_network(config, given)
+    check_task(resolve(config.training()), source.task(config))
     folder = run_dir.finetune(name or _finetune_name(source.name or "all", config, preset))
     resolved = {**training_settings(config, source), "manifest": source.name}
     if (folder / "metrics.json").exists() and not overwrite:
@@ -273,10 +283,11 @@ def evaluate(
 ) -> EvaluationResult:
     """Test a finished fine-tuning: metrics by subset and class, and the contribution of each modality.
 
-    Measured are accuracy, MAP, macro-F1 and ECE of the fused prediction and of each modality alone, overall, by subset
-    and by class; the contribution of each modality; and the samples that are predicted correctly by one modality alone
-    but not by all together. They are written to evaluation.json in its folder; of other splits to
-    evaluation-SPLIT.json, of other manifests to evaluation-SPLIT-MANIFEST.json.
+    Measured are accuracy, MAP, macro-F1 and ECE of the fused prediction and of each modality alone (of label sets MAP,
+    F1 and label accuracy; of numbers MAE, correlation and accuracy of the sign), overall, by subset and by class; the
+    contribution of each modality; and the samples that are predicted correctly by one modality alone but not by all
+    together. They are written to evaluation.json in its folder; of other splits to evaluation-SPLIT.json, of other
+    manifests to evaluation-SPLIT-MANIFEST.json.
 
     Args:
         name: Name of a finished fine-tuning in the run, or its folder.
@@ -317,6 +328,8 @@ def evaluate(
         own_name = metrics["manifest"]
         path = run_dir.own_manifest(own_name) if manifest is None else run_dir.find_manifest(str(manifest))
         source = ManifestSource.open(path, run_dir, options)
+        if manifest is None and source.manifest.digest() != metrics["manifest_digest"]:
+            raise RunError(f"{path} has changed since {folder.name} was trained on it; pass a manifest with --manifest")
     own = manifest is None and split == "test"
     names = ["evaluation", *([] if own else [split]), *([] if manifest is None or not source.name else [source.name])]
     file = folder / f"{'-'.join(names)}.json"
@@ -324,8 +337,9 @@ def evaluate(
         loaded = source.load(config, num_workers=workers, progress=report_progress)
         examples = loaded.examples
         if manifest is None and loaded.digest != metrics["manifest_digest"]:
-            trained_on = "the data have" if source.name is None else f"the manifest {source.name} has"
-            raise RunError(f"{trained_on} changed since {folder.name} was trained; pass a manifest with --manifest")
+            raise RunError(
+                f"the data have changed since {folder.name} was trained on them; pass a manifest with --manifest"
+            )
         if config.finetune.only is not None:
             examples = examples.only(config.finetune.only)
         measured = evaluate_file(
@@ -341,13 +355,18 @@ def evaluate(
         if manifest is not None:
             result["num_trained_on"] = _count_learned(run_dir, metrics, examples.sample_id[examples.rows(split)])
         write_json(result, file)
-    accuracy = result["test"]["all"]["branches"]["fused"]["accuracy"]
-    return EvaluationResult(name=folder.name, file=file, accuracy=accuracy, metrics=result)
+    return EvaluationResult(name=folder.name, file=file, metrics=result, **_main_values(result))
 
 
 def _result(folder: Path, metrics: dict[str, Any]) -> FinetuneResult:
-    accuracy = metrics["test"]["all"]["branches"]["fused"]["accuracy"]
-    return FinetuneResult(name=folder.name, folder=folder, accuracy=accuracy, metrics=metrics)
+    return FinetuneResult(name=folder.name, folder=folder, metrics=metrics, **_main_values(metrics))
+
+
+def _main_values(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the accuracy and the main metric of the fused prediction; NaN where it is not defined."""
+    fused, main = metrics["test"]["all"]["branches"]["fused"], metrics_of(metrics).main
+    value = math.nan if fused[main] is None else float(fused[main])
+    return {"accuracy": float(fused.get("accuracy", math.nan)), "value": value}
 
 
 def read_examples(

@@ -11,7 +11,7 @@ from typing import Any
 from ..audit.dataset.formats import READERS
 from ..audit.dataset.modalities import Modality
 from ..audit.dataset.samples import Samples, read_samples
-from ..audit.errors import ConfigError, Quarantined, RunError, printable
+from ..audit.errors import Quarantined, RunError, printable
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import EncodedSamples, Status, collect_encoded
 from ..audit.features.encoders import ENCODERS
@@ -99,6 +99,10 @@ class ManifestSource:
         """Return the config of the scores as plain values, {} if it is not recorded."""
         return scored_settings(self.manifest.provenance)
 
+    def task(self, config: RunConfig) -> str:
+        """Return the task of the scores."""
+        return str(self.scored_settings().get("data", {}).get("task", "classification"))
+
     def with_network(self, config: RunConfig, given: Given) -> RunConfig:
         """Return the config with the networks' width and normalisation of the scores, where none is given."""
         return with_scored_network(config, given, self.scored_settings())
@@ -118,7 +122,6 @@ class ManifestSource:
         """Open the manifest's source and encode what the run's cache lacks."""
         origin = origin_of(self.path, self.manifest.provenance, self.manifest.digests)
         dataset, scored_config = open_source(origin, self.options)
-        check_trainable(scored_config, source="the manifest's task")
         tasks = encode_dataset(
             dataset,
             self.run_dir.features,
@@ -178,13 +181,16 @@ class UnscoredSource:
         """Return {}: there are no scores."""
         return {}
 
+    def task(self, config: RunConfig) -> str:
+        """Return the task by the settings."""
+        return config.data.task
+
     def digest(self, config: RunConfig, *, num_workers: int, progress: Progress) -> str:
         """Return the digest of the samples, which reads them all."""
         return self.load(config, num_workers=num_workers, progress=progress).digest
 
     def load(self, config: RunConfig, *, num_workers: int, progress: Progress) -> LoadedSource:
         """Open the data, encode what the run's cache lacks, and load all usable samples."""
-        check_trainable(config, source="data.task")
         dataset = open_encodable(self.data, config.data)
         tasks = encode_dataset(
             dataset,
@@ -234,12 +240,6 @@ def _load_unscored(
         validation_fraction=config.finetune.validation_fraction,
         seed=config.seed,
     )
-
-
-def check_trainable(config: RunConfig, *, source: str) -> None:
-    """Raise ConfigError if the task of the samples is not classification."""
-    if config.data.task != "classification":
-        raise ConfigError(f"finetune requires task classification; {source} is {config.data.task}")
 
 
 def reopened_config(

@@ -229,7 +229,11 @@ def _how_made(provenance: dict[str, Any], record: dict[str, Any], balance: dict[
     config = scores.get("config", {})
     recipe = provenance.get("recipe") or (balance or {}).get("recipe") or {}
     probe = {name: config["probe"][name] for name in _PROBE_KEYS if name in config.get("probe", {})}
-    encoders = {modality["name"]: modality.get("encoder", "statistics") for modality in scores.get("modalities", [])}
+    encoders = {
+        modality["name"]: "vectors as they are" if modality.get("kind") == "features" else modality["encoder"]
+        for modality in scores.get("modalities", [])
+        if "encoder" in modality or modality.get("kind") == "features"
+    }
     facts: list[tuple[str, object]] = [
         ("mmaudit", scores.get("version")),
         ("recipe", _flatten_settings(recipe)),
@@ -320,4 +324,4 @@ def _number(value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}%"

@@ -212,7 +212,7 @@ def split_rows(table: pa.Table, split: str | Sequence[str], *, validation_fracti
     names = (split,) if isinstance(split, str) else tuple(split)
     for name in names:
         if name not in SPLITS:
-            raise ConfigError(f"split {name!r}: {choices(str(name), SPLITS)}")
+            raise ConfigError(f"split {name!r}: no such split; {choices(str(name), SPLITS)}")
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation_fraction is {validation_fraction}: it must lie in [0, 1)")
     column = table["split"]
@@ -293,7 +293,7 @@ def draw_rows(weight: NDArray[np.float64], *, key: Keys, draw: str, seed: int, e
     """
     _check_epoch(epoch)
     if draw not in DRAWS:
-        raise ConfigError(f"order.draw is {draw}: {choices(draw, DRAWS)}")
+        raise ConfigError(f"order.draw is {draw}; {choices(draw, DRAWS)}")
     if key.shape != weight.shape or len(weight) == 0:
         raise ManifestError(
             f"key has shape {key.shape}, weights {weight.shape}: they must be equal and not empty; use one manifest's"

@@ -395,6 +395,8 @@ def _name_or_none(value: object) -> str:
 
 
 def _describe_change(change: ChangedNumbers) -> str:
-    sample_id, value_a, value_b = change.first[0]
+    sample_id, *pair = change.first[0]
+    texts = ["none" if value is None else f"{value:.6g}" for value in pair]
+    value_a, value_b = texts if texts[0] != texts[1] else pair
     text = f"largest change: {sample_id}, {value_a} in A and {value_b} in B"
     return text if change.correlation is None else f"{text}; correlation {change.correlation:.4f}"

@@ -232,7 +232,8 @@ def _check_complete(files: Sequence[CheckedFile], numbers: dict[str, Any] | None
     if not belongs or len(files) < 2:
         return [*checks, Check("complete", passed=None, detail="numbers or dropped rows of this manifest missing")]
     (kept, dropped), scored = (file.num_rows for file in files), numbers.get("scored")
-    detail = f"{kept:,} kept and {dropped:,} dropped of {scored} scored"
+    total = f"{scored:,}" if isinstance(scored, int) else scored
+    detail = f"{kept:,} kept and {dropped:,} dropped of {total} scored"
     return [*checks, Check("complete", passed=kept + dropped == scored, detail=detail)]
 
 

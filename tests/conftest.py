@@ -13,7 +13,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -139,6 +138,8 @@ def picture(label: int, rng: np.random.Generator) -> bytes:
 
 
 def make_video(sound: bool) -> bytes:
+    import av
+
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         video_stream: Any = container.add_stream("mpeg4", rate=10)

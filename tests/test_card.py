@@ -34,7 +34,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 
 def make(
-    folder: Path, classes: tuple[str, ...] = ("rain", "dog", "guitar"), n: int = 300
+    folder: Path, classes: tuple[str, ...] = ("rain", "dog", "guitar"), n: int = 300, **changes: Any
 ) -> tuple[Path, dict[str, Any]]:
     rng = np.random.default_rng(1)
     label = (np.arange(n) % len(classes)).astype(np.int32)
@@ -45,7 +45,7 @@ def make(
         modalities=("audio", "visual"),
         confidence=rng.beta(2, 2, (n, 2)).astype(np.float32),
         split=np.array([("train", "test")[number % 4 == 0] for number in range(n)], dtype=object),
-        provenance=PROVENANCE,
+        provenance={**PROVENANCE, **changes},
     )
     score_files = open_scores(table, seed=5)
     rule = plan_balanced(score_files, BalancedConfig(bins=10, tolerance=0.1))
@@ -96,7 +96,7 @@ def test_numbers_match_the_split_stats(tmp_path: Path) -> None:
         assert float(measure["Kolmogorov-Smirnov distance to uniform (0 = uniform)"][column]) == round(
             numbers[when]["ks"], 3
         )
-        positive = float(measure["share of audio-preferred samples"][column].removesuffix(" %"))
+        positive = float(measure["share of audio-preferred samples"][column].removesuffix("%"))
         assert positive == pytest.approx(100 * numbers[when]["positive"], abs=0.051)
     assert [int(row[1]) for row in bins[1:]] == numbers["counts_before"]
     assert [int(row[2]) for row in bins[1:]] == numbers["counts_after"]
@@ -133,6 +133,9 @@ def test_recipe_and_provenance_are_listed(tmp_path: Path) -> None:
         f"- row digest: `{record['digest']}`",
     ):
         assert line in text.splitlines()
+    vectors = {"name": "audio", "column": "a", "kind": "features", "encoder": "statistics"}
+    path, numbers = make(tmp_path / "vectors", modalities=[vectors])
+    assert "- encoders: `audio=vectors as they are`" in card_of(path, numbers).splitlines()
     assert "The probes were trained on all splits, including the test split" in text
     assert "arXiv 2302.10912" in text
 

@@ -143,7 +143,8 @@ def test_bad_input_is_one_line_and_exit_2(words: list[str], line: str, keypad: P
         (["scor"], "Did you mean 'score'?"),
         (["score", "x", "--grop", "y"], "No such option: --grop"),
         (["split", "--balancd"], "--balanced"),
-        (["score"], "Missing argument"),
+        (["score"], "pass the data to score, or files of vectors with labels"),
+        (["evaluate"], "Missing argument"),
     ],
 )
 def test_unknown_command_or_option_suggests_the_nearest(words: list[str], line: str) -> None:
@@ -456,26 +457,6 @@ def test_all_stages_accept_a_missing_modality(tmp_path: Path) -> None:
     assert gmm.exit_code == 0
     trained = mmaudit("finetune", "--manifest", "all", "--epochs", "2", "--run", run, "--num-workers", "0")
     assert trained.exit_code == 0
-
-
-def test_regression_is_scored_and_refused_by_finetune(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    values = rng.standard_normal(80)
-    table = write_table(
-        tmp_path / "d.parquet",
-        id=[f"s{row}" for row in range(80)],
-        label=values.tolist(),
-        a=(values[:, None] + 0.3 * rng.standard_normal((80, 2))).tolist(),
-        b=rng.standard_normal((80, 2)).tolist(),
-    )
-    run = tmp_path / "run"
-    refused = mmaudit("score", table, "--run", run, *QUICK)
-    assert (refused.exit_code, "--task regression" in output_of(refused)) == (2, True)
-    result = mmaudit("score", table, "--task", "regression", "--run", run, *QUICK)
-    assert "R^2 out of fold" in output_of(result)
-    assert mmaudit("split", "--subset", "balanced:0.9", "--run", run).exit_code == 0
-    trained = mmaudit("finetune", "--manifest", "balanced-within-0.9", "--run", run)
-    assert (trained.exit_code, "finetune requires task classification" in output_of(trained)) == (2, True)
 
 
 @pytest.mark.parametrize(

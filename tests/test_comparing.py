@@ -20,8 +20,9 @@ from typer.testing import CliRunner, Result
 import mmaudit
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.cli import comparing, comparing_cells
+from mmaudit.cli.comparing_cells import Cell, train_cell
 from mmaudit.cli.main import app
-from mmaudit.cli.training_source import ManifestSource
+from mmaudit.cli.training_source import EncodedSource, ManifestSource
 from mmaudit.train.comparison import Comparison
 
 torch.set_num_threads(1)
@@ -96,14 +97,16 @@ def test_every_cell_is_tested_on_one_test_set_with_equal_samples_seen(finished: 
 
 
 def test_summary_compares_methods_with_the_baseline_and_controls_with_what_they_control(finished: Comparison) -> None:
-    summary = finished.summary[finished.summary["subset"] == "all"].set_index(["manifest", "method"])
+    rows = finished.summary[finished.summary["subset"] == "all"].to_dict("records")
+    summary: dict[Any, Any] = {(row["manifest"], row["method"]): row for row in rows}
     for manifest in ("few", "all"):
-        assert summary.loc[(manifest, "bss-h+sum"), ["reference", "kind"]].tolist() == ["joint", "method"]
-        control = summary.loc[(manifest, "anti-curriculum for bss-h+sum")]
-        assert control[["reference", "kind"]].tolist() == ["bss-h+sum", "control"]
-    random = summary.loc[("random-like-few", "joint")]
-    assert random[["reference_manifest", "reference", "kind"]].tolist() == ["few", "joint", "control"]
-    row = summary.loc[("few", "bss-h+sum")]
+        method = summary[manifest, "bss-h+sum"]
+        assert (method["reference"], method["kind"]) == ("joint", "method")
+        control = summary[manifest, "anti-curriculum for bss-h+sum"]
+        assert (control["reference"], control["kind"]) == ("bss-h+sum", "control")
+    random = summary["random-like-few", "joint"]
+    assert (random["reference_manifest"], random["reference"], random["kind"]) == ("few", "joint", "control")
+    row = summary["few", "bss-h+sum"]
     difference = finished.difference("few/bss-h+sum", "few/joint")
     assert (row["difference"], row["low"], row["p"]) == (difference.mean, difference.low, difference.p)
 
@@ -132,9 +135,13 @@ def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
     assert finished.folder is not None
     folder = done / "compare" / "few-all"
     shutil.rmtree(folder / "cells" / "all" / "joint" / "seed-1")
-    trained = []
-    train = comparing.train_cell
-    monkeypatch.setattr(comparing, "train_cell", lambda cell, **rest: (trained.append(cell), train(cell, **rest)))
+    trained: list[Cell] = []
+
+    def recorded(cell: Cell, **options: Any) -> float:
+        trained.append(cell)
+        return train_cell(cell, **options)
+
+    monkeypatch.setattr(comparing, "train_cell", recorded)
     compare(done)
     assert [(cell.manifest, cell.method.name, cell.seed) for cell in trained] == [("all", "joint", 1)]
     assert file_bytes(folder) == file_bytes(finished.folder)
@@ -173,9 +180,14 @@ def _interrupted_after(number: int, train: Callable[..., Any]) -> Callable[..., 
 
 
 def test_data_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: list[ManifestSource] = []
     read = ManifestSource.read
-    monkeypatch.setattr(ManifestSource, "read", lambda self, **options: (calls.append(self), read(self, **options))[1])
+
+    def recorded(source: ManifestSource, **options: Any) -> EncodedSource:
+        calls.append(source)
+        return read(source, **options)
+
+    monkeypatch.setattr(ManifestSource, "read", recorded)
     compare(run, method=["joint"], controls=False)
     assert len(calls) == 1
 
@@ -204,7 +216,19 @@ def test_cells_of_other_settings_code_or_data_are_refused(done: Path, monkeypatc
 
 
 def test_one_seed_has_no_verdict_and_prints_it(run: Path) -> None:
-    words = ["compare", "--run", run, "--manifest", "all", "--method", "joint", "--method", "sum", "--seeds", "1"]
+    words: list[str | Path] = [
+        "compare",
+        "--run",
+        run,
+        "--manifest",
+        "all",
+        "--method",
+        "joint",
+        "--method",
+        "sum",
+        "--seeds",
+        "1",
+    ]
     settings = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
     result = mmaudit_cli(*words, *settings, "--no-controls", "--num-workers", "0", "--quiet")
     assert result.exit_code == 0, result.output
@@ -273,6 +297,15 @@ def test_data_without_test_samples_are_refused(without_test: Path) -> None:
         ManifestError, match="no common test samples: where the data have none, mmaudit split --resplit"
     ):
         compare(without_test, manifest=["all"])
+
+
+def test_numbers_and_label_sets_are_refused(tmp_path: Path) -> None:
+    pq.write_table(gaussian_table(num_samples=90), tmp_path / "data.parquet")
+    options: dict[str, Any] = {"repeats": 1, "num_workers": 0, "progress": False}
+    mmaudit.score(tmp_path / "data.parquet", run=tmp_path / "run", settings={"data.task": "regression"}, **options)
+    mmaudit.split(run=tmp_path / "run", subset="most-balanced:100%", name="all")
+    with pytest.raises(ManifestError, match="compare needs classes.* the task of the scores is regression"):
+        compare(tmp_path / "run", manifest=["all"])
 
 
 def test_manifests_of_other_splits_are_refused(run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from mmaudit.cli.console import (
     print_status,
     print_text,
 )
+from mmaudit.cli.training import FinetuneResult
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\rname\nerror: forged\x9b31m\u202egnp.exe\u2028next\x00\ud800"
 
@@ -165,8 +167,12 @@ def test_tables_align_names_of_any_length_and_script(capsys: pytest.CaptureFixtu
         "chance": {"uniform": 0.25, "majority": 0.3},
         "test": {name: {"n": int(name != "empty"), "branches": branches} for name in subsets},
     }
-    print_finetune(metrics)
-    first, *table, _ = capsys.readouterr().out.splitlines()
+    result = FinetuneResult(
+        name="all-concat", folder=Path("run/finetune/all-concat"), accuracy=0.5, value=0.5, metrics=metrics
+    )
+    print_finetune(result)
+    first, *table, _, folder = capsys.readouterr().out.splitlines()
+    assert folder == "fine-tuning: run/finetune/all-concat"
     assert first.endswith("guessing: uniform 0.250, majority 0.300")
     assert len({cell_len(line) for line in table}) == 1
     assert len({line[:40] for line in table}) == len(table)  # cut names remain distinct

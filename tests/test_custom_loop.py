@@ -266,7 +266,7 @@ def test_wrong_networks_and_settings_raise() -> None:
     model.num_features["image"] = 7
     with pytest.raises(TrainError, match=r"features of shape \(16, 8\), must be \(16, 7\)"):
         build("ogm", model).step(*data()[0])
-    with pytest.raises(ConfigError, match="--balancing ogmge: did you mean ogm-ge"):
+    with pytest.raises(ConfigError, match="--balancing ogmge: no such name; did you mean ogm-ge"):
         build("ogmge", Net())
     with pytest.raises(ConfigError, match=r"no config key balancing\.ogm\.alfa"):
         build("ogm", Net(), settings={"balancing.ogm.alfa": 1.0})

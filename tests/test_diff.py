@@ -197,6 +197,7 @@ def test_largest_changes_come_first_after_missing_values(tmp_path: Path) -> None
         count=4, largest=0.5, mean=0.3125, correlation=None, first=first
     )
     assert diff_manifests(a, b, limit=2).shifted["gap"].first == first[:2]
+    assert "gap: 4 differ, largest change: d, 0 in A and none in B" in diff_manifests(a, b).lines()
     assert diff_manifests(a, b, tolerance=0.3).shifted["gap"].count == 3
 
 

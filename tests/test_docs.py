@@ -272,6 +272,16 @@ def test_readme_counts_the_methods() -> None:
     assert re.findall(r"\[(\d+) balancers\]", text) == [str(len(BALANCERS))]
 
 
+def test_sections_of_the_report_are_explained_by_their_names_in_their_order() -> None:
+    folder = ROOT / "cli" / "report"
+    page = (folder / "report.html.jinja").read_text(encoding="utf-8")
+    page = page.replace('{% include "manifests.html.jinja" %}', (folder / "manifests.html.jinja").read_text("utf-8"))
+    guide = (DOCS / "howto" / "report.md").read_text(encoding="utf-8")
+    headings = re.findall(r"<h2>(.*)</h2>", page)
+    assert re.findall(r"^\*\*(.+?)\.\*\*", guide, flags=re.MULTILINE) == ["Headline", *headings]
+    assert len(headings) == 11
+
+
 def test_use_in_the_readme_ends_within_two_screens() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert lines.index("## Use") < 25

@@ -384,9 +384,9 @@ def test_workers_import_function_from_current_folder(module: str, clip_source: P
     assert read_arrow(tasks[0].file(dataset.modalities[1])).num_rows == 8
 
 
-def test_readme_states_the_signature_of_functions() -> None:
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    (signature,) = re.findall(r"`function\((.*)\) -> \(d,\)`", readme)
+def test_guide_states_the_signature_of_functions() -> None:
+    guide = (Path(__file__).resolve().parents[1] / "docs" / "howto" / "encoders.md").read_text(encoding="utf-8")
+    (signature,) = re.findall(r"`function\((.*)\) -> \(d,\)`", guide)
     assert signature.split(", ") == list(inspect.signature(call_function).parameters)[2:]
 
 

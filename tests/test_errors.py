@@ -26,6 +26,18 @@ def test_errors_derive_from_mmaudit_error_and_can_be_pickled(kind: type[errors.M
     assert (type(unpickled), str(unpickled)) == (kind, "what, where, the mend")
 
 
+def test_names_that_are_cut_alike_keep_what_differs() -> None:
+    def cut(name: str) -> str:
+        return name if len(name) <= 9 else f"{name[:2]}…{name[-6:]}"
+
+    def cut_all(*names: str) -> list[str]:
+        return errors.cut_distinct(names, cut=cut, fits=lambda text: len(text) <= 9)
+
+    assert cut_all("audio", "spectrogram of the left", "audio") == ["audio", "sp…e left", "audio"]
+    assert cut_all("mel_left_at_16_kHz", "mel_righ_at_16_kHz") == ["m…left…z", "m…righ…z"]
+    assert cut_all("x" * 30 + "a" * 10 + "x" * 30, "x" * 70) == ["aa…aaaaaa", "xx…xxxxxx"]
+
+
 @pytest.mark.parametrize(
     ("name", "names", "message"),
     [

@@ -34,7 +34,7 @@ from mmaudit.train.evaluate import (
     evaluate_file,
     evaluate_network,
     measure_contribution,
-    predict_probabilities,
+    predict,
     subsets,
 )
 from mmaudit.train.examples import Examples
@@ -229,7 +229,7 @@ def test_evaluate_file_repeats_the_metrics_of_training(tmp_path: Path, answer: s
         device="cpu",
     )
     assert result.pop("n") == 40
-    assert result == {name: metrics[name] for name in ("answer", "test", "test_by_class", "contribution")}
+    assert result == {name: metrics[name] for name in ("task", "answer", "test", "test_by_class", "contribution")}
     assert result["answer"] == answer
 
 
@@ -237,8 +237,8 @@ def test_metrics_are_of_the_given_rows(tmp_path: Path) -> None:
     examples = make_examples(160, noise=2.0)
     fine_tune(examples, tmp_path)
     reader, rows = reader_of(examples, tmp_path), np.array([5, 77, 31, 140])
-    branch_probabilities = predict_probabilities(reader, rows, examples.modalities)
-    all_probabilities = predict_probabilities(reader, np.arange(160), examples.modalities)
+    branch_probabilities = predict(reader, rows, examples.modalities)
+    all_probabilities = predict(reader, np.arange(160), examples.modalities)
     for branch, probabilities in branch_probabilities.items():
         assert probabilities.shape == (4, 4)
         np.testing.assert_allclose(probabilities, all_probabilities[branch][rows], atol=1e-6)
@@ -271,8 +271,10 @@ def test_samples_of_other_modalities_inputs_or_classes_raise(tmp_path: Path, fie
         "classes": replace(config, classes=("a", "b", "c", "e")),
     }
     save_model(load_model(path), path, about=asdict(changed[field_name]))
-    with pytest.raises(ManifestError, match=f"was trained on other {field_name}"):
+    with pytest.raises(ManifestError, match=f"was trained on other {field_name}") as raised:
         evaluate_file(path, examples, split="test", between="audio:visual", config=QUICK, seed=0, device="cpu")
+    if field_name == "modalities":
+        assert str(raised.value).endswith("modalities: audio, touch; the samples have audio, visual")
 
 
 CorrectBySet = dict[frozenset[int], NDArray[np.bool_]]

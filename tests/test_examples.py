@@ -358,5 +358,5 @@ def test_only_selects_one_modality(write: Write) -> None:
     visual = examples.only("visual")
     assert (visual.modalities, visual.shapes) == (("visual",), ((2,),))
     np.testing.assert_array_equal(read_all(visual.inputs[0]), read_all(examples.inputs[1]))
-    with pytest.raises(ConfigError, match="--only vizual: did you mean visual"):
+    with pytest.raises(ConfigError, match="--only vizual: no such modality; did you mean visual"):
         examples.only("vizual")

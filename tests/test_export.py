@@ -228,7 +228,7 @@ def test_folder_of_other_files_is_never_overwritten(manifest: Path, tmp_path: Pa
 
 
 def test_invalid_arguments_raise(manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--format cvs: did you mean csv\? \(available: csv, jsonl"):
+    with pytest.raises(ConfigError, match=r"--format cvs: no such name; did you mean csv\? \(available: csv, jsonl"):
         export(manifest, tmp_path / "x", format="cvs")
     with pytest.raises(ConfigError, match="is the manifest itself"):
         export(manifest, manifest, format="csv", overwrite=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import logging
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
@@ -24,7 +26,6 @@ from mmaudit.cli.report.drawing import (
     INK,
     WIDTH,
     canvas,
-    fit,
     fit_names,
     font_families,
     palette,
@@ -32,7 +33,7 @@ from mmaudit.cli.report.drawing import (
     text_colour,
     text_width,
 )
-from mmaudit.cli.report.figures import build_figures, draw
+from mmaudit.cli.report.figures import build_figures, coloured_names, draw
 from mmaudit.cli.report.findings import class_numbers, discrepancies, gaps, maps, training
 from mmaudit.cli.report.outcome_figures import draw_finetune, draw_manifest
 
@@ -90,6 +91,9 @@ def finetune_of(branches: tuple[str, ...]) -> dict[str, Any]:
         "name": "one",
         "branches": [*branches, "fused"],
         "subsets": [{"name": name, "n": 12_345, "branches": [metrics] * (len(branches) + 1)} for name in names],
+        "task": "classification",
+        "metric": "accuracy",
+        "metric_name": "accuracy",
         "chance": {"uniform": 0.25, "majority": 0.3},
         "best_epoch": 2,
         "history": {"epoch": [1, 2], "train_loss": [2.0, 1.0], "validation_loss": [2.0, None]},
@@ -266,6 +270,41 @@ def test_legends_name_every_branch_and_both_levels_of_guessing() -> None:
     assert {"_hidden", "$x$", "audio", "fused", "uniform 0.250", "majority 0.300"} <= set(names)
 
 
+@pytest.mark.parametrize(
+    ("task", "metric", "measured", "chance"),
+    [
+        ("multilabel", "map", {"map": 0.6}, {"constant": 0.2}),
+        ("regression", "mae", {"mae": 12.5, "mae_low": 11.0, "mae_high": 14.0}, {"median": 20.0, "mean": 21.0}),
+        ("multilabel", "map", {"map": None}, {"constant": 0.0}),
+    ],
+)
+def test_metric_of_the_task_is_drawn(
+    task: str, metric: str, measured: dict[str, float | None], chance: dict[str, float]
+) -> None:
+    finetune = finetune_of(("audio", "visual")) | {"task": task, "metric": metric, "metric_name": metric.upper()}
+    finetune |= {"chance": chance, "subsets": [{"name": "all", "n": 9, "branches": [measured] * 3}]}
+    with canvas():
+        figure = draw_finetune(finetune, palette(("audio", "visual")))
+        boxes_of(figure)
+        names = {text.get_text().strip() for legend in figure.findobj(Legend) for text in legend.get_texts()}
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == f"{metric.upper()} on test samples"
+    assert {f"{name} {level:.3f}" for name, level in chance.items()} <= names
+    low, high = axes.get_xlim()
+    assert low == 0
+    assert high == 1 if task == "multilabel" else high > 20
+
+
+def test_losses_of_a_single_epoch_are_drawn_at_a_whole_number() -> None:
+    numbers = finetune_of(("audio", "visual"))
+    numbers |= {"best_epoch": 1, "history": {"epoch": [1], "train_loss": [2.0], "validation_loss": [1.5]}}
+    with canvas():
+        figure = draw_finetune(numbers, palette(("audio", "visual")))
+        shown = [label.get_text() for label in shown_ticks(figure.axes[1].xaxis) if label in boxes_of(figure)]
+    assert shown == ["0", "1", "2"]
+    assert {line.get_marker() for line in figure.axes[1].lines if line.get_label() != "kept"} == {"o"}
+
+
 def test_training_maps_end_where_the_samples_end() -> None:
     numbers = numbers_of(uniform(3), names=("a", "b", "c"))
     for modality in numbers["training"]:
@@ -287,6 +326,44 @@ def test_names_that_are_cut_remain_distinct() -> None:
         assert all(text_width(text, size=9) <= 1.5 for text in cut)
         assert fit_names(["audio", "visual", "audio"], 1.5) == ["audio", "visual", "audio"]
         assert len(set(fit_names(["x" * 90 + "y" * n for n in range(9)], 0.5))) == 9
+
+
+@pytest.mark.parametrize("num_modalities", [2, 3, 4])
+def test_every_name_in_a_figure_belongs_to_one_modality(num_modalities: int) -> None:
+    """Names that differ in their middle only were cut alike on the two sides of a histogram, and between maps."""
+    names = tuple(f"log_mel_spectrogram_of_microphone_{letter * 4}_at_16_kHz" for letter in "abcd"[:num_modalities])
+    with canvas():
+        figures = build_figures(numbers_of(uniform(num_modalities), names=names))
+        figures["manifest"] = draw_manifest(manifest_of([5] * 10, between=":".join(names[:2])), palette(names))
+        for title, figure in figures.items():
+            texts = {text.get_text() for text in figure.findobj(Text) if "…" in text.get_text()}
+            assert all(any(letter * 2 in text for letter in "abcd") for text in texts), (title, texts)
+            sides = [text for text in texts if "←" in text or "→" in text]
+            assert len({text.strip("←→ ") for text in sides}) == len(sides), (title, sides)
+
+
+def test_ticks_of_neighbouring_panels_are_apart() -> None:
+    for num_modalities in (2, 3, 6):
+        names = tuple("abcdef"[:num_modalities])
+        with canvas():
+            figures = build_figures(numbers_of(uniform(num_modalities), names=names))
+            for title in ("training", "discrepancy", "maps"):
+                boxes = boxes_of(figures[title])
+                shown = [axes for axes in figures[title].axes if axes.get_visible()]
+                ticks = [[boxes[tick] for tick in shown_ticks(axes.xaxis) if tick in boxes] for axes in shown]
+                for first, second in pairwise(ticks):
+                    if first and second and second[0].x0 > first[0].x0:
+                        assert second[0].x0 - first[-1].x1 >= 10, title
+
+
+def test_branches_of_other_data_have_colours_of_their_own() -> None:
+    numbers = numbers_of(uniform(2), names=("audio", "visual"))
+    numbers["finetunes"] = [finetune_of(("audio", "text", "touch"))]
+    assert coloured_names(numbers) == ["audio", "visual", "text", "touch"]
+    with canvas():
+        legend = build_figures(numbers)["finetune-one"].legends[0]
+        shades = [handle.get_color() for handle in legend.findobj(Line2D) if handle.get_marker() == "o"]
+    assert {to_hex(shade) for shade in shades} == {COLOURS[0], COLOURS[2], COLOURS[3], INK}
 
 
 def test_text_colours_have_the_contrast_of_text() -> None:
@@ -333,5 +410,4 @@ def test_a_font_that_covers_a_script_is_used(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_names_from_right_to_left_keep_the_order_of_their_label() -> None:
     with canvas():
-        assert fit("صوت", 2, template="← {} alone") == "← \u200eصوت\u200e alone"
-        assert fit("audio", 2, template="← {} alone") == "← audio alone"
+        assert fit_names(["صوت", "audio"], 2) == ["\u200eصوت\u200e", "audio"]

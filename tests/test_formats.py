@@ -377,7 +377,7 @@ def test_named_reader_that_does_not_fit_is_reported(json_array: Path) -> None:
     for reader in ("json-array", "tars"):
         with pytest.raises(DatasetError, match=f"is not of the format that data.reader = '{reader}' reads"):
             open_dataset(json_array.parent, DataConfig(reader=reader))
-    with pytest.raises(ConfigError, match=r"data\.reader json-aray: did you mean json-array\?"):
+    with pytest.raises(ConfigError, match=r"data\.reader json-aray: no such name; did you mean json-array\?"):
         open_dataset(json_array, DataConfig(reader="json-aray"))
     with pytest.raises(ConfigError, match=r"data\.reader broken: json_array:plan_none cannot be loaded"):
         open_dataset(json_array, DataConfig(reader="broken"))

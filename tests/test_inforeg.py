@@ -130,7 +130,7 @@ def test_state_within_and_between_epochs() -> None:
         balancer.step(batch)
     for name, weight in method.net.state_dict().items():
         assert torch.equal(weight, resumed.net.state_dict()[name])
-    method.end_epoch(1, Validation(loss=0.0, accuracy=0.0, unimodal_loss=(), unimodal_accuracy=()))
+    method.end_epoch(1, Validation(loss=0.0, metric=0.0, unimodal_loss=(), unimodal_metric=()))
     assert method.state_dict()["start"] == [[], []]
     for epoch in range(2, 30):
         begin_epoch(method, epoch)

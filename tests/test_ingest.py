@@ -263,7 +263,7 @@ def test_missing_list_raises_error(tree: Callable[[str], Path], name: str) -> No
 
 
 def test_unknown_adapter_suggests_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ingest crema-d: did you mean cremad\? \(available: cremad, ave, "):
+    with pytest.raises(ConfigError, match=r"ingest crema-d: no such name; did you mean cremad\? \(available: "):
         ingest("crema-d", tmp_path)
 
 

@@ -25,7 +25,7 @@ from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.hashing import digest
-from mmaudit.audit.media import files as media_file
+from mmaudit.audit.media import media_file
 from mmaudit.audit.media.audio import decode_audio, has_sound
 from mmaudit.audit.media.container import missing_bytes
 from mmaudit.audit.media.files import (

@@ -268,7 +268,7 @@ def test_few_distinct_gaps_are_refused() -> None:
     """Every atom is a mode to the dip: gaps of two or four values were called bimodal always."""
     for atoms in ([0.0, 1.0], [0.0, 0.3, 0.6, 0.9]):
         mixture = fit_mixture(np.repeat(atoms, 2_000 // len(atoms)), config=CONFIG, seed=0)
-        assert f"the gap has {len(atoms)} distinct values, 50 needed" in mixture.reasons
+        assert f"{len(atoms)} distinct values of the gap, at least 50 required" in mixture.reasons
     rng = np.random.default_rng(0)
     rounded = np.concatenate([rng.normal(0.2, 0.05, 500), rng.normal(0.8, 0.05, 500)]).clip(0, 1)
     assert fit_mixture(rounded.round(2), config=CONFIG, seed=0).bimodal  # 62 distinct values
@@ -330,4 +330,4 @@ def test_small_component_is_not_a_group() -> None:
     rng = np.random.default_rng(0)
     gap = np.concatenate([np.abs(rng.normal(0.1, 0.05, 9_700)), rng.normal(0.8, 0.02, 300)])
     mixture = fit_mixture(gap, config=CONFIG, seed=0)
-    assert mixture.reasons == ("the smaller weight 0.030 is below 0.05",)
+    assert mixture.reasons == ("smaller weight 0.030, at least 0.05 required",)

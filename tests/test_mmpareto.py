@@ -21,7 +21,7 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing.mmpareto import MmPareto, MmParetoConfig, combine_gradients
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
+from mmaudit.train.network import FusionNet, ModelConfig, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def weight_changes(balancer: MmPareto, batch: Batch) -> dict[str, Tensor]:
 def loss_gradients(balancer: MmPareto, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the gradients of the fused loss and of the sum of unimodal losses."""
     net = copy.deepcopy(balancer.net)
-    fused, unimodal = cross_entropies(net(batch.inputs, batch.present), batch.label)
+    fused, unimodal = separate_losses(net(batch.inputs, batch.present), batch.label)
     trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
     results = []
     for loss in ((fused * batch.loss_weight[0]).sum(), (unimodal * batch.loss_weight[1:]).sum()):
@@ -213,7 +213,7 @@ def test_seeds_include_conflicting_and_agreeing_gradients() -> None:
 
 def test_step_returns_the_detached_sum_of_losses() -> None:
     balancer, batch = build_mmpareto(), make_batch()
-    fused, unimodal = cross_entropies(balancer.net(batch.inputs), batch.label)
+    fused, unimodal = separate_losses(balancer.net(batch.inputs), batch.label)
     _, loss = balancer.step(batch)
     assert float(loss) == pytest.approx(float((torch.cat([fused[None], unimodal]) * batch.loss_weight).sum().detach()))
     assert not loss.requires_grad

@@ -14,7 +14,7 @@ from mmaudit.train.balancing.balancer import Validation
 from mmaudit.train.balancing.mses import Mses, MsesConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
+from mmaudit.train.network import FusionNet, ModelConfig, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
 torch.set_num_threads(1)
@@ -48,7 +48,7 @@ def end_epochs(balancer: Mses, *losses: tuple[float, float]) -> list[tuple[bool,
     frozen = []
     for epoch, unimodal_loss in enumerate(losses, start=1):
         balancer.end_epoch(
-            epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=unimodal_loss, unimodal_accuracy=(0.5, 0.5))
+            epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=unimodal_loss, unimodal_metric=(0.5, 0.5))
         )
         frozen.append((balancer.optimization.frozen[0], balancer.optimization.frozen[1]))
     return frozen
@@ -109,7 +109,7 @@ def test_encoders_frozen_from_the_start_stay_frozen() -> None:
 def losses_of(balancer: Mses, batch: Batch) -> tuple[float, list[float], Tensor]:
     balancer.net.eval()
     outputs = balancer.net(batch.inputs, batch.present)
-    fused, unimodal = cross_entropies(outputs, batch.label)
+    fused, unimodal = separate_losses(outputs, batch.label)
     means = batch.mean_unimodal(unimodal).tolist()
     return float(batch.mean_fused(fused).detach()), means, balancer.loss(outputs, batch).detach()
 
@@ -168,9 +168,7 @@ def test_smoothed_criterion_by_hand() -> None:
 
 
 def end_epochs_from(balancer: Mses, epoch: int, unimodal_loss: tuple[float, float]) -> None:
-    balancer.end_epoch(
-        epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=unimodal_loss, unimodal_accuracy=(0.5, 0.5))
-    )
+    balancer.end_epoch(epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=unimodal_loss, unimodal_metric=(0.5, 0.5)))
 
 
 def weights_of(balancer: Mses) -> dict[str, Tensor]:

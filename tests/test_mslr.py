@@ -18,7 +18,7 @@ from mmaudit.train.balancing.mslr import Mslr, MslrConfig, accuracy_factor, dyna
 from mmaudit.train.batches import Loss, OutputFunction
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.methods import list_unused, resolve
-from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
 torch.set_num_threads(1)
@@ -70,9 +70,7 @@ def rates_of_epoch(balancer: Mslr, epoch: int) -> list[float]:
 def end_epoch(balancer: Mslr, epoch: int, *remaining: float) -> None:
     """End an epoch with unimodal losses that are these shares of the initial ones."""
     unimodal_loss = tuple(share * initial for share, initial in zip(remaining, INITIAL_LOSSES, strict=True))
-    balancer.end_epoch(
-        epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=unimodal_loss, unimodal_accuracy=(0.5, 0.5))
-    )
+    balancer.end_epoch(epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=unimodal_loss, unimodal_metric=(0.5, 0.5)))
 
 
 def test_keep_uses_the_configured_factors() -> None:
@@ -151,7 +149,7 @@ def test_loss_of_0_stays_within_bounds() -> None:
 def test_loss_is_the_sum_of_all_losses() -> None:
     balancer = build_mslr("dynamic")
     batch = draw_batch([0, 1, 2], present=[[True, True], [False, True], [True, False]])
-    fused, unimodal = cross_entropies(balancer.net(batch.inputs, batch.present), batch.label)
+    fused, unimodal = separate_losses(balancer.net(batch.inputs, batch.present), batch.label)
     expected = fused.mean() + unimodal[0, [0, 2]].mean() + unimodal[1, [0, 1]].mean()
     _, loss = balancer.step(batch)
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -178,7 +176,7 @@ def test_accuracy_mode_by_hand() -> None:
         if epoch <= len(ACCURACIES):
             accuracy = (ACCURACIES[epoch - 1], 0.25)
             balancer.end_epoch(
-                epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=(1.0, 1.0), unimodal_accuracy=accuracy)
+                epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=(1.0, 1.0), unimodal_metric=accuracy)
             )
     assert [audio for audio, *_ in rates] == pytest.approx([0.9 * ratio for ratio in RATIOS])
     assert [visual for _, visual, _ in rates] == pytest.approx([1.1] * 8)  # its accuracy does not change
@@ -195,7 +193,7 @@ def test_accuracy_mode_resumes() -> None:
     for epoch, accuracy in enumerate(ACCURACIES[:6], start=1):
         original.begin_epoch(epoch, InitialLosses(original.net))
         original.end_epoch(
-            epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=(1.0, 1.0), unimodal_accuracy=(accuracy, 0.5))
+            epoch, Validation(loss=1.0, metric=0.5, unimodal_loss=(1.0, 1.0), unimodal_metric=(accuracy, 0.5))
         )
     resumed.load_state_dict(original.state_dict())
     assert rates_of_epoch(resumed, 7) == pytest.approx([1.5, 1, 1])
@@ -204,7 +202,7 @@ def test_accuracy_mode_resumes() -> None:
 def test_without_unimodal_terms_the_loss_is_the_fused_one() -> None:
     balancer, batch = build_mslr("accuracy", unimodal_weight=0.0), draw_batch([0, 1, 2])
     outputs = balancer.net(batch.inputs)
-    expected = cross_entropies(outputs, batch.label)[0].mean()
+    expected = separate_losses(outputs, batch.label)[0].mean()
     assert float(balancer.loss(outputs, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 

@@ -14,7 +14,15 @@ from torch.nn import functional
 from training import select_rows
 
 from mmaudit.train import FUSIONS
-from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies, cross_entropy, initialise_xavier
+from mmaudit.train.network import (
+    FusionNet,
+    ModelConfig,
+    Outputs,
+    correct_by_set,
+    cross_entropy,
+    initialise_xavier,
+    separate_losses,
+)
 
 torch.set_num_threads(1)
 
@@ -170,7 +178,7 @@ def test_fused_logits_alone_equal_those_with_unimodal_logits(fusion: str, own_he
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_gradients_reach_every_parameter(fusion: str) -> None:
     net = build_net(fusion=fusion)
-    fused, unimodal = cross_entropies(net(random_inputs()), torch.arange(11) % 6)
+    fused, unimodal = separate_losses(net(random_inputs()), torch.arange(11) % 6)
     for name, grad in gradients(net, fused.mean() + unimodal.mean()).items():
         assert grad is not None, name
         assert grad.abs().max() > 1e-7, name
@@ -232,10 +240,10 @@ def test_confidence_is_the_probability_of_the_true_class() -> None:
 
 def test_cross_entropies_are_minus_log_confidence() -> None:
     outputs, label = build_net()(random_inputs()), torch.arange(11) % 6
-    fused, unimodal = cross_entropies(outputs, label)
+    fused, unimodal = separate_losses(outputs, label)
     torch.testing.assert_close(torch.cat([fused[None], unimodal]).detach(), -outputs.confidence(label).log())
     half = Outputs(outputs.fused.bfloat16(), outputs.unimodal.bfloat16(), outputs.features)
-    assert [losses.dtype for losses in cross_entropies(half, label)] == [torch.float32] * 2
+    assert [losses.dtype for losses in separate_losses(half, label)] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("shape", [(11, 6), (3, 11, 6), (2, 3, 11, 6), (3, 0, 6)])
@@ -266,3 +274,56 @@ def test_xavier_initialisation_has_the_published_variances_and_no_bias() -> None
     assert convolution.weight.var().item() == pytest.approx(2 / (64 * 9), rel=0.05)  # He, fan out
     assert not linear.bias.any()
     assert (normalisation.weight == 1).all()
+
+
+def output_net(task: str, *, classes: tuple[str, ...] = ("x", "y"), loss: str = "l1") -> FusionNet:
+    config = ModelConfig(
+        modalities=("a", "b"), shapes=((3,), (3,)), classes=classes, task=task, regression_loss=loss, own_heads=True
+    )
+    return FusionNet(config)
+
+
+def test_loss_of_label_sets_is_the_mean_binary_cross_entropy() -> None:
+    logits, target = torch.tensor([[0.5, -2.0], [1.0, 3.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    p = torch.sigmoid(logits)
+    expected = -(target * p.log() + (1 - target) * (1 - p).log()).mean(dim=1)
+    net = output_net("multilabel")
+    torch.testing.assert_close(net.loss_of(logits, target), expected)
+    torch.testing.assert_close(net.loss_of(torch.stack([logits, -logits]), target)[0], expected)
+    torch.testing.assert_close(net.predict(logits), p)
+    outputs = Outputs(logits, logits[None], (), net.loss_of)
+    likelihood = torch.where(target > 0, p, 1 - p).prod(dim=1).sqrt()  # geometric mean of two labels
+    torch.testing.assert_close(outputs.confidence(target)[0], likelihood)
+
+
+@pytest.mark.parametrize("loss", ["l1", "mse"])
+def test_loss_of_numbers_is_the_error_in_standard_deviations(loss: str) -> None:
+    net = output_net("regression", classes=("number",), loss=loss)
+    target = torch.tensor([[10.0], [14.0], [18.0]])
+    net.standardise_target(target)
+    logits, scale = torch.tensor([[0.5], [-1.0], [2.0]]), math.sqrt(32 / 3)
+    predicted = logits * scale + 14
+    torch.testing.assert_close(net.predict(logits), predicted)
+    error = ((predicted - target) / scale).squeeze(1)
+    torch.testing.assert_close(net.loss_of(logits, target), error.abs() if loss == "l1" else error**2)
+    assert {"target_mean", "target_scale"} <= net.state_dict().keys()
+    assert not {"target_mean", "target_scale"} & output_net("classification").state_dict().keys()
+
+
+def test_constant_target_keeps_its_scale() -> None:
+    net = output_net("regression", classes=("number",))
+    net.standardise_target(torch.full((5, 1), 0.1))
+    assert float(net.target_scale) == 1.0
+
+
+def test_values_of_sets_follow_the_task() -> None:
+    inputs = tuple(torch.randn(6, 3) for _ in range(2))
+    for task, target in (("multilabel", (torch.rand(6, 2) > 0.5).float()), ("regression", torch.randn(6, 1))):
+        net = output_net(task, classes=("x", "y")[: target.shape[1]]).eval()
+        outputs = net(inputs)
+        values = correct_by_set(net, [frozenset({0, 1})])(outputs, target)[0]
+        if task == "multilabel":
+            expected = ((outputs.fused > 0) == (target > 0)).float().mean(dim=1)
+        else:
+            expected = -(outputs.fused - target).abs().squeeze(1)
+        torch.testing.assert_close(values, expected)

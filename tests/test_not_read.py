@@ -78,6 +78,7 @@ def test_name_of_the_modality_is_that_of_the_column() -> None:
 def test_scalars_share_one_line() -> None:
     entries = not_read(age=[3, 4], speaker=["a", "b"], when=["2020-01-01"] * 2, ratio=[0.5, None], label=[1, 2])
     assert entries == [("age, speaker, when, ratio", "numbers, dates or short texts", "no modality")]
+    assert not_read(__index_level_0__=[3, 4], label=[1, 2]) == []  # the index of a pandas frame
 
 
 @pytest.mark.parametrize(

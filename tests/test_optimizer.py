@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.config import OPTIMIZERS, OptimConfig
-from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
+from mmaudit.train.network import FusionNet, ModelConfig, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization, local_device, open_distributed
 
 torch.set_num_threads(1)
@@ -164,7 +164,7 @@ def random_inputs(step: int = 0) -> list[Tensor]:
 
 
 def loss_of(net: FusionNet, step: int = 0) -> Tensor:
-    fused, unimodal = cross_entropies(net(random_inputs(step)), LABEL)
+    fused, unimodal = separate_losses(net(random_inputs(step)), LABEL)
     return fused.mean() + unimodal.mean(dim=1).sum()
 
 
@@ -339,7 +339,7 @@ def test_frozen_encoder_is_not_updated() -> None:
 def test_gradients_equal_autograd_and_change_nothing() -> None:
     net = build_net(own_heads=True)
     optimization, parameters = build_optimization(net), list(net.parameters())
-    unimodal = cross_entropies(net(random_inputs()), LABEL)[1]
+    unimodal = separate_losses(net(random_inputs()), LABEL)[1]
     grads = optimization.gradients(unimodal[0].mean(), parameters)
     expected = torch.autograd.grad(unimodal[0].mean(), parameters, retain_graph=True, allow_unused=True)
     for grad, expected_grad, parameter in zip(grads, expected, parameters, strict=True):
@@ -444,7 +444,7 @@ def test_random_numbers_follow_from_the_step_seed() -> None:
 SCRIPT = """
 import json, torch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.network import ModelConfig, FusionNet, cross_entropies
+from mmaudit.train.network import ModelConfig, FusionNet, separate_losses
 from mmaudit.train.optimizer import Optimization
 from mmaudit.train.optimizer import open_distributed
 
@@ -464,7 +464,7 @@ with open_distributed("cpu") as context:
     def loss():
         with update.autocast():
             rows = [each[mine][present[mine, j]] for j, each in enumerate(inputs)]
-            fused, own = cross_entropies(net(rows, present[mine]), label[mine])
+            fused, own = separate_losses(net(rows, present[mine]), label[mine])
         return fused.sum() / 11 + own[0].sum() / 11
 
     asked = [g.double().norm().item() for g in update.gradients(loss(), list(net.parameters()))]

@@ -169,7 +169,7 @@ def test_unknown_key_in_a_preset_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"--preset ogmge-cremad: did you mean ogm-ge-cremad\?"):
+    with pytest.raises(ConfigError, match=r"--preset ogmge-cremad: no such preset; did you mean ogm-ge-cremad\?"):
         load_config(preset="ogmge-cremad")
 
 

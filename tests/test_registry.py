@@ -46,7 +46,7 @@ def test_built_in_method_precedes_an_installed_one_of_its_name(installed: Path) 
 
 
 def test_unknown_and_broken_methods_are_config_errors(installed: Path) -> None:
-    with pytest.raises(ConfigError, match="--x extr: did you mean extra"):
+    with pytest.raises(ConfigError, match="--x extr: no such name; did you mean extra"):
         registry().load("extr")
     with pytest.raises(ConfigError, match=r"--x broken: t_plugin:absent cannot be loaded: AttributeError: .*absent"):
         registry().load("broken")

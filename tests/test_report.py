@@ -28,7 +28,7 @@ from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, Pro
 from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.audit.storage import read_json, write_json, write_parquet, write_text
 from mmaudit.cli.report.page import chance_levels, report_numbers, write_report
-from mmaudit.cli.report.verdict import breakable
+from mmaudit.cli.report.verdict import breakable, breakable_sentence
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.balanced import CURVE_TOLERANCES, BalancedConfig
 from mmaudit.rebalance.manifest import balance_path, dropped_path, read_dropped, read_manifest
@@ -442,6 +442,19 @@ def test_shortages_and_empty_bins_are_shown(tmp_path: Path) -> None:
     text = words(write_report(run))
     assert f"class class-2 has 3 samples in bin 9, [0.8, 1]; an even share is {shortage['even']:.0f}." in text
     assert "8 of 10 bins are empty before the split: [−1, 0), [0.2, 0.8)." in text
+    assert "A tolerance holds for each split over its own bins" not in text
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_why_a_curve_is_farther_from_uniform_than_its_tolerances_is_explained(tmp_path: Path) -> None:
+    scores = planted(num_samples=600)
+    is_test = np.array(scores.split == "test")
+    scores.confidence[is_test] = np.clip(scores.confidence[is_test], 0.3, 0.7)  # has bins near 0 only
+    run = run_of(tmp_path, scores)
+    split(run)
+    curve = manifest_of(run, "balanced")["balance"]["curve"]
+    assert curve[0]["distance"] > curve[0]["tolerance"] + 0.01
+    assert "A tolerance holds for each split over its own bins" in words(write_report(run))
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -500,6 +513,20 @@ def test_manifest_of_other_data_is_marked(full: Run) -> None:
     write_manifest(full, Recipe(subset="audio-preferred"), name="same", scores=full.folder / "other.parquet")
     of_this_run = {row["name"]: row["of_this_run"] for row in report_numbers(full)["manifests"]}
     assert of_this_run == {"audio-dominated-0.2": False, "balanced": False, "same": True}
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_finetune_on_other_data_is_marked_and_branches_have_the_order_of_the_run(full: Run) -> None:
+    file = full.finetune("balanced-concat") / "metrics.json"
+    metrics = read_json(file, error=RunError)
+    numbers = report_numbers(full)["finetunes"][0]
+    assert (numbers["branches"], numbers["of_this_run"]) == (["audio", "visual", "fused"], True)
+    for subset in filter(lambda subset: subset["n"], metrics["test"].values()):
+        subset["branches"] = {"zeta" if name == "audio" else name: row for name, row in subset["branches"].items()}
+    write_json({**metrics, "made_from": {"scores": {"fingerprint": "other"}}}, file)
+    numbers = report_numbers(full)["finetunes"][0]
+    assert (numbers["branches"], numbers["of_this_run"]) == (["visual", "zeta", "fused"], False)
+    assert "balanced (made from other data than this run)" in words(write_report(full))
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -610,7 +637,9 @@ def test_report_of_three_modalities(tmp_path: Path) -> None:
     assert [sum(row["counts"]) for row in numbers["discrepancy"]] == [400, 400, 400]
     assert numbers["share_without_leader"]["n"] == int((expected <= 0.2).all(axis=1).sum())
     assert len(numbers["maps"]) == 3
-    assert "text stands out most often" in words(write_report(run))
+    page = words(write_report(run))
+    assert "text stands out most often" in page
+    assert "All 3 pairs are shown." in page
 
 
 def test_groups_widen_intervals(tmp_path: Path) -> None:
@@ -677,11 +706,14 @@ def test_words_break_only_where_names_are_long() -> None:
     long = {
         "a class of several words": "a class of several words",
         "audio/speaker_01/clip.wav": "audio/<wbr>speaker_<wbr>01/<wbr>clip.<wbr>wav",
+        "audio-dominated-0.2": "audio-<wbr>dominated-<wbr>0.2",
         "x" * 60: "<wbr>".join(["x" * 24, "x" * 24, "x" * 12]),
     }
     for name, text in long.items():
         assert str(breakable(name)) == f'<span class="long">{text}</span>'
     assert breakable("-_/." * 9).striptags() == "-_/." * 9
+    sentence = "The samples lean towards log_mel_spectrogram"
+    assert str(breakable_sentence(sentence)) == "The samples lean towards log_<wbr>mel_<wbr>spectrogram"
 
 
 def test_tables_and_figures_scroll_in_their_own_box_and_never_break_words(reported: Run) -> None:

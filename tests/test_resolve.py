@@ -135,9 +135,9 @@ def test_mslr_keep_and_smooth_require_modality_rates(mode: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"fusion": "conct"}, r"--fusion conct: did you mean concat\? .*late"),
+        ({"fusion": "conct"}, r"--fusion conct: no such name; did you mean concat\? .*late"),
         ({"sampling": "bss"}, r"--sampling bss: .*bss-h"),
-        ({"balancing": "ogmge"}, r"--balancing ogmge: did you mean ogm-ge\? .*mmpareto"),
+        ({"balancing": "ogmge"}, r"--balancing ogmge: no such name; did you mean ogm-ge\? .*mmpareto"),
     ],
 )
 def test_unknown_method_raises_with_the_nearest(options: dict[str, Any], words: str) -> None:

@@ -14,7 +14,7 @@ from mmaudit.train.config import AugmentConfig, FinetuneConfig, OptimConfig
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"report_to": ("wandb", "tensorbord")}, r"--report-to tensorbord: did you mean tensorboard\?"),
+        ({"report_to": ("wandb", "tensorbord")}, r"--report-to tensorbord: no such name; did you mean tensorboard\?"),
         ({"epochs": 0}, "finetune.epochs is 0; it must be at least 1"),
         ({"batch_size": 0}, "finetune.batch_size is 0; it must be at least 1"),
         ({"hidden": 0}, "finetune.hidden is 0; it must be at least 1"),

@@ -91,7 +91,7 @@ def test_default_name_is_built_from_the_settings(run: Path, words: list[str], na
     [
         (["--sampling", "dus-h", "--balancing", "ogm"], "--balancing ogm has no unimodal loss that trains on them"),
         (["--balancing", "greedy", "--fusion", "concat"], "greedy does not support --fusion concat: it measures"),
-        (["--sampling", "bss"], "--sampling bss: did you mean bss-"),
+        (["--sampling", "bss"], "--sampling bss: no such name; did you mean bss-"),
         (["--set", "balancing.ogmm.alpha=1"], "no config key balancing.ogmm; did you mean balancing.ogm?"),
     ],
 )
@@ -270,15 +270,15 @@ def test_frozen_encoder_is_unchanged(run: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--balancing", "gbland"], "--balancing gbland: did you mean gblend?"),
-        (["--fusion", "gates"], "--fusion gates: did you mean gated?"),
+        (["--balancing", "gbland"], "--balancing gbland: no such name; did you mean gblend?"),
+        (["--fusion", "gates"], "--fusion gates: no such name; did you mean gated?"),
         (["--balancing", "greedy", "--fusion", "concat"], "it measures and cuts the cross-modal path"),
         (["--balancing", "mla", "--fusion", "late"], "it trains one classifier that all modalities share"),
         (["--sampling", "dus-h", "--balancing", "joint"], "--balancing joint has no unimodal loss that trains on them"),
         (["--only", "audio", "--balancing", "gmm"], "--balancing gmm needs at least 2"),
-        (["--only", "audoi"], "--only audoi: did you mean audio?"),
+        (["--only", "audoi"], "--only audoi: no such modality; did you mean audio?"),
         (["--init", "plan"], "no finished fine-tuning plan"),
-        (["--report-to", "tensorbord"], "--report-to tensorbord: did you mean tensorboard?"),
+        (["--report-to", "tensorbord"], "--report-to tensorbord: no such name; did you mean tensorboard?"),
         (["--set", "optim.schedule=linear"], "optim.schedule is 'linear'"),
         (["--set", "optim.modality_lr=['audio']"], "not of the form NAME=FACTOR"),
         (["--set", "optim.freeze=['sound']"], "no modality sound; the modalities are audio, visual"),

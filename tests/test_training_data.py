@@ -21,7 +21,7 @@ from mmaudit.train.checkpoint import run_identity
 from mmaudit.train.config import TrainConfig
 from mmaudit.train.examples import Examples, Store
 from mmaudit.train.methods import resolve
-from mmaudit.train.network import FusionNet, Outputs, cross_entropies
+from mmaudit.train.network import FusionNet, Outputs, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.training_data import NetworkReader, TrainingData, build_network, set_up, validate
 
@@ -41,7 +41,7 @@ def confidence(outputs: Outputs, label: Tensor) -> Tensor:
 
 
 def fused_loss(outputs: Outputs, batch: Batch) -> Tensor:
-    return batch.mean_fused(cross_entropies(outputs, batch.label)[0])
+    return batch.mean_fused(separate_losses(outputs, batch.label)[0])
 
 
 @pytest.mark.parametrize("resident_mib", [0, 10])
@@ -83,12 +83,12 @@ def test_validation_is_the_mean_over_validation_samples() -> None:
     with torch.no_grad():
         outputs = net([torch.from_numpy(inputs.read(rows)) for inputs in examples.inputs])
     label = torch.from_numpy(examples.label[rows])
-    fused, unimodal = cross_entropies(outputs, label)
+    fused, unimodal = separate_losses(outputs, label)
     assert validation.loss == pytest.approx(float(fused.mean()), rel=1e-5)
     assert validation.unimodal_loss == pytest.approx(unimodal.mean(dim=1).tolist(), rel=1e-5)
-    assert validation.accuracy == pytest.approx(float((outputs.fused.argmax(dim=1) == label).float().mean()))
+    assert validation.metric == pytest.approx(float((outputs.fused.argmax(dim=1) == label).float().mean()))
     expected = (outputs.unimodal.argmax(dim=2) == label).float().mean(dim=1)
-    assert validation.unimodal_accuracy == pytest.approx(expected.tolist())
+    assert validation.unimodal_metric == pytest.approx(expected.tolist())
 
 
 def test_train_copy_does_not_change_the_model() -> None:

@@ -103,7 +103,8 @@ def test_training_on_data_equals_that_on_a_manifest_of_all_samples(folder: Path)
 
 
 def test_report_names_no_manifest(trained: Path) -> None:
-    numbers = finetune_numbers(trained / "run/finetune/all-concat-uniform", Run(trained / "run"))
+    folder = trained / "run/finetune/all-concat-uniform"
+    numbers = finetune_numbers(folder, Run(trained / "run"), fingerprint="", modalities=("audio", "visual"))
     assert numbers["manifest"] is None
     assert numbers["manifest_is_unchanged"]
     assert [subset["name"] for subset in numbers["subsets"]] == ["all"]
@@ -135,7 +136,10 @@ def test_metrics_of_others_name_no_code_to_import(folder: Path) -> None:
         ([], "pass --manifest to train on a manifest, or --data to train on all samples"),
         (["--manifest", "all", "--label", "x"], "--label: a manifest's data are read as they were scored"),
         (["--data", "data.parquet", "--sampling", "bss-h"], "mmaudit score data.parquet --learn-from train --run"),
-        (["--data", "data.parquet", "--set", "data.task=regression"], "finetune requires task classification"),
+        (
+            ["--data", "data.parquet", "--task", "regression", "--balancing", "ogm"],
+            "--balancing ogm needs classes, and the task is regression: it compares the probabilities",
+        ),
         (["--data", "no-such-file"], "no-such-file"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmaudit.cli.report.verdict import verdict
+from mmaudit.cli.report.verdict import plain, probe_metric, verdict
 
 NAMES = ("audio", "image")
 
@@ -106,6 +106,32 @@ def test_nothing_can_be_read_where_no_probe_beats_the_prior() -> None:
         == 2
     )
     assert not verdict(numbers_of(0.3, beats_prior=(True, False)))["headline"].startswith("Nothing")
+
+
+def test_numbers_that_round_to_zero_have_no_sign() -> None:
+    assert [plain(value) for value in (-0.004, 0.0, -0.006, 1.0)] == ["0.00", "0.00", "−0.01", "1.00"]
+    assert probe_metric({"value": 0.003, "low": -0.0001, "high": 0.006}, "accuracy") == "0.3 [0.0, 0.6]"
+
+
+def test_a_warning_of_several_modalities_bounds_the_reliability_of_all() -> None:
+    rows = [{"modality": name, "r": r, "z": z} for name, r, z in (("audio", -0.02, -0.6), ("image", 0.04, 1.3))]
+    noise = {"num_rows": 300, "reason": "", "reliability": rows}
+    numbers = numbers_of(0.0, halves=noise)
+    numbers["discrepancy"] *= 2
+    numbers["discrepancy"] = [{**pair, "share_ahead": interval(0.4, 0.05)} for pair in numbers["discrepancy"]]
+    (text,) = [
+        text
+        for text in verdict({**numbers, "share_without_leader": interval(0.2, 0.1)})["warnings"]
+        if "halves" in text
+    ]
+    assert text.startswith("The discrepancies of single samples are not shown to be real for audio and image: by two")
+    assert "(r at most 0.04, z at most 1.3)" in text
+    (pair,) = [
+        text
+        for text in verdict(numbers_of(0.0, halves=noise | {"reliability": rows[:1]}))["warnings"]
+        if "halves" in text
+    ]
+    assert "(r = −0.02, z = −0.6)" in pair
 
 
 def test_the_reliability_is_stated_and_its_absence_warned_of() -> None:

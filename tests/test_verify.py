@@ -324,6 +324,8 @@ def test_kept_and_dropped_rows_add_up_to_the_scored(manifest: Path) -> None:
     write_json(numbers, balance_path(manifest))
     assert verify(manifest).passed
     assert "of 60 scored" in detail(verify(manifest), "complete")
+    write_json(numbers | {"scored": 61_000}, balance_path(manifest))
+    assert "of 61,000 scored" in detail(verify(manifest), "complete")
     write_json(numbers | {"scored": 61}, balance_path(manifest))
     assert failed(verify(manifest)) == {"complete"}
     write_json(numbers | {"digest": "0"}, balance_path(manifest))

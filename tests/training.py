@@ -56,6 +56,24 @@ def make_examples(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modali
     )
 
 
+def make_label_sets(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modalities: int = 2) -> Examples:
+    """Build label sets of the same samples: label "low" is in audio, "high" in visual, "both" in neither alone."""
+    examples = make_examples(n, noise=noise, seed=seed, num_modalities=num_modalities)
+    first, second = examples.label // 2, examples.label % 2
+    values = np.stack([first, second, first & second], axis=1).astype(np.float32)
+    return replace(examples, task="multilabel", values=values, class_names=("low", "high", "both"))
+
+
+def make_numbers(
+    n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modalities: int = 2, offset: float = 0.0, unit: float = 1.0
+) -> Examples:
+    """Build numbers of the same samples: offset + unit (2 a + b), a = -1 or 1 by audio, b by visual."""
+    examples = make_examples(n, noise=noise, seed=seed, num_modalities=num_modalities)
+    number = 2 * (2 * (examples.label // 2) - 1) + 2 * (examples.label % 2) - 1
+    values = (offset + unit * number[:, None]).astype(np.float32)
+    return replace(examples, task="regression", values=values, class_names=("number",))
+
+
 def with_options(config: TrainConfig = QUICK, **options: Any) -> TrainConfig:
     """Change settings by name, in the section finetune or optim that has them."""
     of_finetune = {name: value for name, value in options.items() if name in FinetuneConfig.__dataclass_fields__}

@@ -90,9 +90,10 @@ class Step:
 class Batch:
     """This process's part of a step on the device: b rows, m modalities.
 
-    rows (b,) among the training samples; label (b,); present (b, m) or None: all modalities are used. inputs: m tensors
-    (b_j, ...) of the rows that use the modality, b_j <= b. loss_weight (1 + m, b): see Step.loss_weights; over all
-    processes each of its rows sums to 1. size: samples of the whole step.
+    rows (b,) among the training samples; label (b,), the class, or of label sets and numbers the values (b, k); present
+    (b, m) or None: all modalities are used. inputs: m tensors (b_j, ...) of the rows that use the modality, b_j <= b.
+    loss_weight (1 + m, b): see Step.loss_weights; over all processes each of its rows sums to 1. size: samples of the
+    whole step.
     """
 
     rows: Tensor
@@ -204,6 +205,7 @@ class Method(ABC):
             every field, and `__post_init__` raises ConfigError for values out of range.
         paper: Reference; empty where the method is mmaudit's own or too common for one.
         min_modalities: Fewest modalities that it works with.
+        class_reason: Why it works with classes only; empty where it also trains on label sets and numbers.
         state_fields: Attributes that the next steps depend on, saved in checkpoints: plain values, and tensors of a
             balancer or arrays of a sampler.
         config: The constants, an instance of `config_type`.
@@ -221,6 +223,7 @@ class Method(ABC):
     config_type: ClassVar[type[Any] | None] = None
     paper: ClassVar[str] = ""
     min_modalities: ClassVar[int] = 1
+    class_reason: ClassVar[str] = ""
     state_fields: ClassVar[tuple[str, ...]] = ()
     config: Any
 
@@ -232,7 +235,13 @@ class Method(ABC):
     @classmethod
     def needs(cls) -> tuple[str, ...]:
         """Return what the method needs of data and settings, in words."""
-        return (f"{cls.min_modalities} modalities",) if cls.min_modalities > 1 else ()
+        modalities = (f"{cls.min_modalities} modalities",) if cls.min_modalities > 1 else ()
+        return (*modalities, *(("classes",) if cls.needs_classes(cls.default_config()) else ()))
+
+    @classmethod
+    def needs_classes(cls, config: Any) -> str:
+        """Return why the method works with classes only, with these constants; "" where it does not need them."""
+        return cls.class_reason
 
     @classmethod
     def check(cls, config: Any, settings: TrainConfig) -> None:

@@ -77,13 +77,16 @@ def warm_start(net: FusionNet, path: Path) -> None:
     }
     if not target_index:
         raise TrainError(f"--init {path} was trained on {', '.join(source.modalities)}, none of which is trained now")
-    same_classes, same_modalities = source.classes == net.config.classes, source.modalities == names
+    same_classes = (source.task, source.classes) == (net.config.task, net.config.classes)
+    same_modalities = source.modalities == names
     transferred = {}
     for name, tensor in weights.items():
         kind, _, rest = name.partition(".")
         number, _, leaf = rest.partition(".")
         if kind in ("encoders", "heads"):
             name = f"{kind}.{target_index.get(number, '-')}.{leaf}"
+        if kind in ("target_mean", "target_scale"):
+            continue  # those of the training samples
         usable = kind == "encoders" or (same_classes and (kind == "heads" or same_modalities))
         if usable and name in target_weights and target_weights[name].shape == tensor.shape:
             transferred[name] = tensor
@@ -133,7 +136,7 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     arrays: list[NDArray[Any]] = [
         getattr(training_data.pool, name) for name in ("rank", "discrepancy", "balance", "p_balanced")
     ]
-    arrays += [examples.weight[train], examples.label[train_and_validation]]
+    arrays += [examples.weight[train], examples.target[train_and_validation]]
     for matrix in training_data.store.resident:
         if matrix is not None:
             arrays.append(

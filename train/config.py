@@ -15,6 +15,7 @@ from . import TRACKERS
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+REGRESSION_LOSSES = ("l1", "mse")
 KEEP = ("best", "last")
 INITIALISATIONS = ("default", "xavier")
 ANSWERS = ("fused", "heads", "all")  # which logits are the prediction of all modalities together
@@ -58,6 +59,8 @@ class FinetuneConfig:
         answer: Logits that are validated, selected by and tested as the prediction of all modalities: "fused", those
             of the fusion; "heads", the sum of the unimodal ones; "all", the sum of both. BSS tests "heads" on CREMA-D
             and "all" on Kinetics-Sounds. It is recorded with the model, and metrics name it "fused" in any case.
+        regression_loss: Loss of a regression, of the target in standard deviations: "l1", the absolute error, or
+            "mse", the squared one.
         initialisation: Random weights before training: "default", those of PyTorch and of the ResNet-18; "xavier",
             those of the code of OGM-GE and BSS: linear layers normal by Xavier's rule with biases of 0, convolutions
             normal by He's rule (fan out).
@@ -86,6 +89,7 @@ class FinetuneConfig:
     dropout: float = 0.3
     own_heads: bool = False
     answer: str = "fused"
+    regression_loss: str = "l1"
     initialisation: str = "default"
     drop_last: bool = False
     keep: str = "best"
@@ -99,7 +103,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in self.report_to:
             TRACKERS.check(name)
-        check_choices("finetune", self, answer=ANSWERS, initialisation=INITIALISATIONS, keep=KEEP)
+        choices = {"answer": ANSWERS, "regression_loss": REGRESSION_LOSSES}
+        check_choices("finetune", self, initialisation=INITIALISATIONS, keep=KEEP, **choices)
         check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "hidden"), "[1, inf)"))
         check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
         check_ranges("finetune", self, dropout="[0, 1)", validation_fraction="[0, 1)", keep_posterior="[0, 1]")

@@ -88,7 +88,7 @@ class Balanced:
         if "validation" in self._balancer.evaluates:
             return validate(self._reader, net=self._net)  # type: ignore[arg-type]
         unknown = (math.nan,) * self._net.num_modalities
-        return Validation(loss=math.nan, accuracy=math.nan, unimodal_loss=unknown, unimodal_accuracy=unknown)
+        return Validation(loss=math.nan, metric=math.nan, unimodal_loss=unknown, unimodal_metric=unknown)
 
     def step(
         self, inputs: Inputs, label: Tensor, *, weight: Tensor | None = None, present: Tensor | None = None
@@ -287,7 +287,7 @@ def balance(
     """
     check_model(model)
     if precision not in ("float32", "bfloat16"):
-        raise ConfigError(f"precision {precision}: {choices(precision, ('float32', 'bfloat16'))}")
+        raise ConfigError(f"precision {precision}: no such precision; {choices(precision, ('float32', 'bfloat16'))}")
     methods = resolve(TrainConfig(finetune=FinetuneConfig(balancing=method), balancing=_sections(settings or {})))
     balancer_type = methods.balancer
     check_custom(method, balancer_type, num_modalities=len(model.encoders))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Test metrics of a fine-tuned network: overall, by subset and by class, and the contribution of each modality.
+"""Test metrics of a fine-tuned network: overall, by subset and by class or label, and what each modality contributes.
 
 Letters: n samples, m modalities. A set of modalities is a frozenset of their indices; a modality outside the set is
 absent: its features are 0 (`FusionNet.fused_logits`).
@@ -6,7 +6,8 @@ absent: its features are 0 (`FusionNet.fused_logits`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ from .examples import Examples, Store
 from .methods import load_fusion
 from .network import NO_MODALITY, FusionNet, ModalitySet, Outputs, correct_by_set, shapley_sets
 from .optimizer import SINGLE_PROCESS
+from .task_metrics import (
+    TASK_METRICS,
+    average_precision,
+    by_label,
+    compute_multilabel_metrics,
+    compute_regression_metrics,
+    is_signed,
+)
 from .training_data import NetworkReader, TrainingData
 
 CorrectMask = NDArray[np.bool_]
@@ -67,7 +76,12 @@ def measure_contribution(
 
 
 def contribution(
-    correct: Mapping[ModalitySet, CorrectMask], modalities: Sequence[str], *, groups: Groups = None, seed: int = 0
+    correct: Mapping[ModalitySet, NDArray[Any]],
+    modalities: Sequence[str],
+    *,
+    groups: Groups = None,
+    seed: int = 0,
+    task: str = "classification",
 ) -> dict[str, Any]:
     """Split the accuracy v(all) - v(none) by Shapley values: {nobody, all, modalities, sets}.
 
@@ -76,22 +90,36 @@ def contribution(
     low, high}} in [-1, 1], above 0 where a modality helps, with a 95% interval over samples; they sum to v(all) -
     v(none). sets: {modalities, accuracy} of each set. The value is the accuracy; subtracting v(none) is ours. Exact up
     to six modalities.
+
+    task: For label sets the value is the label accuracy, and for numbers minus the absolute error in the units of the
+    data: `correct` has these of each sample; `nobody`, `all` and `sets` are the label accuracy or the mean absolute
+    error.
     """
+    metric = TASK_METRICS[task]
+    bound = np.inf if task == "regression" else 1.0
     baseline = correct[NO_MODALITY].astype(np.float32)
     shapley_values = shapley(lambda modality_set: correct[modality_set] - baseline, len(modalities), seed=seed)
-    accuracy = {modality_set: float(is_correct.mean()) for modality_set, is_correct in correct.items()}
+    accuracy = {modality_set: metric.sign * float(values.mean()) for modality_set, values in correct.items()}
     return {
         "nobody": accuracy[NO_MODALITY],
         "all": accuracy[frozenset(range(len(modalities)))],
         "modalities": {
-            name: mean_interval(values.astype(np.float64), groups)
+            name: _finite(mean_interval(values.astype(np.float64), groups, low=-bound, high=bound))
             for name, values in zip(modalities, shapley_values.T, strict=True)
         },
         "sets": [
-            {"modalities": [modalities[index] for index in sorted(modality_set)], "accuracy": accuracy[modality_set]}
+            {
+                "modalities": [modalities[index] for index in sorted(modality_set)],
+                metric.sample_value: accuracy[modality_set],
+            }
             for modality_set in sorted(accuracy, key=lambda modality_set: (len(modality_set), sorted(modality_set)))
         ],
     }
+
+
+def _finite(interval: dict[str, float]) -> dict[str, float]:
+    """Return an interval with its mean in place of infinite bounds: those of a single sample."""
+    return {key: value if np.isfinite(value) else interval["mean"] for key, value in interval.items()}
 
 
 def confusion(
@@ -116,6 +144,7 @@ def confusion(
 
 Probabilities = NDArray[np.float32]
 Labels = NDArray[np.integer[Any]]
+Measure = Callable[[Any, Any], Mapping[str, float | None]]
 
 
 def subsets(discrepancy: NDArray[np.floating[Any]], *, first: str, second: str) -> dict[str, NDArray[np.bool_]]:
@@ -141,18 +170,24 @@ def subsets_of_rows(examples: Examples, rows: RowIndex, *, between: str) -> dict
 
 
 def evaluate(
-    probabilities: Mapping[str, Probabilities], label: Labels, subset_masks: Mapping[str, NDArray[np.bool_]]
+    probabilities: Mapping[str, Probabilities],
+    label: NDArray[Any],
+    subset_masks: Mapping[str, NDArray[np.bool_]],
+    *,
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Compute each branch's metrics from probabilities (n, k) and label (n,) on each subset: {subset: {n, branches}}.
 
-    A subset without samples has n = 0 and no metrics.
+    A subset without samples has n = 0 and no metrics. measure: function of the predictions and targets of a subset;
+    None: compute_metrics.
     """
+    measure = measure or compute_metrics
     report: dict[str, Any] = {}
     for name, rows in subset_masks.items():
         report[name] = {"n": int(rows.sum())}
         if rows.any():
             report[name]["branches"] = {
-                branch: compute_metrics(scores[rows], label[rows]) for branch, scores in probabilities.items()
+                branch: dict(measure(scores[rows], label[rows])) for branch, scores in probabilities.items()
             }
     return report
 
@@ -217,18 +252,6 @@ def compute_class_metrics(probability: Probabilities, label: Labels) -> dict[int
     return metrics
 
 
-def average_precision(scores: Probabilities, positive: NDArray[np.bool_]) -> float:
-    """Compute the average precision in [0, 1] of scores (n,), at least one of which is positive.
-
-    Equal to scikit-learn's, as the mean over positives of the precision at each one's score, in a tenth of the time:
-    with 5,000 classes, three branches and ten subsets it is computed 165,000 times.
-    """
-    positive_scores = np.sort(scores[positive])
-    num_above = len(scores) - np.searchsorted(np.sort(scores), positive_scores, side="left")
-    num_positive_above = len(positive_scores) - np.searchsorted(positive_scores, positive_scores, side="left")
-    return float((num_positive_above / num_above).mean())
-
-
 def evaluate_network(
     reader: NetworkReader,
     rows: RowIndex,
@@ -236,31 +259,43 @@ def evaluate_network(
     *,
     between: str,
     seed: int,
-    branch_probabilities: Mapping[str, Probabilities] | None = None,
+    predictions: Mapping[str, Probabilities] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the reader's network on some rows: {answer, test, test_by_class, contribution}.
+    """Evaluate the reader's network on some rows: {task, answer, test, test_by_class, contribution}.
 
     The prediction of all modalities, named "fused" whichever logits it is by (`answer`), and each modality alone,
     overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
-    modality's contribution and the confused samples, see `measure_contribution`. branch_probabilities: those of
-    `predict_probabilities`, where they are known.
+    modality's contribution and the confused samples, see `measure_contribution`. Label sets and numbers have the
+    metrics of `task_metrics`, and no confused samples; test_by_class has the labels, and nothing of numbers.
+    predictions: those of `predict`, where they are known.
     """
-    label = examples.label[rows]
+    task, target = examples.task, examples.target[rows]
     subset_masks = subsets_of_rows(examples, rows, between=between)
     if len(subset_masks) > 1:
         subset_masks["in-manifest"] = examples.in_manifest[rows]
-    if branch_probabilities is None:
-        branch_probabilities = predict_probabilities(reader, rows, examples.modalities)
+    if predictions is None:
+        predictions = predict(reader, rows, examples.modalities)
     sets = shapley_sets(len(examples.modalities), seed=seed)
-    correct = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy() > 0.5
-    unimodal_correct = np.stack(
-        [branch_probabilities[name].argmax(axis=1) == label for name in examples.modalities], axis=1
-    )
-    correct_by_modalities = dict(zip(sets, correct, strict=True))
+    values = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy()
+    about = {"task": task, "answer": reader.net.config.answer}
+    if task != "classification":
+        measure = compute_multilabel_metrics
+        if task == "regression":
+            measure = partial(compute_regression_metrics, signed=is_signed(examples.target))
+        value_by_set = dict(zip(sets, values, strict=True))
+        shares = contribution(value_by_set, examples.modalities, seed=seed, task=task)
+        return {
+            **about,
+            "test": evaluate(predictions, target, subset_masks, measure=measure),
+            "test_by_class": {} if task == "regression" else by_label(predictions, target, examples.class_names),
+            "contribution": {"n": len(rows), "contribution": shares},
+        }
+    unimodal_correct = np.stack([predictions[name].argmax(axis=1) == target for name in examples.modalities], axis=1)
+    correct_by_modalities = dict(zip(sets, values > 0.5, strict=True))
     return {
-        "answer": reader.net.config.answer,
-        "test": evaluate(branch_probabilities, label, subset_masks),
-        "test_by_class": evaluate_classes(branch_probabilities, label, examples.class_names),
+        **about,
+        "test": evaluate(predictions, target, subset_masks),
+        "test_by_class": evaluate_classes(predictions, target, examples.class_names),
         "contribution": measure_contribution(correct_by_modalities, unimodal_correct, examples.modalities, seed=seed),
     }
 
@@ -269,7 +304,7 @@ def evaluate_network(
 def evaluate_file(
     path: Path, examples: Examples, *, split: str, between: str, config: TrainConfig, seed: int, device: str
 ) -> dict[str, Any]:
-    """Evaluate the network in a file on one split of the examples: {n, answer, test, test_by_class, contribution}.
+    """Evaluate the network in a file on one split of the examples: {n, task, answer, test, ...}.
 
     Raises RunError for a file that is not a model, ManifestError where its modalities, inputs or classes differ from
     those of the samples, or the split has no samples.
@@ -278,10 +313,12 @@ def evaluate_file(
     for field_name, trained_on, current in (
         ("modalities", model_config.modalities, examples.modalities),
         ("inputs", model_config.shapes, examples.shapes),
+        ("task", model_config.task, examples.task),
         ("classes", model_config.classes, examples.class_names),
     ):
         if trained_on != current:
-            raise ManifestError(f"{path} was trained on other {field_name}: {trained_on}, the samples have {current}")
+            before, now = (_described(value) for value in (trained_on, current))
+            raise ManifestError(f"{path} was trained on other {field_name}: {before}; the samples have {now}")
     rows = examples.rows(split)
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
@@ -298,15 +335,17 @@ def evaluate_file(
     return {"n": len(rows), **metrics}
 
 
-def predict_probabilities(
-    reader: NetworkReader, rows: RowIndex, names: Sequence[str]
-) -> dict[str, NDArray[np.float32]]:
-    """Compute class probabilities (n, k) of the prediction of all modalities, "fused", and of each modality alone."""
+def _described(value: object) -> str:
+    """Return names as a list, other values as they are."""
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    def softmax_of_branches(outputs: Outputs, label: Tensor) -> Tensor:
-        return (
-            torch.cat([reader.net.tested_logits(outputs)[None], outputs.unimodal]).float().softmax(dim=2).movedim(1, 2)
-        )
 
-    stacked = reader.read_samples(softmax_of_branches, rows).cpu().numpy()
+def predict(reader: NetworkReader, rows: RowIndex, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    """Compute predictions (n, k) of all modalities, "fused", and of each modality alone, see `FusionNet.predict`."""
+
+    def predict_branches(outputs: Outputs, target: Tensor) -> Tensor:
+        logits = torch.cat([reader.net.tested_logits(outputs)[None], outputs.unimodal])
+        return reader.net.predict(logits).movedim(1, 2)
+
+    stacked = reader.read_samples(predict_branches, rows).cpu().numpy()
     return {name: np.ascontiguousarray(branch.T) for name, branch in zip(("fused", *names), stacked, strict=True)}

@@ -108,7 +108,9 @@ class Examples:
     inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is available. shapes: shape
     of a row of each modality, (d_j,) for vectors, or that of a network's input. views: how each modality's rows become
     a network's input; None, also for all of them: rows have the shape. content: digests of each sample's media. label:
-    int64 in [0, k), indexing `class_names`. split: train, validation, test. rank: 0 = most balanced, -1 outside the
+    int64 in [0, k), indexing `class_names`. task: classification, multilabel or regression; of the last two, label is
+    a stratum, values (n, k) float32 is the target, 0 and 1 or a number in the units of the data, and class_names are
+    the names of its k columns. split: train, validation, test. rank: 0 = most balanced, -1 outside the
     manifest. balance in [-1, 1] and p_balanced in [0, 1] may be NaN. in_manifest: whether a sample is in the manifest.
     """
 
@@ -128,6 +130,13 @@ class Examples:
     p_balanced: NDArray[np.float64]
     in_manifest: NDArray[np.bool_]
     views: tuple[PictureView | None, ...] = ()
+    task: str = "classification"
+    values: NDArray[np.float32] | None = None
+
+    @property
+    def target(self) -> NDArray[Any]:
+        """What is predicted: classes (n,), or values (n, k)."""
+        return self.label if self.values is None else self.values
 
     @property
     def modalities_text(self) -> str:
@@ -141,7 +150,7 @@ class Examples:
     def only(self, modality: str) -> Examples:
         """Return the same samples with one modality. Raises ConfigError where there is no such modality."""
         if modality not in self.modalities:
-            raise ConfigError(f"--only {modality}: {choices(modality, self.modalities)}")
+            raise ConfigError(f"--only {modality}: no such modality; {choices(modality, self.modalities)}")
         index = self.modalities.index(modality)
         return replace(
             self,
@@ -188,6 +197,7 @@ def load_examples(
     codes, label = np.unique(table["label"].to_numpy(), return_inverse=True)
     inputs = [FeatureMatrix.of(tasks, status, rows) for status in statuses]
     class_names = dict(zip(table["label"].to_pylist(), table["label_name"].to_pylist(), strict=True))
+    values = None if samples.values is None else np.ascontiguousarray(samples.values[rows])
     split = with_validation(table, ids, label.astype(np.int32), fraction=validation_fraction, seed=seed)
     return Examples(
         sample_id=ids,
@@ -197,7 +207,7 @@ def load_examples(
         content=content,
         modalities=tuple(status.modality.name for status in statuses),
         label=label.astype(np.int64),
-        class_names=tuple(str(class_names[code]) for code in codes.tolist()),
+        class_names=tuple(str(class_names[code]) for code in codes.tolist()) if values is None else samples.outputs,
         split=split,
         rank=np.where(in_manifest, table["rank"].to_pandas().fillna(-1), -1).astype(np.int64),
         weight=np.array(table["weight"].to_pandas().fillna(1.0), dtype=np.float32),
@@ -206,6 +216,8 @@ def load_examples(
         p_balanced=np.array(table["p_balanced"].to_pandas(), dtype=np.float64),
         in_manifest=in_manifest,
         views=tuple(_view_of(matrix, tasks) for matrix in inputs),
+        task=samples.task,
+        values=values,
     )
 
 

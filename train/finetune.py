@@ -22,24 +22,25 @@ from ..audit.storage import write_text
 from ..audit.workers import NETWORK_THREADS, Progress, fixed_threads
 from .checkpoint import common_state, resume, run_identity, save_model, save_state, warm_start
 from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
-from .evaluate import evaluate_network, predict_probabilities
+from .evaluate import evaluate_network, predict
 from .examples import Examples
 from .methods import resolve
 from .network import FusionNet
 from .optimizer import SINGLE_PROCESS, DistributedContext, Optimization
+from .task_metrics import TASK_METRICS, chance_levels
 from .tracking import open_trackers
-from .training_data import NetworkReader, build_network, chance_accuracy, set_up, validate
+from .training_data import NetworkReader, build_network, set_up, validate
 
 log = logging.getLogger("mmaudit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finetuned:
-    """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, test probabilities (n, k)."""
+    """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions."""
 
     metrics: dict[str, Any]
     history: list[dict[str, float]]
-    probabilities: NDArray[np.float32]
+    predictions: NDArray[np.float32]
 
 
 @fixed_threads(NETWORK_THREADS)
@@ -58,8 +59,9 @@ def finetune_on(
 ) -> Finetuned:
     """Train on the manifest's training rows, select on validation, test once; resume from `folder`/state.
 
-    The selected epoch has the highest validation accuracy of the tested answer, then the lowest validation loss; with
-    `keep = "last"`, or fewer than MIN_VALIDATION_SAMPLES validation samples, it is the last one.
+    The selected epoch has the best validation metric of the tested answer (accuracy of classes, MAP of label sets, mean
+    absolute error of numbers), then the lowest validation loss; with `keep = "last"`, or fewer than
+    MIN_VALIDATION_SAMPLES validation samples, it is the last one.
 
     Everything follows from examples, config and seed: the same batches in any number of processes, the same losses
     after an interruption at any step, and on one machine's CPU the same bytes (CUDA adds in no fixed order).
@@ -77,7 +79,7 @@ def finetune_on(
         max_samples: End training after the step in which so many samples were read, also within an epoch.
 
     Returns:
-        Test metrics, history and test probabilities.
+        Test metrics, history and test predictions.
 
     Raises:
         ManifestError: A split is empty.
@@ -117,7 +119,8 @@ def finetune_on(
     epoch, step = 1, 0
     total, num_seen = torch.zeros((), dtype=torch.float64, device=device), 0
     history: list[dict[str, float]] = []
-    best = (-1.0, 0.0, 0)  # validation accuracy, minus validation loss, epoch
+    metric = TASK_METRICS[examples.task]
+    best = (-math.inf, 0.0, 0)  # validation metric, high = good; minus validation loss; epoch
     best_weights = {name: tensor.clone() for name, tensor in tested.state_dict().items()}
     components: dict[str, Any] = {"net": net, "update": optimization, "balancer": balancer, "sampler": sampler}
     if averaged is not None:
@@ -184,12 +187,12 @@ def finetune_on(
                     "with --set optim.clip_norm=1"
                 )
             record = {"epoch": epoch, "steps": step, "samples": num_seen, "lr": lr, "train_loss": train_loss}
-            result = (0.0, 0.0)  # validation accuracy, minus validation loss
+            result = (0.0, 0.0)  # validation metric, high = good, and minus validation loss
             if num_validation:
                 validation = validate(reader, net=tested)
-                result = (validation.accuracy, -validation.loss)
+                result = (metric.sign * validation.metric, -validation.loss)
                 balancer.end_epoch(epoch, validation)
-                record |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
+                record |= {"validation_loss": validation.loss, f"validation_{metric.main}": validation.metric}
             record |= {**balancer.epoch_metrics(), **sampler.epoch_metrics()}
             history.append(record)
             for log_record in trackers:
@@ -207,10 +210,15 @@ def finetune_on(
     net.load_state_dict(best_weights)
     if distributed.is_first:
         save_model(best_weights, folder / "model.safetensors", about=asdict(net.config))
-    branch_probabilities = predict_probabilities(reader, training_data.test, examples.modalities)
+    predictions = predict(reader, training_data.test, examples.modalities)
     metrics = {
         "counts": {name: len(getattr(training_data, name)) for name in ("train", "validation", "test")},
-        "chance": chance_accuracy(examples.label, training_data),
+        "chance": chance_levels(
+            examples.task,
+            train=examples.target[training_data.train],
+            test=examples.target[training_data.test],
+            num_classes=int(examples.label.max()) + 1,
+        ),
         "best_epoch": best[2],
         "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
         "samples_seen": _samples_seen(history),
@@ -221,10 +229,10 @@ def finetune_on(
             examples,
             between=between,
             seed=seed,
-            branch_probabilities=branch_probabilities,
+            predictions=predictions,
         ),
     }
-    return Finetuned(metrics=metrics, history=history, probabilities=branch_probabilities["fused"])
+    return Finetuned(metrics=metrics, history=history, predictions=predictions["fused"])
 
 
 def _samples_seen(history: list[dict[str, float]]) -> int:

@@ -309,7 +309,7 @@ def _open_sampler(pool: Pool, sampling: str, settings: Mapping[str, Any], *, see
         bss = {**sections["sampling"].get("bss", {}), "score_source": "manifest"}
         sections["sampling"] = {**sections["sampling"], "bss": bss}
     elif sampling not in SAMPLERS.names():
-        raise ConfigError(f"sampling {sampling}: {choices(sampling, [*_names(), _WEIGHTED])}")
+        raise ConfigError(f"sampling {sampling}: no such name; {choices(sampling, [*_names(), _WEIGHTED])}")
     methods = resolve(
         TrainConfig(
             finetune=FinetuneConfig(sampling=name),

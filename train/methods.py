@@ -96,6 +96,24 @@ def resolve(config: TrainConfig) -> Methods:
     return methods
 
 
+def check_task(methods: Methods, task: str) -> None:
+    """Raise ConfigError where the sampler, the balancer or a setting works with classes only, and the task has none."""
+    settings = methods.config.finetune
+    if task == "classification":
+        return
+    for option, method, config in (
+        (f"--sampling {settings.sampling}", methods.sampler, methods.sampler_config),
+        (f"--balancing {settings.balancing}", methods.balancer, methods.balancer_config),
+    ):
+        if reason := method.needs_classes(config):
+            raise ConfigError(f"{option} needs classes, and the task is {task}: {reason}")
+    if task == "regression" and settings.answer != "fused":
+        raise ConfigError(
+            f"finetune.answer = {settings.answer} adds logits, which of a regression each predict the whole number; "
+            "use fused"
+        )
+
+
 def load_fusion(name: str) -> type[Fusion]:
     """Import the fusion that a model was trained with: one of FUSIONS, or that of a balancer.
 

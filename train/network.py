@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from ..audit.metrics import Floats, shapley
 from ..audit.probes.crops import to_pictures
 from ..audit.probes.network import build_trunk
 from . import FUSIONS
+from .config import REGRESSION_LOSSES
 from .fusion import Fusion
 
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 ModalitySet = frozenset[int]  # of indices; a modality outside the set is absent: its features are 0
 NO_MODALITY: ModalitySet = frozenset()
 
@@ -93,13 +95,15 @@ def build_encoder(shape: Sequence[int], *, hidden: int, dropout: float, width: f
 class Outputs:
     """Outputs for one batch: fused logits (b, k), unimodal logits (m, b, k), and features f_j, m of (b, d_j).
 
-    The unimodal logits are None where they were not requested.
+    The unimodal logits are None where they were not requested. loss_of: loss of each sample (..., b), of logits
+    (..., b, k) and one target for all, see `FusionNet.loss_of`; by default the cross entropy.
     """
 
     fused: Tensor
     _unimodal: Tensor | None
     features: tuple[Tensor, ...]
-    _cross_entropy: Tensor | None = None  # computed once: the loss and the confidences use it
+    loss_of: LossFunction = field(default_factory=lambda: cross_entropy)
+    _losses: Tensor | None = None  # computed once: the loss and the confidences use them
 
     @property
     def unimodal(self) -> Tensor:
@@ -108,19 +112,24 @@ class Outputs:
             raise RuntimeError("the network computed fused logits only: see Balancer.needs_unimodal_logits")
         return self._unimodal
 
-    def cross_entropy(self, label: Tensor) -> Tensor:
-        """Return the cross entropy of each sample (1 + m, b) in float32, fused first; cached for the first label."""
-        if self._cross_entropy is None:
-            self._cross_entropy = cross_entropy(torch.cat([self.fused[None], self.unimodal]), label)
-        return self._cross_entropy
+    def losses(self, target: Tensor) -> Tensor:
+        """Return the loss of each sample (1 + m, b) in float32, fused first; cached for the first target."""
+        if self._losses is None:
+            self._losses = self.loss_of(torch.cat([self.fused[None], self.unimodal]), target)
+        return self._losses
 
-    def confidence(self, label: Tensor) -> Tensor:
-        """Return the probability of the true class (1 + m, b), detached, fused first."""
-        if self._cross_entropy is not None:
-            return self._cross_entropy.detach().neg().exp()
+    def confidence(self, target: Tensor) -> Tensor:
+        """Return exp(-loss) in [0, 1] (1 + m, b), detached, fused first: of classes the probability of the true one.
+
+        Of several labels it is the geometric mean of the labels' likelihoods, as in the scores; of a regression, which
+        has no probability, this form is ours.
+        """
+        if self._losses is not None or target.is_floating_point():
+            with torch.no_grad():
+                return self.losses(target).detach().neg().exp()
         with torch.no_grad():
             logits = torch.cat([self.fused[None], self.unimodal]).float()
-            index = label[None, :, None].expand(len(logits), -1, 1)
+            index = target[None, :, None].expand(len(logits), -1, 1)
             return logits.softmax(dim=2).gather(2, index).squeeze(2)
 
 
@@ -130,12 +139,15 @@ class ModelConfig:
 
     shapes: shape of a row's input per modality, (d,) or that of a network's input. own_heads: a separate head per
     modality even where the fusion decomposes. answer: the logits that are the prediction of all modalities, one of
-    config.ANSWERS.
+    config.ANSWERS. classes: names of the k outputs, of labels or of the number where the task is multilabel or
+    regression. regression_loss: one of REGRESSION_LOSSES.
     """
 
     modalities: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     classes: tuple[str, ...]
+    task: str = "classification"
+    regression_loss: str = REGRESSION_LOSSES[0]
     fusion: str = "concat"
     own_heads: bool = False
     answer: str = "fused"
@@ -153,7 +165,13 @@ class ModelConfig:
 
 
 class FusionNet(nn.Module):
-    """Network of m inputs with fused and unimodal class logits. fusion: class of a fusion that is not in FUSIONS."""
+    """Network of m inputs with fused and unimodal logits. fusion: class of a fusion that is not in FUSIONS.
+
+    Logits of a regression are in standard deviations of the target from its mean, over the training samples.
+    """
+
+    target_mean: Tensor
+    target_scale: Tensor
 
     def __init__(self, config: ModelConfig, *, fusion: type[Fusion] | None = None) -> None:
         super().__init__()
@@ -170,6 +188,40 @@ class FusionNet(nn.Module):
         head_sizes = sizes if self.has_own_heads else []
         self.heads = nn.ModuleList(nn.Linear(size, len(config.classes)) for size in head_sizes)
         self._frozen: frozenset[int] = frozenset()
+        if config.task == "regression":
+            self.register_buffer("target_mean", torch.zeros(len(config.classes)))
+            self.register_buffer("target_scale", torch.ones(len(config.classes)))
+
+    def standardise_target(self, values: Tensor) -> None:
+        """Set mean and scale of a regression's target from the training samples' values (n, 1)."""
+        values = values.double()
+        scale = values.std(dim=0, correction=0)
+        largest = values.abs().amax(dim=0)
+        self.target_mean.copy_(values.mean(dim=0))
+        self.target_scale.copy_(torch.where(scale > 1e-6 * largest, scale, 1.0))  # a constant target keeps scale 1
+
+    def loss_of(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss of each sample (..., b) in float32, of logits (..., b, k) and one target for all.
+
+        classification: cross entropy, target int64 (b,). multilabel: mean binary cross entropy of the k labels, target
+        (b, k) of 0 and 1. regression: absolute or squared error in standard deviations, target (b, 1) in data units.
+        """
+        if self.config.task == "classification":
+            return cross_entropy(logits, target)
+        logits = logits.float()
+        if self.config.task == "multilabel":
+            return functional.binary_cross_entropy_with_logits(
+                logits, target.expand(logits.shape), reduction="none"
+            ).mean(dim=-1)
+        error = logits - (target - self.target_mean) / self.target_scale
+        return (error.abs() if self.config.regression_loss == "l1" else error.square()).mean(dim=-1)
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """Compute predictions of logits (..., b, k): probabilities of classes or labels; numbers in data units."""
+        logits = logits.float()
+        if self.config.task == "regression":
+            return logits * self.target_scale + self.target_mean
+        return logits.softmax(dim=-1) if self.config.task == "classification" else logits.sigmoid()
 
     def freeze_encoders(self, modalities: Sequence[int]) -> None:
         """Freeze some encoders: no gradients, and always eval mode, so that no running mean changes either."""
@@ -219,10 +271,10 @@ class FusionNet(nn.Module):
         features = tuple(f.float() for f in features)
         with torch.autocast(features[0].device.type, enabled=False):
             if not unimodal:
-                return Outputs(self.fusion(features), None, features)
+                return Outputs(self.fusion(features), None, features, self.loss_of)
             if self.has_own_heads:
-                return Outputs(self.fusion(features), self.unimodal_logits(features), features)
-            return Outputs(*self.fusion.fused_and_unimodal_logits(features), features)
+                return Outputs(self.fusion(features), self.unimodal_logits(features), features, self.loss_of)
+            return Outputs(*self.fusion.fused_and_unimodal_logits(features), features, self.loss_of)
 
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the logits (m, b, k) of each modality alone, in float32."""
@@ -291,13 +343,13 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return -log_p.gather(-1, label.expand(logits.shape[:-1])[..., None]).squeeze(-1)
 
 
-def cross_entropies(outputs: Outputs, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute each sample's cross entropy, of the fused logits (b,) and of each modality's (m, b), in float32.
+def separate_losses(outputs: Outputs, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute each sample's loss, of the fused logits (b,) and of each modality's (m, b), in float32.
 
-    Computed separately, unlike `Outputs.cross_entropy`: no gradient of one, not even of 0, reaches parameters that only
-    the other uses.
+    Computed separately, unlike `Outputs.losses`: no gradient of one, not even of 0, reaches parameters that only the
+    other uses.
     """
-    return cross_entropy(outputs.fused, label), cross_entropy(outputs.unimodal, label)
+    return outputs.loss_of(outputs.fused, target), outputs.loss_of(outputs.unimodal, target)
 
 
 def shapley_sets(num_modalities: int, *, seed: int = 0) -> list[ModalitySet]:
@@ -316,12 +368,20 @@ def shapley_sets(num_modalities: int, *, seed: int = 0) -> list[ModalitySet]:
 
 
 def correct_by_set(net: FusionNet, sets: Sequence[ModalitySet]) -> Callable[[Outputs, Tensor], Tensor]:
-    """Return a function of outputs and label: is the tested prediction correct with only a set present, (s, b)?"""
+    """Return a function of outputs and target: the value of the tested prediction with only a set present, (s, b).
 
-    def read(outputs: Outputs, label: Tensor) -> Tensor:
+    Whether the class is correct; the share of labels that are; minus the absolute error of a regression, in data units.
+    """
+
+    def value(logits: Tensor, target: Tensor) -> Tensor:
+        if net.config.task == "classification":
+            return logits.argmax(dim=1) == target
+        if net.config.task == "multilabel":
+            return ((logits > 0) == (target > 0.5)).float().mean(dim=1)
+        return -(net.predict(logits) - target).abs().mean(dim=1)
+
+    def read(outputs: Outputs, target: Tensor) -> Tensor:
         used_modalities = [[index in modality_set for index in range(net.num_modalities)] for modality_set in sets]
-        return torch.stack(
-            [net.tested_logits_of(outputs.features, used).argmax(dim=1) == label for used in used_modalities]
-        )
+        return torch.stack([value(net.tested_logits_of(outputs.features, used), target) for used in used_modalities])
 
     return read

@@ -19,12 +19,13 @@ from ..rebalance.curriculum import RowIndex, id_keys, training_rows
 from .augment import InputForm, augment, local_rows
 from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, to_batch, whole_batches
-from .config import FinetuneConfig, TrainConfig
+from .config import REGRESSION_LOSSES, FinetuneConfig, TrainConfig
 from .examples import NUM_READERS, Examples, Store
-from .methods import Methods, check_schedule, list_unused
-from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder, cross_entropy, initialise_xavier
+from .methods import Methods, check_schedule, check_task, list_unused
+from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder, initialise_xavier
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
+from .task_metrics import mean_average_precision
 
 log = logging.getLogger("mmaudit")
 
@@ -75,7 +76,7 @@ class TrainingData:
             balance=examples.balance[train],
             p_balanced=examples.p_balanced[train],
             label=examples.label[train],
-            num_classes=len(examples.class_names),
+            num_classes=len(examples.class_names) if examples.values is None else int(examples.label.max()) + 1,
             num_modalities=len(examples.modalities),
         )
         return cls(
@@ -85,7 +86,7 @@ class TrainingData:
                 for shape, view in zip(examples.shapes, examples.views or [None] * len(examples.shapes), strict=True)
             ),
             present=examples.present,
-            label=torch.from_numpy(examples.label).to(device),
+            label=torch.from_numpy(examples.target).to(device),
             weight=examples.weight,
             train=train,
             validation=examples.rows("validation"),
@@ -135,8 +136,10 @@ class TrainingData:
     def standardise(self, net: FusionNet) -> None:
         """Set mean and scale of the encoders from the training rows; for pictures from an evenly spaced subset.
 
-        Raises ManifestError where no training row has a modality.
+        Of a regression, also those of the target. Raises ManifestError where no training row has a modality.
         """
+        if net.config.task == "regression":
+            net.standardise_target(self.label[torch.from_numpy(self.train).to(self.device)])
         for modality, (name, encoder) in enumerate(zip(net.config.modalities, net.encoders, strict=True)):
             fixed = self._fixed_moments(self.forms[modality].shape)
             if isinstance(encoder, PictureEncoder) and fixed is not None:
@@ -259,20 +262,30 @@ class NetworkReader:
 
 
 def validate(reader: NetworkReader, *, net: FusionNet | None = None) -> Validation:
-    """Compute mean cross entropy and accuracy on validation, of the tested logits and of each modality."""
+    """Compute mean loss and metric on validation, of the tested logits and of each modality."""
     network = reader.net if net is None else net
+    task = network.config.task
 
-    def losses_and_correct(outputs: Outputs, label: Tensor) -> Tensor:
+    def losses_and_values(outputs: Outputs, target: Tensor) -> Tensor:
         logits = torch.cat([network.tested_logits(outputs)[None], outputs.unimodal])
-        return torch.cat([cross_entropy(logits, label), (logits.argmax(dim=2) == label).float()])
+        losses = network.loss_of(logits, target)
+        if task == "classification":
+            return torch.cat([losses, (logits.argmax(dim=2) == target).float()])
+        predictions = network.predict(logits)
+        if task == "regression":
+            return torch.cat([losses, (predictions - target).abs().mean(dim=2)])
+        return torch.cat([losses, predictions.movedim(1, 2).flatten(0, 1), target.T])
 
-    means = reader.read_validation(losses_and_correct, net=net).double().mean(dim=1).tolist()
-    num_branches = len(means) // 2
+    readings = reader.read_validation(losses_and_values, net=net)
+    num_branches = network.num_modalities + 1
+    losses, values = readings[:num_branches].double().mean(dim=1).tolist(), readings[num_branches:]
+    if task == "multilabel":
+        *branches, truth = values.cpu().numpy().reshape(num_branches + 1, -1, values.shape[1])
+        metrics = [mean_average_precision(branch.T, truth.T) for branch in branches]
+    else:
+        metrics = values.double().mean(dim=1).tolist()
     return Validation(
-        loss=means[0],
-        unimodal_loss=tuple(means[1:num_branches]),
-        accuracy=means[num_branches],
-        unimodal_accuracy=tuple(means[num_branches + 1 :]),
+        loss=losses[0], unimodal_loss=tuple(losses[1:]), metric=metrics[0], unimodal_metric=tuple(metrics[1:])
     )
 
 
@@ -285,6 +298,7 @@ def set_up(
     a method that needs more modalities.
     """
     config = methods.config
+    check_task(methods, examples.task)
     train = _training_rows(examples, config.finetune)
     validation, test = examples.rows("validation"), examples.rows("test")
     for name, rows in (("train", train), ("validation", validation), ("test", test)):
@@ -298,7 +312,7 @@ def set_up(
     unknown = sorted({*config.optim.freeze, *config.optim.modality_lr_factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
-    warnings = (*check_schedule(methods), *list_unused(methods), *_without_effect(methods))
+    warnings = (*check_schedule(methods), *list_unused(methods), *_without_effect(methods, task=examples.task))
     for warning in warnings if distributed.is_first else ():
         log.warning("%s", warning)
     if config.optim.freeze and config.finetune.init is None:
@@ -332,10 +346,12 @@ def _check_unvalidated(methods: Methods) -> None:
         )
 
 
-def _without_effect(methods: Methods) -> list[str]:
+def _without_effect(methods: Methods, *, task: str) -> list[str]:
     """Return one warning for each setting that another one makes ineffective."""
     settings = methods.config.finetune
     warnings = []
+    if settings.regression_loss != REGRESSION_LOSSES[0] and task != "regression":
+        warnings.append(f"finetune.regression_loss has no effect: the task is {task}")
     if settings.drop_last and methods.sampler.adaptive:
         warnings.append(
             f"finetune.drop_last has no effect: --sampling {settings.sampling} chooses the size of every step"
@@ -353,7 +369,10 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         shapes=examples.shapes,
         classes=examples.class_names,
         fusion=settings.fusion,
-        own_heads=methods.has_own_heads,
+        task=examples.task,
+        regression_loss=settings.regression_loss,
+        # The parts of a sum each predict a part of the number: only a head of its own predicts all of it.
+        own_heads=methods.has_own_heads or (examples.task == "regression" and len(examples.modalities) > 1),
         answer=settings.answer,
         hidden=settings.hidden,
         dropout=settings.dropout,
@@ -369,12 +388,3 @@ def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.int
         num_train = len(examples.rows("train"))
         log.info("P(balanced) >= %g keeps %d of %d training samples", config.keep_posterior, len(selected), num_train)
     return selected
-
-
-def chance_accuracy(label: NDArray[np.int64], training_data: TrainingData) -> dict[str, float]:
-    """Compute the test accuracy of guessing: uniformly, and of the most common class of train."""
-    counts = np.bincount(label[training_data.train])
-    return {
-        "uniform": 1 / (int(label.max()) + 1),
-        "majority": float((label[training_data.test] == counts.argmax()).mean()),
-    }

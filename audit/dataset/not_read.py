@@ -32,6 +32,7 @@ log = logging.getLogger("mmaudit")
 
 _MIN_WORDS = 2  # per value, on average, of a text; ours
 _MAX_KINDS = 6  # of files that are named one by one
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")  # pandas writes the index of a frame to Parquet under this name
 _EXTENSION = re.compile(r"\.[a-z][a-z0-9]{0,9}")
 _PICKLED = "files of pickled objects are never loaded: save the numbers with numpy.save, and name the .npy files"
 _ARRAYS = "write the vectors to a Parquet column, or one .npy file per sample"
@@ -75,7 +76,7 @@ def find_not_read(
     used = {modality.column for modality in modalities} | set(roles)
     entries, scalars = [], []
     for field in sample.schema:
-        if field.name in used:
+        if field.name in used or _PANDAS_INDEX.fullmatch(field.name):
             continue
         described = _describe(sample, field, files=files)
         if described is None:

@@ -8,7 +8,6 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-import av
 import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
@@ -135,6 +134,8 @@ def _channels(frame: Any) -> NDArray[Any]:
     """Return the raw samples (c, t) of a decoded frame; `to_ndarray` takes 10 microseconds more, 130 times per clip."""
     channels = frame.layout.nb_channels
     if frame.format.is_planar and channels >= 8:  # PyAV 18.1 reads one plane too many and crashes
+        import av
+
         frame = av.AudioResampler(frame.format.packed, frame.layout, frame.sample_rate).resample(frame)[0]
     type_ = _SAMPLE_TYPES[frame.format.packed.name]
     if not frame.format.is_planar:

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import av
-
 from ..errors import Reason, UnusableError
 from .files import MAX_FRAME_PIXELS, MediaConfig
 from .media_file import Medium, open_stream
@@ -286,6 +284,8 @@ def open_container(data: Medium, config: MediaConfig) -> Iterator[Any]:
 @contextmanager
 def _unprobed(file: Any, limits: dict[str, str]) -> Iterator[Any]:
     """Open an mp4 without probing; yield None where its header does not suffice."""
+    import av
+
     try:
         container = _open(file, {**limits, **_UNPROBED})
     except av.FFmpegError:
@@ -297,6 +297,9 @@ def _unprobed(file: Any, limits: dict[str, str]) -> Iterator[Any]:
 
 
 def _open(file: Any, options: dict[str, str]) -> Any:
+    """Open a container. PyAV is imported where media are decoded: training from cached features does not need it."""
+    import av
+
     return av.open(file, options={"format_whitelist": CONTAINERS, **options}, metadata_errors="replace")
 
 
@@ -339,6 +342,8 @@ def check_frame_size(width: int, height: int, config: MediaConfig) -> None:
 
 def decode_packets(packets: Any, stream: Any) -> Iterator[Any]:
     """Yield frames in display order; a few packets may be undecodable, as in any player."""
+    import av
+
     num_decoded = num_bad = 0
     decode = stream.codec_context.decode
     for packet in packets:

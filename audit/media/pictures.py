@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -173,8 +173,16 @@ STILL_SECONDS = 0.5  # shorter clips may show a single picture
 # MPEG-4 more at low bit rates: such videos pass, since lips that say a digit may change by no more than 38.
 STILL_SPREAD = 8
 
-# From 17.0 on PyAV starts new threads to scale each frame: 14 frames of 128 x 96 take 14 ms, with one thread 0.3 ms.
-_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+
+@lru_cache(maxsize=1)
+def _one_thread() -> dict[str, Any]:
+    """Return the options with which PyAV scales a frame in one thread.
+
+    From 17.0 on it starts new threads for each: 14 frames of 128 x 96 take 14 ms, with one thread 0.3 ms.
+    """
+    import av
+
+    return {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 
 def decode_frames(data: Medium, config: MediaConfig) -> NDArray[np.uint8]:
@@ -394,7 +402,7 @@ class _Converter:
     def __call__(self, frame: Any) -> NDArray[np.uint8]:
         """Convert a frame, rotated as the file states: telephones record in landscape and store the rotation."""
         width, height = (frame.width, frame.height) if self._size is None else (self._size, self._size)
-        scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA", **_ONE_THREAD)
+        scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA", **_one_thread())
         quarters = getattr(frame, "rotation", 0) // 90
         self.width, self.height = (frame.height, frame.width) if quarters % 2 else (frame.width, frame.height)
         return np.ascontiguousarray(np.rot90(scaled.to_ndarray(), quarters))

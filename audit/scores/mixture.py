@@ -272,12 +272,13 @@ def _reasons(fitted: Mixture, config: MixtureConfig, *, num_distinct: int) -> tu
     smaller = min(component.weight for component in fitted.components)
     needed = min(config.min_distinct, fitted.num_samples // 2)
     failures = {
-        f"the gap has {num_distinct} distinct values, {needed} needed": num_distinct < needed,
-        f"dip {fitted.dip:.4f} is below {config.min_dip:g}": fitted.dip < config.min_dip,
-        f"p of the dip {fitted.dip_p:.3f} is not below {config.dip_level:g}": fitted.dip_p >= config.dip_level,
-        f"Ashman's D {fitted.ashman_d:.2f} is below {config.min_ashman_d:g}": fitted.ashman_d < config.min_ashman_d,
-        f"the smaller weight {smaller:.3f} is below {config.min_weight:g}": smaller < config.min_weight,
-        f"BIC {fitted.bic_two:.1f} of two components is not below {fitted.bic_one:.1f} of one": (
+        f"{num_distinct} distinct values of the gap, at least {needed} required": num_distinct < needed,
+        f"dip {fitted.dip:.4f}, at least {config.min_dip:g} required": fitted.dip < config.min_dip,
+        f"p of the dip {fitted.dip_p:.3f}, less than {config.dip_level:g} required": fitted.dip_p >= config.dip_level,
+        f"Ashman's D {fitted.ashman_d:.2f}, at least {config.min_ashman_d:g} required": fitted.ashman_d
+        < config.min_ashman_d,
+        f"smaller weight {smaller:.3f}, at least {config.min_weight:g} required": smaller < config.min_weight,
+        f"BIC {fitted.bic_two:.1f} of two components, less than {fitted.bic_one:.1f}, that of one, required": (
             fitted.bic_two >= fitted.bic_one
         ),
     }

@@ -247,7 +247,8 @@ def _control(
     values = to_metric(predict(logits, np.ones(len(rows), np.float32), shuffled_target).correct, shuffled_target)
     margin = 3.29 * (float(values.std(ddof=1)) / np.sqrt(len(rows)))
     value, majority = float(values.mean()), chance_levels(shuffled_target)["majority"]
-    interval = {"value": value, "low": float(value - margin), "high": float(value + margin)}
+    low, high = (-np.inf, np.inf) if shuffled_target.task == "regression" else (0.0, 1.0)  # of R^2, of an accuracy
+    interval = {"value": value, "low": float(max(value - margin, low)), "high": float(min(value + margin, high))}
     return Control(name=calibrated.name, num_rows=len(rows), majority=majority, **interval)
 
 

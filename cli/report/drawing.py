@@ -24,6 +24,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from ...audit.errors import cut_distinct
 from .findings import Numbers, short
 
 log = logging.getLogger("mmaudit")
@@ -78,15 +79,14 @@ def text_width(text: str, *, size: float) -> float:
     return float(_renderer().get_text_width_height_descent(text, properties, False)[0]) / 72
 
 
-def fit(name: object, width: float, *, size: float = 9, template: str = "{}") -> str:
-    """Return the template with a name that is cut in the middle so that the whole is at most `width` inches wide."""
-    line = label_text(name)
+def _fit_line(line: str, width: float, *, size: float) -> str:
+    """Return the longest cut of a line that is at most `width` inches wide."""
     low, high = 2, max(len(line), 2)
     while low < high:  # the longest that fits; two characters are always drawn
         middle = (low + high + 1) // 2
-        fits = text_width(template.format(short(line, middle)), size=size) <= width
+        fits = text_width(short(line, middle), size=size) <= width
         low, high = (middle, high) if fits else (low, middle - 1)
-    return template.format(_in_reading_order(short(line, low)))
+    return short(line, low)
 
 
 def fit_names(names: Sequence[object], width: float, *, size: float = 9) -> list[str]:
@@ -94,41 +94,18 @@ def fit_names(names: Sequence[object], width: float, *, size: float = 9) -> list
 
     Where the cut names would be equal, their parts that differ are kept instead, and numbered where that is too long.
     """
-    lines = [label_text(name) for name in names]
-    cut = {line: fit(line, width, size=size) for line in lines}
-    for text, number in Counter(cut.values()).items():
-        if number > 1:
-            cut |= _cut_around_difference([line for line in cut if cut[line] == text], width, size=size)
-    again = Counter(cut.values())
-    for text in [text for text, number in again.items() if number > 1]:
-        for index, line in enumerate([line for line in cut if cut[line] == text], start=1):
-            cut[line] = f"{text} ({index})"
-    return [cut[line] for line in lines]
-
-
-def _cut_around_difference(lines: list[str], width: float, *, size: float) -> dict[str, str]:
-    """Cut names to the part that differs, with as much of their start and end as fits."""
-    prefix = _common_length(lines)
-    suffix = _common_length([line[prefix:][::-1] for line in lines])
-    cut = {}
-    for line in lines:
-        core = line[prefix : len(line) - suffix]
-        texts = [f"{line[:k]}…{core}…{line[len(line) - k :]}" for k in range(min(prefix, suffix) + 1)]
-        texts = [text for text in texts if text_width(text, size=size) <= width]
-        cut[line] = _in_reading_order(texts[-1]) if texts else fit(core, width, size=size)
-    return cut
+    cut = cut_distinct(
+        [label_text(name) for name in names],
+        cut=lambda line: _fit_line(line, width, size=size),
+        fits=lambda text: text_width(text, size=size) <= width,
+    )
+    return [_in_reading_order(name) for name in cut]
 
 
 def _in_reading_order(name: str) -> str:
     """Enclose a name in right-to-left letters in marks, without which it would reverse the order of its label."""
     has_right_to_left = any(unicodedata.bidirectional(char) in ("R", "AL") for char in name)
     return f"\u200e{name}\u200e" if has_right_to_left else name
-
-
-def _common_length(lines: list[str]) -> int:
-    """Return the number of characters at the start that all lines have in common."""
-    columns = enumerate(zip(*lines, strict=False))
-    return next((index for index, chars in columns if len(set(chars)) > 1), min(map(len, lines)))
 
 
 @lru_cache(maxsize=1)
@@ -297,18 +274,23 @@ def side_colour(discrepancy: float, sides: Numbers, colours: Palette) -> str:
 
 def name_sides(axes: Axes, sides: Numbers, colours: Palette, *, width: float, shares: Sequence[str] = ("", "")) -> None:
     """Write the modality of either side, and its share, above a histogram that is about `width` inches wide."""
-    for x, align, side, template in (
-        (0.0, "left", sides["negative_side"], f"← {{}}{shares[0]}"),
-        (1.0, "right", sides["positive_side"], f"{{}}{shares[1]} →"),
-    ):
-        text = fit(side, 0.37 * width, template=template)
+    templates, names = (f"← {{}}{shares[0]}", f"{{}}{shares[1]} →"), [sides["negative_side"], sides["positive_side"]]
+    widest = max(text_width(template.format(""), size=9) for template in templates)
+    cut = fit_names(names, 0.37 * width - widest)
+    for x, align, template, text, side in zip((0.0, 1.0), ("left", "right"), templates, cut, names, strict=True):
         shade = text_colour(colours.get(side, SOFT))
-        axes.text(x, 1.02, text, color=shade, ha=align, va="bottom", transform=axes.transAxes)
+        axes.text(x, 1.02, template.format(text), color=shade, ha=align, va="bottom", transform=axes.transAxes)
 
 
 def add_panels(figure: Figure, number: int, *, columns: int, shared: bool) -> list[Axes]:
-    """Add a number of axes in rows of `columns`; `shared` axes have common ticks."""
+    """Add a number of axes in rows of `columns`; `shared` axes have common ticks.
+
+    Panels are 0.2 inches apart: at matplotlib's 0.08 the last tick of one and the first of the next, "0.20" and "0.00",
+    read as one number.
+    """
     rows = -(-number // columns)
+    if layout := figure.get_layout_engine():
+        layout.set(w_pad=0.1)  # type: ignore[call-arg]
     panels = figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False).ravel()
     for axes in panels[number:]:
         axes.set_visible(False)

@@ -23,7 +23,6 @@ from .drawing import (
     depth,
     draw_histogram_2d,
     draw_sides,
-    fit,
     fit_names,
     name_sides,
     palette,
@@ -48,7 +47,7 @@ def draw(numbers: Numbers) -> dict[str, bytes]:
 
 def build_figures(numbers: Numbers) -> dict[str, Figure]:
     """Build all figures of a report, by name."""
-    colours = palette([modality["name"] for modality in numbers["facts"]["modalities"]])
+    colours = palette(coloured_names(numbers))
     max_detailed = numbers["max_detailed"]
     figures = {
         "discrepancy": _discrepancy(numbers["discrepancy"], colours),
@@ -63,6 +62,13 @@ def build_figures(numbers: Numbers) -> dict[str, Figure]:
     figures |= {f"manifest-{row['name']}": draw_manifest(row, colours) for row in manifests[:max_detailed]}
     figures |= {f"finetune-{row['name']}": draw_finetune(row, colours) for row in numbers["finetunes"][:max_detailed]}
     return figures
+
+
+def coloured_names(numbers: Numbers) -> list[str]:
+    """Return the names that have a colour: the run's modalities, then those of fine-tunings on other data."""
+    names = [modality["name"] for modality in numbers["facts"]["modalities"]]
+    branches = [name for finetune in numbers["finetunes"] for name in finetune["branches"] if name != "fused"]
+    return list(dict.fromkeys([*names, *branches]))
 
 
 def _texts(numbers: Numbers) -> Iterator[str]:
@@ -197,12 +203,17 @@ def _maps(maps: list[Numbers], colours: Palette) -> Figure:
     rows = -(-len(maps) // columns)
     size = (6.4, 4.5) if len(maps) == 1 else (WIDTH * columns / 3, (WIDTH / 3 - 0.05) * rows)
     figure = Figure(figsize=size)
+    names = list(dict.fromkeys(numbers[axis] for numbers in maps for axis in ("x", "y")))
+    width = (3.4 if len(maps) == 1 else WIDTH / 3 - 0.75) - text_width("confidence of ", size=9)
+    labels = dict(zip(names, fit_names(names, width), strict=True))
     for axes, numbers in zip(add_panels(figure, len(maps), columns=columns, shared=False), maps, strict=True):
-        _map(axes, numbers, colours, is_single=len(maps) == 1)
+        _map(axes, numbers, colours, labels=labels)
+    if len(maps) == 1:
+        _name_corners(figure.axes[0], maps[0], colours)
     return figure
 
 
-def _map(axes: Axes, numbers: Numbers, colours: Palette, *, is_single: bool) -> None:
+def _map(axes: Axes, numbers: Numbers, colours: Palette, *, labels: dict[str, str]) -> None:
     draw_histogram_2d(axes, np.array(numbers["counts"]), max_x=1)
     axes.set_box_aspect(1)
     for shift in (-0.2, 0.2):
@@ -210,27 +221,21 @@ def _map(axes: Axes, numbers: Numbers, colours: Palette, *, is_single: bool) -> 
         shifted = [value + shift for value in line]
         axes.plot(line, shifted, color="white", linewidth=2)  # visible on light and on dark cells
         axes.plot(line, shifted, color=INK, linewidth=0.8, linestyle="--")
-    names = (numbers["x"], numbers["y"])
-    width = (3.4 if is_single else WIDTH / 3 - 0.75) - text_width("confidence of ", size=9)
-    labels, shades = fit_names(names, width), [text_colour(colours[name]) for name in names]
-    axes.set_xlabel(f"confidence of {labels[0]}", color=shades[0])
-    axes.set_ylabel(f"confidence of {labels[1]}", color=shades[1])
+    axes.set_xlabel(f"confidence of {labels[numbers['x']]}", color=text_colour(colours[numbers["x"]]))
+    axes.set_ylabel(f"confidence of {labels[numbers['y']]}", color=text_colour(colours[numbers["y"]]))
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     axes.set_xticklabels(["0", "0.5", "1"])
     axes.set_yticklabels(["0", "0.5", "1"])
-    if is_single:
-        _name_corners(axes, numbers, colours)
 
 
 def _name_corners(axes: Axes, numbers: Numbers, colours: Palette) -> None:
-    """Label the corners of a map outside its axes."""
-    for x, y, up, name, width, template in (
-        (0.0, 1.02, "bottom", numbers["y"], 3.4, "{} alone"),
-        (1.03, 0.97, "top", None, 1.5, "both"),
-        (1.03, 0.03, "bottom", numbers["x"], 1.5, "{} alone"),
-    ):
-        shade = INK if name is None else text_colour(colours[name])
-        axes.text(x, y, fit(name or "", width, template=template), va=up, color=shade)
+    """Label the corners of a map outside its axes; 1.5 inches are free on its right."""
+    names = [numbers["y"], numbers["x"]]
+    top_left, bottom_right = fit_names(names, 1.5 - text_width(" alone", size=9))
+    shades = [text_colour(colours[name]) for name in names]
+    axes.text(0.0, 1.02, f"{top_left} alone", va="bottom", color=shades[0])
+    axes.text(1.03, 0.97, "both", va="top", color=INK)
+    axes.text(1.03, 0.03, f"{bottom_right} alone", va="bottom", color=shades[1])
 
 
 def _training(modalities: list[Numbers], colours: Palette) -> Figure:

@@ -192,7 +192,7 @@ def gaps(scores: ScoreTable, mixture: Mixture, *, class_check: str) -> Numbers:
         "curve_imbalanced": high.tolist() if has_curves else None,
         "border": _border(mixture),
         "share_balanced": None if p is None else share_interval(p >= 0.5, group_codes(scores.group)),
-        "class_check": class_check[:1].upper() + class_check[1:],
+        "class_check": class_check,
         **{key: verdict[key] for key in (*derived, "components", "num_samples")},
     }
 

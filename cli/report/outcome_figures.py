@@ -16,7 +16,7 @@ from .findings import Numbers
 
 _HISTOGRAM_WIDTH = 4.7  # inches, next to the curve
 _LEGEND_WIDTH = 5.6  # inches of the legend of the branches; the legend of the losses has the rest
-_CHANCE = {"uniform": ":", "majority": "--"}  # accuracies of guessing, and their lines
+_CHANCE_LINES = (":", "--")  # of the levels of guessing
 _HANDLE_WIDTH = 0.7  # inches of a line in a legend, with its spaces
 
 
@@ -97,7 +97,7 @@ def _scale(axes: Axes, sizes: list[float]) -> None:
 
 
 def draw_finetune(finetune: Numbers, colours: Palette) -> Figure:
-    """Draw accuracy by subset and branch with its interval, and the losses by epoch."""
+    """Draw the main metric by subset and branch with its interval, if it has one, and the losses by epoch."""
     subsets = [subset for subset in finetune["subsets"] if subset["branches"] is not None]
     row_height = max(0.34, 0.1 + 0.08 * len(finetune["branches"]))  # the intervals of the branches stay apart
     figure = Figure(figsize=(WIDTH, max(2.6, row_height * len(subsets) + 1.0)))
@@ -106,20 +106,25 @@ def draw_finetune(finetune: Numbers, colours: Palette) -> Figure:
     for index, branch in enumerate(finetune["branches"]):
         measured = [subset["branches"][index] for subset in subsets]
         heights = np.arange(len(subsets)) + 0.7 * ((index + 0.5) / len(branches) - 0.5)
-        values = [metrics["accuracy"] for metrics in measured]
-        errors = [
-            [metrics["accuracy"] - metrics["accuracy_low"] for metrics in measured],
-            [metrics["accuracy_high"] - metrics["accuracy"] for metrics in measured],
-        ]
+        key = finetune["metric"]
+        values, low, high = (
+            np.array([metrics.get(name) for metrics in measured], dtype=np.float64)  # None becomes NaN: not drawn
+            for name in (key, f"{key}_low", f"{key}_high")
+        )
+        errors = np.nan_to_num([values - low, high - values])
         style: dict[str, Any] = {"fmt": "o", "color": colours.get(branch, LEVEL), "markersize": 4, "linewidth": 1}
         accuracy_axes.errorbar(values, heights, xerr=np.abs(errors), label=branches[index], **style)
-    _label_subsets(accuracy_axes, subsets)
+    _label_subsets(accuracy_axes, subsets, name=finetune["metric_name"], largest=_largest(finetune))
+    chance_lines = dict(zip(finetune["chance"], _CHANCE_LINES, strict=False))
     chance = [
         accuracy_axes.axvline(finetune["chance"][name], color=SOFT, linewidth=0.9, linestyle=line, zorder=0.5)
-        for name, line in _CHANCE.items()
+        for name, line in chance_lines.items()
     ]
     handles, names = accuracy_axes.get_legend_handles_labels()
-    handles, names = [*handles, *chance], [*names, *(f"{name} {finetune['chance'][name]:.3f}" for name in _CHANCE)]
+    handles, names = (
+        [*handles, *chance],
+        [*names, *(f"{name} {level:.3f}" for name, level in finetune["chance"].items())],
+    )
     widest = max(text_width(name, size=8.5) for name in names) + _HANDLE_WIDTH
     columns = max(1, min(4, int(_LEGEND_WIDTH / widest)))
     figure.legend(handles, names, loc="outside upper left", ncols=columns)
@@ -132,25 +137,40 @@ def _legend_names(branches: Sequence[str]) -> list[str]:
     return fit_names(branches, _LEGEND_WIDTH / 2 - _HANDLE_WIDTH, size=8.5)
 
 
-def _label_subsets(axes: Axes, subsets: Sequence[Numbers]) -> None:
-    """Name the subsets on the vertical axis, with their numbers of samples."""
+def _label_subsets(axes: Axes, subsets: Sequence[Numbers], *, name: str, largest: float) -> None:
+    """Name the subsets on the vertical axis, with their numbers of samples, and the metric on the horizontal one."""
     names = fit_names([subset["name"] for subset in subsets], 2.1)
     axes.set_yticks(
         range(len(subsets)), [f"{name} ({subset['n']:,})" for name, subset in zip(names, subsets, strict=True)]
     )
-    axes.set(xlim=(0, 1), ylim=(len(subsets) - 0.4, -0.6), xlabel="accuracy on test samples")
-    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "0.2", "0.4", "0.6", "0.8", "1"])
+    axes.set(ylim=(len(subsets) - 0.4, -0.6), xlabel=f"{name} on test samples")
+    axes.set_xlim(0, largest)
+    if largest == 1:
+        axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "0.2", "0.4", "0.6", "0.8", "1"])
     axes.tick_params(axis="y", length=0)
+
+
+def _largest(finetune: Numbers) -> float:
+    """Return the right end of the axis of the metric: 1 for shares, for errors a little above the largest one."""
+    if finetune["task"] != "regression":
+        return 1
+    key = finetune["metric"]
+    branches = [branch for subset in finetune["subsets"] for branch in subset["branches"] or ()]
+    values = [branch.get(name) or 0.0 for branch in branches for name in (key, f"{key}_high")]
+    return 1.05 * max(*values, *finetune["chance"].values()) or 1
 
 
 def _losses(axes: Axes, finetune: Numbers) -> None:
     """Draw losses by epoch, and the epoch of the selected weights."""
     history = finetune["history"]
+    marker = "o" if len(history["epoch"]) == 1 else ""  # a line through one point is not drawn
     for key, shade, name in (("train_loss", LEVEL, "training"), ("validation_loss", INK, "validation")):
         values = np.array(history[key], dtype=np.float64)  # None becomes NaN, which is not drawn
         if np.isfinite(values).any():
-            axes.plot(history["epoch"], values, color=shade, linewidth=1.4, label=name)
+            axes.plot(history["epoch"], values, color=shade, linewidth=1.4, label=name, marker=marker, markersize=4)
     axes.axvline(finetune["best_epoch"], color=SOFT, linewidth=1, linestyle="--", zorder=0.5, label="kept")
     axes.set_ylim(bottom=0)
+    if marker:
+        axes.set_xlim(history["epoch"][0] - 1, history["epoch"][0] + 1)  # for ticks at whole epochs
     axes.set(xlabel="epoch", ylabel="loss")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

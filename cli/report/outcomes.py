@@ -20,6 +20,7 @@ from ...rebalance import manifest
 from ...rebalance.balanced import BalancedConfig
 from ...rebalance.score_files import NO_SPLIT
 from ...rebalance.split_stats import read_numbers
+from ...train.task_metrics import metrics_of
 from ..run import Run, read_metrics
 from .findings import Numbers, finite, short, split_order
 
@@ -56,6 +57,7 @@ def uniformity(numbers: Section, splits: Mapping[str, int]) -> Numbers:
             for name, distance in sorted(numbers["distances"].items(), key=lambda pair: split_order(pair[0]))
         ],
         "curve": [] if config is None else numbers.get("curve", []),
+        "curve_exceeds_tolerance": config is not None and _exceeds_tolerance(numbers, config),
         "next_point": None if config is None else _larger_size(numbers, config),
         "classes": None if config is None else _classes(numbers["classes"]),
         "shortages": _shortages(numbers["shortages"], edges) if _cuts_bins(config) else [],
@@ -89,6 +91,12 @@ def _ranges(bins: Sequence[int], edges: Sequence[float]) -> list[list[float]]:
         else:
             ranges.append([edges[bin_index], edges[bin_index + 1]])
     return ranges
+
+
+def _exceeds_tolerance(numbers: Section, config: BalancedConfig) -> bool:
+    """Return whether a point of the curve is less uniform than its tolerance, which holds for each split by itself."""
+    curve = [] if config.grid or config.per_class else numbers.get("curve", [])
+    return any(point["distance"] > point["tolerance"] + _MIN_CHANGE for point in curve)
 
 
 def _larger_size(numbers: Section, config: BalancedConfig) -> Numbers | None:
@@ -139,7 +147,7 @@ def _shortages(shortages: Sequence[Section], edges: Sequence[float]) -> list[Num
 
 
 SETTINGS = ("fusion", "sampling", "balancing", "only", "init", "epochs", "keep_posterior")  # shown on the page
-_HISTORY = ("epoch", "train_loss", "validation_loss", "validation_accuracy")  # keys of history.jsonl
+_HISTORY = ("epoch", "train_loss", "validation_loss")  # keys of history.jsonl, beside that of the validation metric
 MAX_DETAILED = 8  # manifests, and fine-tunings, that have a figure; the others are only in the table
 
 
@@ -172,34 +180,48 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
     }
 
 
-def finetune_numbers(folder: Path, run: Run) -> Numbers:
+def finetune_numbers(folder: Path, run: Run, *, fingerprint: str, modalities: Sequence[str]) -> Numbers:
     """Return the numbers of a finished fine-tuning, read from metrics.json and history.jsonl.
 
     `manifest` is None for a training on data without a manifest. `manifest_is_unchanged` is whether the manifest of
-    that name in the run is still the one that was trained on.
+    that name in the run is still the one that was trained on, and `of_this_run` whether it was made from the run's
+    data, of that fingerprint. Branches are in the order of the run's modalities, the fused one last.
     """
     metrics = read_metrics(folder)
     path = None if metrics["manifest"] is None else run.manifest(metrics["manifest"])
-    settings = metrics["config"].get("finetune", {})
+    settings, of_task = metrics["config"].get("finetune", {}), metrics_of(metrics)
     measured, contribution = metrics["test"]["all"].get("branches", {}), metrics.get("contribution")
-    branches = sorted(measured, key=lambda name: (name == "fused", name))
+    order = [*modalities, *sorted(measured.keys() - {*modalities, "fused"}), "fused"]
+    branches = [name for name in order if name in measured]
     return {
         "name": folder.name,
         "manifest": metrics["manifest"],
         "manifest_is_unchanged": path is None or not path.exists() or _digest(path) == metrics["manifest_digest"],
+        "of_this_run": _made_from(metrics) in (None, fingerprint),
         "test_labels_in_scores": metrics["test_labels_in_scores"],
         "settings": {key: settings.get(key) for key in SETTINGS},
         "seed": metrics["config"].get("seed"),
         "counts": metrics["counts"],
         "best_epoch": metrics["best_epoch"],
-        "chance": {name: metrics["chance"][name] for name in ("uniform", "majority")},
+        "task": metrics.get("task", "classification"),
+        "metric": of_task.main,
+        "metric_name": of_task.name,
+        "chance": {name: metrics["chance"][name] for name in of_task.chance},
+        "chance_meaning": of_task.chance,
+        "other_metrics": [key for key in of_task.keys if key != of_task.main],
+        "value_name": of_task.sample_value.replace("_", " ") if of_task.sample_value != "mae" else "MAE",
         "branches": branches,
         "contribution": contribution if contribution and contribution["n"] else None,
         "subsets": [
             _subset(name, metrics["test"][name], branches) for name in sorted(metrics["test"], key=_subset_order)
         ],
-        "history": _history(folder / "history.jsonl"),
+        "history": _history(folder / "history.jsonl", metric=of_task.main),
     }
+
+
+def _made_from(metrics: Section) -> str | None:
+    """Return the fingerprint of the data that a manifest was made from; None without a manifest, or one unknown."""
+    return ((metrics.get("made_from") or {}).get("scores") or {}).get("fingerprint")
 
 
 def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
@@ -267,17 +289,18 @@ def _subset(name: str, subset: Mapping[str, Any], branches: list[str]) -> Number
     return {"name": name, "n": subset["n"], "branches": branch_metrics}
 
 
-def _epoch(path: Path, number: int, line: str) -> dict[str, Any]:
+def _epoch(path: Path, number: int, line: str, *, keys: Sequence[str]) -> dict[str, Any]:
     try:
         record = parse_data_json(line)  # losses may be NaN
-        check_shape(record, dict.fromkeys(_HISTORY, (float, type(None))))
+        check_shape(record, dict.fromkeys(keys, (float, type(None))))
     except ValueError as error:
         raise RunError(f"{path}, line {number} cannot be read: {error}; train it again with --overwrite") from error
     return dict(record)
 
 
-def _history(path: Path) -> dict[str, list[float | None]]:
+def _history(path: Path, *, metric: str) -> dict[str, list[float | None]]:
     """Return the columns of history.jsonl, one value per epoch."""
+    keys = (*_HISTORY, f"validation_{metric}")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = [_epoch(path, number, line) for number, line in enumerate(lines, start=1) if line]
-    return {key: [finite(record.get(key)) for record in records] for key in _HISTORY}
+    records = [_epoch(path, number, line, keys=keys) for number, line in enumerate(lines, start=1) if line]
+    return {key: [finite(record.get(key)) for record in records] for key in keys}

@@ -20,7 +20,21 @@ from ..run import Run
 from . import findings
 from .findings import Numbers
 from .outcomes import MAX_DETAILED, finetune_numbers, manifest_numbers
-from .verdict import accuracy, amount, breakable, edge, gain, interval, percent, probe_metric, signed, small, verdict
+from .verdict import (
+    amount,
+    breakable,
+    breakable_sentence,
+    edge,
+    gain,
+    interval,
+    level_of_chance,
+    percent,
+    probe_metric,
+    signed,
+    small,
+    tested,
+    verdict,
+)
 
 _TEMPLATE = "report.html.jinja"
 
@@ -54,6 +68,7 @@ def report_numbers(run: Run) -> Numbers:
     record, scores = run.record(), run.scores()
     if [modality["name"] for modality in record["modalities"]] != list(scores.modalities):
         raise RunError(f"the modalities of {run.record_file} differ from those of {run.scores_file}: rescore")
+    of_run: dict[str, Any] = {"fingerprint": record["fingerprint"], "modalities": list(scores.modalities)}
     mixture = Mixture.from_json(read_json(run.mixture_file, error=RunError))
     quarantine, _ = read_parquet(run.quarantine_file, error=RunError)
     numbers = {
@@ -74,7 +89,7 @@ def report_numbers(run: Run) -> Numbers:
         "samples": findings.sample_lists(scores),
         "quarantine": findings.quarantined(quarantine),
         "manifests": [manifest_numbers(path, fingerprint=record["fingerprint"]) for path in run.manifests()],
-        "finetunes": [finetune_numbers(folder, run) for folder in run.finetunes()],
+        "finetunes": [finetune_numbers(folder, run, **of_run) for folder in run.finetunes()],
         "recovery": run.recovery(),
         "max_detailed": MAX_DETAILED,
         "min_validation": MIN_VALIDATION_SAMPLES,
@@ -98,16 +113,20 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from .drawing import palette
+    from .figures import coloured_names
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "small": small}
-    environment.filters |= {"accuracy": accuracy, "probe_metric": probe_metric, "gain": gain, "breakable": breakable}
+    environment.filters |= {"probe_metric": probe_metric, "gain": gain, "breakable": breakable}
+    environment.filters |= {"tested": tested, "level_of_chance": level_of_chance}
+    environment.filters |= {"breakable_sentence": breakable_sentence}
     environment.filters |= {"thousands": "{:,}".format, "amount": amount, "edge": edge}
-    modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]
     images = {name: _image(image) for name, image in figures.items()}
-    page = environment.get_template(_TEMPLATE).render(**numbers, images=images, colours=palette(modalities))
+    page = environment.get_template(_TEMPLATE).render(
+        **numbers, images=images, colours=palette(coloured_names(numbers))
+    )
     return page + "\n"
 
 

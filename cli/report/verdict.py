@@ -10,24 +10,29 @@ from markupsafe import Markup, escape
 
 MAX_SHORT = 16  # characters of a name that never breaks
 MAX_UNBROKEN = 24  # characters of a name without a line break; words of no language are much longer
+_BREAKS = re.compile(r"(?<=[/_\-])(?![/_.\-])|(?<=\.)(?![/_.\-\d])")  # not within 0.2
 
 
 def breakable(name: object) -> Markup:
-    """Return a name as HTML that may break at spaces, after / _ . - and within parts of more than 24 characters.
-
-    A word of up to 16 characters never breaks. Longer names are in a span of the class `long`, which has a minimum
-    width.
-    """
-    words = re.split(r"( +)", str(name))
-    text = Markup("").join(Markup("<wbr>").join(escape(part) for part in _parts(word)) for word in words)
+    """Return a name as HTML that breaks like a sentence; a long one is in a span of class `long`, of minimum width."""
+    text = breakable_sentence(name)
     return text if len(str(name)) <= MAX_SHORT else Markup('<span class="long">{}</span>').format(text)
+
+
+def breakable_sentence(sentence: object) -> Markup:
+    """Return text as HTML that may break at spaces, after / _ . - and within parts of more than 24 characters.
+
+    A word of up to 16 characters never breaks, nor does a number at its decimal point.
+    """
+    words = re.split(r"( +)", str(sentence))
+    return Markup("").join(Markup("<wbr>").join(escape(part) for part in _parts(word)) for word in words)
 
 
 def _parts(word: str) -> list[str]:
     """Cut a word where a line may break."""
     if len(word) <= MAX_SHORT:
         return [word]
-    parts = re.findall(r"[^/_.\-]*[/_.\-]+|[^/_.\-]+$", word)
+    parts = _BREAKS.split(word)
     return [part[start : start + MAX_UNBROKEN] for part in parts for start in range(0, len(part), MAX_UNBROKEN)]
 
 
@@ -51,21 +56,35 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
+def plain(value: float, digits: int = 2) -> str:
+    """Format a number; the minus sign is U+2212, and what rounds to 0 has none."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
 def small(p: float) -> str:
     """Format a p value; the table of the dip test ends at 0.001."""
     return "≤ 0.001" if p < 0.0015 else f"{p:.3f}"
 
 
-def accuracy(metrics: Mapping[str, Any]) -> str:
-    """Format an accuracy with its interval, in percent."""
-    low, high = 100 * metrics["accuracy_low"], 100 * metrics["accuracy_high"]
-    return f"{100 * metrics['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
+def tested(metrics: Mapping[str, Any], key: str) -> str:
+    """Format a test metric with its interval, if it has one: a share in percent, an error in the data's units."""
+    value, low, high = (metrics.get(name) for name in (key, f"{key}_low", f"{key}_high"))
+    if value is None:
+        return "–"
+    factor, digits = (1, 3) if key == "mae" else (100, 1)
+    interval = "" if low is None or high is None else f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+    return f"{factor * value:.{digits}f}{interval}"
+
+
+def level_of_chance(level: float, key: str) -> str:
+    """Format a metric of guessing as `tested` does."""
+    return tested({key: level}, key)
 
 
 def probe_metric(probe: Mapping[str, Any], metric: str) -> str:
     """Format a probe's metric with its interval: a share in percent, R^2 unscaled."""
     scale, digits = (1, 2) if metric == "R^2" else (100, 1)
-    value, low, high = (f"{scale * probe[key]:.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (plain(scale * probe[key], digits) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
@@ -253,8 +272,8 @@ def _reliability(numbers: Section) -> list[str]:
         reason = "probe.halves is off" if halves is None else halves["reason"]
         return [f"Whether the discrepancies of single samples are real was not measured: {reason}."]
     rows = halves["reliability"]
-    one = f"r = {rows[0]['r']:.2f} (z = {rows[0]['z']:.1f})"
-    values = one if len(rows) == 1 else ", ".join(f"{row['modality']} r = {row['r']:.2f}" for row in rows)
+    one = f"r = {plain(rows[0]['r'])} (z = {plain(rows[0]['z'], 1)})"
+    values = one if len(rows) == 1 else ", ".join(f"{row['modality']} r = {plain(row['r'])}" for row in rows)
     is_sampled = halves["num_rows"] < numbers["facts"]["counts"]["scored"]
     sampled = f" on a sample of {halves['num_rows']:,}" if is_sampled else ""
     return [
@@ -269,11 +288,12 @@ def _unreliable(numbers: Section) -> list[str]:
     rows = [] if halves is None else [row for row in halves["reliability"] if row["z"] < MIN_Z]
     if not rows:
         return []
-    which = "" if len(numbers["discrepancy"]) == 1 else f" of {_listed([row['modality'] for row in rows])}"
+    which = "" if len(numbers["discrepancy"]) == 1 else f" for {_listed([row['modality'] for row in rows])}"
+    equals = "=" if len(rows) == 1 else "at most"
+    values = ", ".join(f"{key} {equals} {plain(max(row[key] for row in rows), d)}" for key, d in (("r", 2), ("z", 1)))
     return [
-        f"The discrepancies{which} of single samples are not shown to be real: by two halves of the features they do "
-        f"not agree within classes (r = {rows[0]['r']:.2f}, z = {rows[0]['z']:.1f}). Subsets selected by them are "
-        "random in part."
+        f"The discrepancies of single samples are not shown to be real{which}: by two halves of the features they do "
+        f"not agree within classes ({values}). Subsets selected by them are random in part."
     ]
 
 

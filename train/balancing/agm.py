@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from ...audit.parsing import check_choices, check_ranges
 from ..batches import Batch, ModelReader, start_warning
 from ..config import TrainConfig
-from ..network import Outputs, cross_entropy
+from ..network import Outputs
 from .balancer import Balancer, check_window
 from .ogm import mean_of_others
 
@@ -162,7 +162,7 @@ class Agm(Balancer):
     @torch.no_grad()
     def _compare(self, responses: Tensor, batch: Batch) -> Tensor:
         """Compute the coefficients (m,) of responses (m, b, k), then include their scores in the usual ones."""
-        losses = cross_entropy(responses, batch.label)
+        losses = self.net.loss_of(responses, batch.label)
         sums = torch.stack([batch.mean_unimodal(losses.clamp(max=_MAX_SCORE)), batch.loss_weight[1:].sum(dim=1)])
         self.distributed.sum_([sums])
         score, valid = sums[0], sums[1] > 0  # a modality that no sample of the step uses is not compared

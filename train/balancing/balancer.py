@@ -14,18 +14,21 @@ from ...audit.errors import ConfigError
 from ...audit.parsing import check_ranges
 from ..batches import Batch, Method, ModelReader
 from ..fusion import Fusion
-from ..network import FusionNet, Outputs, cross_entropies, cross_entropy
+from ..network import FusionNet, Outputs, separate_losses
 from ..optimizer import Optimization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Validation results of an epoch: mean cross entropy and accuracy, of the tested answer and of each modality."""
+    """Validation results of an epoch: mean loss and metric, of the tested answer and of each modality.
+
+    The metric is the accuracy of classes, the MAP of label sets, and the mean absolute error of numbers.
+    """
 
     loss: float
-    accuracy: float
+    metric: float
     unimodal_loss: tuple[float, ...]
-    unimodal_accuracy: tuple[float, ...]
+    unimodal_metric: tuple[float, ...]
 
 
 def check_window(section: str, config: Any) -> None:
@@ -139,7 +142,7 @@ class Balancer(Method):
 
         The heads get detached features: unimodal logits are learned while only the fused loss trains the encoders.
         """
-        return batch.mean_fused(cross_entropy(outputs.fused, batch.label)) + self.head_loss(outputs, batch)
+        return batch.mean_fused(self.net.loss_of(outputs.fused, batch.label)) + self.head_loss(outputs, batch)
 
     def head_loss(self, outputs: Outputs, batch: Batch) -> Tensor | float:
         """Compute this process's part of the mean cross entropies of separate heads on detached features; 0 without."""
@@ -147,11 +150,11 @@ class Balancer(Method):
             return 0.0
         with self.optimization.autocast():
             logits = self.net.unimodal_logits([f.detach() for f in outputs.features])
-        return batch.mean_unimodal(cross_entropy(logits, batch.label)).sum()
+        return batch.mean_unimodal(self.net.loss_of(logits, batch.label)).sum()
 
     def summed_losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute this process's part of the mean cross entropy of the fused logits plus that of every modality."""
-        return (outputs.cross_entropy(batch.label) * batch.loss_weight).sum()
+        return (outputs.losses(batch.label) * batch.loss_weight).sum()
 
     def mean_confidence(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the step's mean probability of the true class (1 + m,) over all processes, fused first."""
@@ -230,11 +233,11 @@ class Sum(Balancer):
         fused_weight, unimodal_weight = self.config.fused_weight, self.config.unimodal_weight
         loss: Tensor
         if not unimodal_weight:
-            loss = fused_weight * batch.mean_fused(cross_entropy(outputs.fused, batch.label))
+            loss = fused_weight * batch.mean_fused(self.net.loss_of(outputs.fused, batch.label))
             return loss + self.head_loss(outputs, batch)
         if loss_mask is None and fused_weight == unimodal_weight == 1:
             return self.summed_losses(outputs, batch)
-        fused, unimodal = cross_entropies(outputs, batch.label)
+        fused, unimodal = separate_losses(outputs, batch.label)
         means = batch.mean_unimodal(unimodal)
         loss = unimodal_weight * (means.sum() if loss_mask is None else means @ loss_mask)
         return loss + fused_weight * batch.mean_fused(fused) if fused_weight else loss

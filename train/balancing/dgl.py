@@ -28,7 +28,7 @@ from ...audit.errors import ConfigError
 from ...audit.parsing import check_ranges
 from ..batches import Batch
 from ..config import TrainConfig
-from ..network import Outputs, cross_entropy
+from ..network import Outputs
 from .balancer import Balancer
 
 
@@ -90,4 +90,4 @@ class Dgl(Balancer):
                 for j in range(len(features))
             ]
         fusion.train(training)
-        return batch.mean_unimodal(cross_entropy(torch.stack(logits), batch.label))
+        return batch.mean_unimodal(self.net.loss_of(torch.stack(logits), batch.label))

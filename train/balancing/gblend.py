@@ -55,7 +55,7 @@ def blend_weights(gain: Sequence[float], overfit: Sequence[float]) -> NDArray[np
 
 def _branch_losses(outputs: Outputs, batch: Batch) -> Tensor:
     """Compute this process's parts (1 + m,) of the step's mean cross entropies."""
-    return (outputs.cross_entropy(batch.label) * batch.loss_weight).sum(dim=1)
+    return (outputs.losses(batch.label) * batch.loss_weight).sum(dim=1)
 
 
 def _branch_loss(outputs: Outputs, batch: Batch, *, branch: int) -> Tensor:
@@ -155,8 +155,8 @@ class Gblend(Balancer):
         self, model_reader: ModelReader, rows: RowIndex, net: FusionNet | None
     ) -> tuple[list[float], list[float]]:
         """Compute mean losses (1 + m,) on training rows and on validation."""
-        train = model_reader.read(Outputs.cross_entropy, rows=rows, net=net)
-        validation = model_reader.read_validation(Outputs.cross_entropy, net=net)
+        train = model_reader.read(Outputs.losses, rows=rows, net=net)
+        validation = model_reader.read_validation(Outputs.losses, net=net)
         return train.double().mean(dim=1).tolist(), validation.double().mean(dim=1).tolist()
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:

@@ -32,7 +32,7 @@ from ...audit.parsing import check_ranges
 from ...audit.scores.mixture import Mixture, MixtureConfig, fit_mixture
 from ..batches import Batch, ModelReader, sample_rows, start_warning
 from ..config import TrainConfig
-from ..network import Outputs, cross_entropies
+from ..network import Outputs, separate_losses
 from .balancer import Balancer
 
 _NUM_BINS = 4096  # of the table over [0, 1]: a gap is rounded by 0.00012 at most
@@ -122,6 +122,7 @@ class GmmConfig:
 class Gmm(Balancer):
     """The adaptive loss in two stages. State: the fit of the gap."""
 
+    class_reason = "its modality gap is one of probabilities of the true class"
     config_type = GmmConfig
     paper = "Liu et al., arXiv 2510.21797"
     has_unimodal_loss = True
@@ -153,7 +154,7 @@ class Gmm(Balancer):
 
     def _adaptive(self, outputs: Outputs, batch: Batch, mixture: GapMixture) -> Tensor:
         config = self.config
-        fused, unimodal = cross_entropies(outputs, batch.label)
+        fused, unimodal = separate_losses(outputs, batch.label)
         confidence = (-unimodal).exp()  # of the true class
         strong, weak = confidence.amax(dim=0), confidence.amin(dim=0)
         gap = (strong.detach() if config.stop_strong else strong) - weak

@@ -31,7 +31,7 @@ from ...audit.parsing import check_choices, check_ranges
 from ..batches import Batch, start_warning
 from ..config import TrainConfig
 from ..fusion import Mmtm
-from ..network import Outputs, cross_entropy
+from ..network import Outputs
 from .balancer import Balancer
 
 TRAINED = ("all", "slow")
@@ -138,7 +138,7 @@ class Greedy(Balancer):
             self.fusion.cut[slow] = False
         trained = [slow] if rebalances and self.config.trained == "slow" else range(len(branches))
         # The others get no gradient, instead of one of 0: weight decay and momentum do not move them either.
-        losses = [(cross_entropy(branches[j], batch.label) * batch.loss_weight[1 + j]).sum() for j in trained]
+        losses = [(self.net.loss_of(branches[j], batch.label) * batch.loss_weight[1 + j]).sum() for j in trained]
         loss = torch.stack(losses).sum() + self.head_loss(outputs, batch)
         self.optimization.backward(loss)
         self.modulate(outputs, batch)
@@ -153,7 +153,7 @@ class Greedy(Balancer):
         with self.optimization.autocast():
             features = tuple(f.float() for f in self.net.encode(batch.inputs, batch.present))
         branches = self.fusion.branch_logits(features)
-        return Outputs(torch.stack(branches).mean(dim=0), None, features), branches
+        return Outputs(torch.stack(branches).mean(dim=0), None, features, self.net.loss_of), branches
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
         """Update the speeds in ordinary steps, and set the kind of the next step."""

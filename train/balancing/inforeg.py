@@ -64,6 +64,7 @@ class InfoRegConfig:
 class InfoReg(Balancer):
     """The summed losses, with a pull on the encoder ahead. State: traces (m, epochs) and the weights of the start."""
 
+    class_reason = "it compares the probabilities of the true class"
     config_type = InfoRegConfig
     paper = "Huang et al., CVPR 2025"
     has_unimodal_loss = True

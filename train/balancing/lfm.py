@@ -93,6 +93,7 @@ class LfmConfig:
 class Lfm(Balancer):
     """L = 2 (a1 CE(fused) + (1 - a1) D), D the mean divergence over pairs of modalities. State: the epoch."""
 
+    class_reason = "its divergence is one of class probabilities"
     config_type = LfmConfig
     paper = "Yang et al., NeurIPS 2024"
     own_fusion = MeanLate

@@ -20,7 +20,7 @@ from ...audit.errors import ConfigError
 from ...audit.parsing import check_choices, check_ranges
 from ..batches import Batch
 from ..fusion import Shared
-from ..network import Outputs, cross_entropies, cross_entropy
+from ..network import Outputs, separate_losses
 from .balancer import Balancer
 
 PROJECTIONS = ("features", "none")
@@ -82,6 +82,7 @@ class MlaConfig:
 class Mla(Balancer):
     """Alternating updates: for each modality j, L_j = CE(z^j) trains encoder j and the shared classifier only."""
 
+    class_reason = "its modalities are weighted by the entropy of class probabilities"
     config_type = MlaConfig
     paper = "Zhang et al., CVPR 2024"
     fusions = ("shared",)
@@ -120,10 +121,10 @@ class Mla(Balancer):
             logits = self.fusion.head(projected)
             head_logits = self.net.heads[modality](feature.detach()) if self.net.has_own_heads else None
         weight = batch.loss_weight[1 + modality]
-        loss = (cross_entropy(logits, batch.label) * weight).sum()
+        loss = (self.net.loss_of(logits, batch.label) * weight).sum()
         total_loss = loss
         if head_logits is not None:
-            total_loss = loss + (cross_entropy(head_logits, batch.label) * weight).sum()
+            total_loss = loss + (self.net.loss_of(head_logits, batch.label) * weight).sum()
         self.optimization.backward(total_loss)
         if self.config.projection == "features":
             self._project(projected.detach().float(), weight)
@@ -142,4 +143,4 @@ class Mla(Balancer):
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the mean of the modalities' losses, which a step minimises one by one."""
-        return batch.mean_unimodal(cross_entropies(outputs, batch.label)[1]).mean()
+        return batch.mean_unimodal(separate_losses(outputs, batch.label)[1]).mean()

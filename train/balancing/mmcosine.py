@@ -60,6 +60,7 @@ class MmCosineConfig:
 class MmCosine(Balancer):
     """The fused loss on the sum of scaled cosines."""
 
+    class_reason = "its logits are cosines with one weight vector per class"
     config_type = MmCosineConfig
     paper = "Xu et al., ICASSP 2023"
     fusions = ()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...audit.parsing import check_choices, check_ranges
 from ..batches import Batch
-from ..network import Outputs, cross_entropies
+from ..network import Outputs, separate_losses
 from .balancer import Balancer
 
 RESCALE = ("tensor", "encoder")
@@ -93,7 +93,7 @@ class MmPareto(Balancer):
         """Train on one batch."""
         with self.optimization.autocast():
             outputs: Outputs = self.net(batch.inputs, batch.present)
-        fused, unimodal = cross_entropies(outputs, batch.label)
+        fused, unimodal = separate_losses(outputs, batch.label)
         unimodal_loss = batch.mean_unimodal(unimodal).sum()
         loss = batch.mean_fused(fused) + unimodal_loss
         parameters = [p for group in self.encoders for p in group]

@@ -18,7 +18,7 @@ from ...audit.errors import ConfigError
 from ...audit.parsing import check_choices, check_ranges
 from ..batches import ModelReader
 from ..config import TrainConfig
-from ..network import Outputs, cross_entropies
+from ..network import Outputs, separate_losses
 from .balancer import Sum, Validation, check_loss_weights
 
 MSLR_MODES = ("keep", "smooth", "dynamic", "accuracy")
@@ -59,8 +59,8 @@ def accuracy_factor(accuracies: Sequence[float]) -> float:
     return accuracies[-1] / (sum(earlier) / len(earlier))
 
 
-def _unimodal_cross_entropy(outputs: Outputs, label: Tensor) -> Tensor:
-    return cross_entropies(outputs, label)[1]
+def _unimodal_losses(outputs: Outputs, label: Tensor) -> Tensor:
+    return separate_losses(outputs, label)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +131,11 @@ class Mslr(Sum):
         reason = f"it belongs to the mode dynamic, and balancing.mslr.mode is {config.mode}"
         return {} if config.mode == "dynamic" else dict.fromkeys(("strength", "min_factor", "max_factor"), reason)
 
+    @classmethod
+    def needs_classes(cls, config: MslrConfig) -> str:
+        """Return the reason of the mode accuracy."""
+        return "its mode accuracy follows the accuracy of classes" if config.mode == "accuracy" else ""
+
     def initialize(self) -> None:
         """Set up the state."""
         factors = self.optimization.config.modality_lr_factors()
@@ -151,7 +156,7 @@ class Mslr(Sum):
             self.optimization.lr_factors = [accuracy_factor(accuracies) for accuracies in self.accuracies]
         elif config.mode == "dynamic":
             if epoch == 1:
-                self.initial_loss = model_reader.read_validation(_unimodal_cross_entropy).double().mean(dim=1).tolist()
+                self.initial_loss = model_reader.read_validation(_unimodal_losses).double().mean(dim=1).tolist()
                 self.lowest_loss = list(self.initial_loss)
             remaining = [
                 low / max(first, 1e-12) for low, first in zip(self.lowest_loss, self.initial_loss, strict=True)
@@ -168,7 +173,7 @@ class Mslr(Sum):
 
         self.accuracies = [
             [*earlier, accuracy][-1 - _NUM_ACCURACIES :]
-            for earlier, accuracy in zip(self.accuracies, validation.unimodal_accuracy, strict=True)
+            for earlier, accuracy in zip(self.accuracies, validation.unimodal_metric, strict=True)
         ]
 
     def epoch_metrics(self) -> dict[str, float]:

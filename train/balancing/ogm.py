@@ -81,6 +81,7 @@ class OgmConfig:
 class Ogm(Balancer):
     """Modulation without noise. The loss is the fused one; state: the epoch, and the last coefficients."""
 
+    class_reason = "it compares the probabilities of the true class"
     config_type = OgmConfig
     paper = "Peng et al., CVPR 2022"
     state_fields = ("epoch", "_coefficient")

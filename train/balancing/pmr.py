@@ -83,6 +83,7 @@ class PmrConfig:
 class Pmr(Balancer):
     """Fused loss plus prototype loss of weaker modalities. State: epoch, weights (m,), prototypes (k, d_j)."""
 
+    class_reason = "it has one prototype per class"
     config_type = PmrConfig
     paper = "Fan et al., CVPR 2023"
     has_unimodal_loss = True

@@ -101,6 +101,7 @@ class ReconBoostConfig:
 class ReconBoost(Balancer):
     """Boosting of one modality, then rectification of all, in stages of epochs. State: the epoch."""
 
+    class_reason = "it weights samples by the probability of the true class"
     config_type = ReconBoostConfig
     paper = "Hua et al., ICML 2024"
     fusions = ()

@@ -81,6 +81,7 @@ class RelearningConfig:
 class Relearning(Balancer):
     """The fused loss; encoders move towards their initial weights by tanh of the purity gap. State: these weights."""
 
+    class_reason = "the purity of its clusters is one of classes"
     config_type = RelearningConfig
     paper = "Wei et al., ECCV 2024"
     state_fields = ("_initial", "_gap", "_share", "_num_diagnoses")

@@ -64,7 +64,9 @@ def read_preset(name: str) -> Preset:
     Raises ConfigError for an unknown name, with the nearest one.
     """
     if name not in PRESETS:
-        raise ConfigError(f"--preset {name}: {choices(name, PRESETS)}; mmaudit methods --presets describes them")
+        raise ConfigError(
+            f"--preset {name}: no such preset; {choices(name, PRESETS)}; listed by mmaudit methods --presets"
+        )
     sections = tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     about = sections.pop("preset")
     base = about.pop("base", None)

@@ -26,9 +26,13 @@ from ...audit.metrics import balance
 from ...audit.parsing import check_choices, check_ranges
 from ...rebalance.curriculum import RowIndex
 from ..batches import ModelReader
-from ..network import Outputs, cross_entropies
+from ..network import Outputs, separate_losses
 from .sampler import Ordered, Paced
 
+_MODEL_REASON = (
+    "balance scores of the model are by class probabilities; use those of the manifest with --set "
+    "sampling.bss.score_source=manifest"
+)
 SCORE_SOURCES = ("auto", "manifest", "model")
 
 
@@ -75,6 +79,11 @@ class BssH(Paced):
     order_name: ClassVar[str] = "curriculum"
 
     @classmethod
+    def needs_classes(cls, config: BssConfig) -> str:
+        """Return the reason of scores by the model."""
+        return _MODEL_REASON if config.score_source == "model" else ""
+
+    @classmethod
     def unused(cls, config: BssConfig) -> dict[str, str]:
         """Return the constants of later evaluations, and of all where the manifest's scores rank."""
         reason = "the samples are ranked once"
@@ -118,6 +127,11 @@ class BssL(Ordered):
     order_fields = ("draw", "weight")
     state_fields = ("balance",)
     config: BssConfig
+
+    @classmethod
+    def needs_classes(cls, config: BssConfig) -> str:
+        """Return the reason of scores by the model."""
+        return _MODEL_REASON if config.score_source != "manifest" else ""
 
     @classmethod
     def reads_scores(cls, config: BssConfig) -> bool:
@@ -167,7 +181,7 @@ def _criteria(outputs: Outputs, label: Tensor, *, alpha: float) -> Tensor:
 
     The similarity is the mean cosine over pairs of the unimodal softmax outputs; 0 where there is only one modality.
     """
-    fused, unimodal = cross_entropies(outputs, label)
+    fused, unimodal = separate_losses(outputs, label)
     probabilities = outputs.unimodal.float().softmax(dim=2)
     cosines = [
         functional.cosine_similarity(probabilities[i], probabilities[j], dim=1)

@@ -63,6 +63,7 @@ class Remix(Sampler):
     Ours: the order of passes for more than two modalities, and that a sample trains none that it does not have.
     """
 
+    class_reason = "it compares class probabilities with uniform ones"
     config_type = RemixConfig
     paper = "Ma et al., ICML 2025"
     min_modalities = 2

@@ -177,6 +177,8 @@ class ClassBalanced(Ordered):
     where n_c samples have its class and k' classes have any.
     """
 
+    class_reason = "it draws by class"
+
     def rows(self, epoch: int) -> RowIndex:
         """Draw an epoch."""
         count = np.bincount(self.pool.label, minlength=self.pool.num_classes)

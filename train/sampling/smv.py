@@ -53,6 +53,7 @@ class Smv(Sampler):
     shuffled pass. Values and copies are those of the authors' code for two modalities; more modalities are ours.
     """
 
+    class_reason = "its values count samples whose class is predicted correctly"
     config_type = SmvConfig
     paper = "Wei et al., CVPR 2024"
     min_modalities = 2
