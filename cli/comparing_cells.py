@@ -109,8 +109,8 @@ def load_manifests(loading: Loading, progress: Progress = no_progress) -> Loaded
     """Load the manifests, of which the data are read once; until `clear_loaded`, a second call returns the same.
 
     Raises:
-        ManifestError: The task is not classification, a manifest is of another dataset, has other classes, trains on test samples of another one, or
-            there are no common test samples.
+        ManifestError: The task is not classification, a manifest is of another dataset, has other classes or trains on
+            test samples of another one, or there are no common test samples.
     """
     if loading not in _loaded:
         _loaded.clear()
@@ -135,9 +135,7 @@ def _load(loading: Loading, progress: Progress) -> LoadedManifests:
         scores = [entry.manifest.provenance.get("scores", {}) for entry in (first, source)]
         check_same_dataset(scores[0], scores[1], name=str(source.path))
     if (task := first.task(loading.config)) != "classification":
-        raise ManifestError(
-            f"compare needs classes, whose predictions are right or wrong; the task of the scores is {task}"
-        )
+        raise ManifestError(f"compare needs classes, whose predictions are right or wrong; the scores are of {task}")
     encoded = first.read(num_workers=loading.num_workers, progress=progress)
     loaded = {name: source.join(encoded, loading.config) for name, source in sources.items()}
     examples, test_ids = _with_common_test({name: entry.examples for name, entry in loaded.items()})

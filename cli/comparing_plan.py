@@ -57,21 +57,21 @@ def read_plan(
             raise ConfigError(f"{file}: no key {key}; {choices(key, kinds)}")
         if type(value) is not kinds[key] or (kinds[key] is list and not all(isinstance(text, str) for text in value)):
             raise ConfigError(f"{file}: {key} is {value!r}; it must be {words[kinds[key]]}")
-    manifests = [str(entry) for entry in manifests] or content.get("manifests", [])
+    entries: list[str] = [str(entry) for entry in manifests] or content.get("manifests", [])
     specs = [parse_method(text) for text in [*methods] or content.get("methods", [])]
     seeds = content.get("seeds", _DEFAULT_SEEDS) if seeds is None else seeds
-    for option, names in (("manifest", manifests), ("method", [spec.name for spec in specs])):
+    for option, names in (("manifest", entries), ("method", [spec.name for spec in specs])):
         if not names:
             raise ConfigError(f"pass at least one --{option}, or a --plan that names some")
         if len(set(names)) < len(names):
             raise ConfigError(f"--{option} {max(names, key=names.count)} is passed twice")
-    stems = [Path(entry).stem if Path(entry).suffix else entry for entry in manifests]
+    stems = [Path(entry).stem if Path(entry).suffix else entry for entry in entries]
     if len(set(stems)) < len(stems):
         raise ConfigError(f"two manifests are named {max(stems, key=stems.count)}: rename one of the files")
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: at least 1, and at least 2 for a verdict")
     return Plan(
-        manifests=tuple(manifests),
+        manifests=tuple(entries),
         methods=tuple(specs),
         seeds=seeds,
         name=name or content.get("name") or "-".join(stems),

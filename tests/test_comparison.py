@@ -51,7 +51,7 @@ def test_p_is_corrected_for_the_methods_of_a_manifest_and_not_for_controls() -> 
     )
     summary = comparison.summary.set_index(["manifest", "method"])
     assert summary.loc["a"].loc[["x", "y"], "p_holm"].tolist() == holm(summary.loc["a"].loc[["x", "y"], "p"].tolist())
-    assert summary.loc[("b", "x"), "p_holm"] == summary.loc[("b", "x"), "p"]
+    assert summary.loc["b"]["p_holm"].tolist() == summary.loc["b"]["p"].tolist()
     assert summary.loc[("a", "audio alone"), "verdict"] == "worse"
     assert comparison.sentences()[-1].startswith("control audio alone on a: worse, -")
     assert comparison.difference("b/x", "a/y").mean == pytest.approx(draws(0.64).mean() - draws(0.63).mean())

@@ -378,7 +378,8 @@ def _correctness(values: ArrayLike, labels: ArrayLike | None, method: str) -> Co
         return array.astype(np.float64)
     if np.shape(labels) != array.shape[1:]:
         raise ConfigError(f"{method} has {array.shape[1]} test samples, and labels have the shape {np.shape(labels)}")
-    return np.equal(array, np.asarray(labels)).astype(np.float64)
+    is_correct: Mask = array == np.asarray(labels)
+    return is_correct.astype(np.float64)
 
 
 def _check_lengths(correct: Mapping[Condition, Correctness], n: int, **values: Sequence[object] | None) -> None:
