@@ -162,6 +162,14 @@ def subsets(discrepancy: NDArray[np.floating[Any]], *, first: str, second: str) 
     return masks
 
 
+def subsets_of_rows(examples: Examples, rows: RowIndex, *, between: str) -> dict[str, NDArray[np.bool_]]:
+    """Return the masks of each subset of some rows (b,); only `all` where the samples have no scores."""
+    if np.isnan(examples.discrepancy).all():
+        return {"all": np.ones(len(rows), dtype=bool)}
+    first, _, second = between.partition(":")
+    return subsets(examples.discrepancy[rows], first=first, second=second or "rest")
+
+
 def evaluate(
     probabilities: Mapping[str, Probabilities],
     label: NDArray[Any],
@@ -246,7 +254,13 @@ def compute_class_metrics(probability: Probabilities, label: Labels) -> dict[int
 
 
 def evaluate_network(
-    reader: NetworkReader, rows: RowIndex, examples: Examples, *, between: str, seed: int
+    reader: NetworkReader,
+    rows: RowIndex,
+    examples: Examples,
+    *,
+    between: str,
+    seed: int,
+    predictions: Mapping[str, Probabilities] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the reader's network on some rows: {task, answer, test, test_by_class, contribution}.
 
@@ -254,14 +268,14 @@ def evaluate_network(
     overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
     modality's contribution and the confused samples, see `measure_contribution`. Label sets and numbers have the
     metrics of `task_metrics`, and no confused samples; test_by_class has the labels, and nothing of numbers.
+    predictions: those of `predict`, where they are known.
     """
     task, target = examples.task, examples.target[rows]
-    subset_masks = {"all": np.ones(len(rows), dtype=bool)}
-    if not np.isnan(examples.discrepancy).all():  # as it is of data without scores
-        first, _, second = between.partition(":")
-        subset_masks |= subsets(examples.discrepancy[rows], first=first, second=second or "rest")
+    subset_masks = subsets_of_rows(examples, rows, between=between)
+    if len(subset_masks) > 1:
         subset_masks["in-manifest"] = examples.in_manifest[rows]
-    predictions = predict(reader, rows, examples.modalities)
+    if predictions is None:
+        predictions = predict(reader, rows, examples.modalities)
     sets = shapley_sets(len(examples.modalities), seed=seed)
     values = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy()
     about = {"task": task, "answer": reader.net.config.answer}
