@@ -55,7 +55,8 @@ def read_plan(
     for key, value in content.items():
         if key not in kinds:
             raise ConfigError(f"{file}: no key {key}; {choices(key, kinds)}")
-        if type(value) is not kinds[key] or (kinds[key] is list and not all(isinstance(text, str) for text in value)):
+        is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+        if type(value) is not kinds[key] or (kinds[key] is list and not is_texts):
             raise ConfigError(f"{file}: {key} is {value!r}; it must be {words[kinds[key]]}")
     entries: list[str] = [str(entry) for entry in manifests] or content.get("manifests", [])
     specs = [parse_method(text) for text in [*methods] or content.get("methods", [])]
