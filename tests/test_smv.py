@@ -39,7 +39,7 @@ class FixedReader:
 
     def __init__(self, logits: Tensor = LOGITS) -> None:
         self.said, self.num_reads = logits, 0
-        config = SimpleNamespace(modalities=("audio", "visual"))
+        config = SimpleNamespace(modalities=("audio", "visual"), task="classification")
         self.net = SimpleNamespace(config=config, num_modalities=2, tested_logits_of=self.fused_logits)
 
     @staticmethod
