@@ -167,7 +167,9 @@ def test_tables_align_names_of_any_length_and_script(capsys: pytest.CaptureFixtu
         "chance": {"uniform": 0.25, "majority": 0.3},
         "test": {name: {"n": int(name != "empty"), "branches": branches} for name in subsets},
     }
-    result = FinetuneResult(name="all-concat", folder=Path("run/finetune/all-concat"), accuracy=0.5, metrics=metrics)
+    result = FinetuneResult(
+        name="all-concat", folder=Path("run/finetune/all-concat"), value=0.5, accuracy=0.5, metrics=metrics
+    )
     print_finetune(result)
     first, *table, _, folder = capsys.readouterr().out.splitlines()
     assert folder == "fine-tuning: run/finetune/all-concat"
