@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .audit.scores.sample_scores import score_probabilities
     from .audit.scores.table import ScoreTable, read_scores, write_scores
     from .cli.checking import CheckResult, check, ingest
+    from .cli.comparing import compare
     from .cli.config import RunConfig, load_config
     from .cli.demo import DemoResult, demo
     from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
     from .rebalance.verify import Verification
+    from .train.comparison import Comparison, compare_predictions
     from .train.custom_loop import Balanced, balance
     from .train.custom_network import MultimodalModel
     from .train.manifest_sampler import ManifestBatchSampler, ManifestSampler
@@ -39,6 +41,7 @@ _NAMES = {
     "audit.scores.sample_scores": ["score_probabilities"],
     "audit.scores.table": ["ScoreTable", "read_scores", "write_scores"],
     "cli.checking": ["CheckResult", "check", "ingest"],
+    "cli.comparing": ["compare"],
     "cli.config": ["RunConfig", "load_config"],
     "cli.demo": ["DemoResult", "demo"],
     "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
@@ -50,6 +53,7 @@ _NAMES = {
     "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],
     "rebalance.verify": ["Verification"],
+    "train.comparison": ["Comparison", "compare_predictions"],
     "train.custom_loop": ["Balanced", "balance"],
     "train.custom_network": ["MultimodalModel"],
     "train.manifest_sampler": ["ManifestBatchSampler", "ManifestSampler"],
@@ -60,6 +64,7 @@ __all__ = [
     "Balanced",
     "Card",
     "CheckResult",
+    "Comparison",
     "Dataset",
     "DemoResult",
     "Epoch",
@@ -87,6 +92,8 @@ __all__ = [
     "balance",
     "card",
     "check",
+    "compare",
+    "compare_predictions",
     "demo",
     "diff",
     "evaluate",

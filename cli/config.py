@@ -160,13 +160,13 @@ def load_settings(
         if config is not None:
             if not Path(config).exists():
                 raise ConfigError(f"config file not found: {config}")
-            stated = _read_toml(Path(config))
+            stated = read_toml(Path(config))
             _update(content, stated)
             given = {key: Path(config).name for key, _ in _leaves(stated)}
         for key, text in _environment_settings().items():
             _set(content, key, _parse_value(key, text), source=f"{_variable(key)}={text}")
             given[key] = _variable(key)
-    pairs = [*(settings.items() if isinstance(settings, Mapping) else map(_parse_setting, settings))]
+    pairs = [*(settings.items() if isinstance(settings, Mapping) else map(parse_setting, settings))]
     for key, value in (*pairs, *made.items()):
         if key == "data.encoder" and preset is not None:
             value = _with_encoders(content, value)
@@ -274,7 +274,8 @@ def _variable(key: str) -> str:
     return _PREFIX + key.replace(".", "_").upper()
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; raise ConfigError if it cannot be read."""
     try:
         check_regular(path)
         return _parse_toml(path.read_text(encoding="utf-8"))
@@ -308,7 +309,8 @@ def without_none(content: dict[str, Any]) -> dict[str, Any]:
     return {key: without_none(value) if isinstance(value, dict) else value for key, value in with_values.items()}
 
 
-def _parse_setting(setting: str) -> tuple[str, Any]:
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """Parse SECTION.KEY=VALUE; raise ConfigError for another form."""
     key, equals, text = setting.partition("=")
     if not equals:
         raise ConfigError(f"--set {setting}: not of the form SECTION.KEY=VALUE, such as probe.folds=10")

@@ -419,6 +419,17 @@ def _print_contribution(analysis: dict[str, Any], *, name: str) -> None:
     )
 
 
+def print_compare(summary: dict[str, Any]) -> None:
+    """Print the verdicts of a comparison in words, what limits them, and its folder."""
+    for line in summary["verdicts"]:
+        print_line(line)
+    if not summary["verdicts"]:
+        print_line("no two methods were trained: there is nothing to compare")
+    for warning in summary["warnings"]:
+        print_line(f"warning: {warning}")
+    print_line(f"tables and correctness by sample: {summary['folder']}")
+
+
 def print_methods(summary: dict[str, Any]) -> None:
     """Print one line per method, and below it what it needs; or the presets."""
     if "presets" in summary:

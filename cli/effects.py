@@ -23,6 +23,7 @@ log = logging.getLogger("mmaudit")
 HasEffect = Callable[[str], bool]
 _OF_MLP = ("hidden", "epochs", "lr", "dropout", "batch_size", "decays")
 _OF_LINEAR = ("l2_penalties", "gaussian", "choice_rows", "max_steps", "tolerance")
+_OF_OWN_NETWORKS = ("hidden", "dropout", "initialisation")  # of mmaudit's networks, not of the user's
 _OF_NETWORKS = ("folds", "repeats", "learn_from", "control")  # of the section probe, also where all probes are networks
 
 
@@ -134,7 +135,8 @@ def effects_in_training(
         ({"augment.frames"}, any(form.num_choices > 1 for form in stored)),
         ({"augment.sound", "network.normalise_sound"}, sound),
         (masks, sound and augment.sound),
-        ({"network.width"}, pictures or sound),
+        ({"network.width"}, (pictures or sound) and config.finetune.model is None),
+        ({f"finetune.{name}" for name in _OF_OWN_NETWORKS}, config.finetune.model is None),
     ):
         used = used | keys if has_effect else used - keys
     sections = {f"{axis}.{name}" for axis in ("sampling", "balancing") for name in getattr(config, axis)}

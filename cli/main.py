@@ -57,6 +57,7 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="order", module="manifests", printer="print_order", dump="dump_order"),
     Command(name="finetune", module="training", printer="print_finetune"),
     Command(name="evaluate", module="training", printer="print_evaluate"),
+    Command(name="compare", module="comparing", printer="print_compare"),
     Command(name="report", module="scoring", printer="print_report"),
     Command(name="methods", module="methods", printer="print_methods"),
 )
@@ -69,17 +70,19 @@ _TRAINING, _SETTINGS, _EXECUTION = "Training", "Settings", "Execution"
 # Panels of the options that are not in the first one, which holds at most a dozen.
 _PANELS: dict[str | tuple[str, str], str] = {
     **dict.fromkeys(("config", "settings", "seed", "learn_from", "repeats", "thorough"), _SETTINGS),
-    **dict.fromkeys(("device", "num_workers", "json", "dump"), _EXECUTION),
+    **dict.fromkeys(("device", "num_workers", "jobs", "json", "dump"), _EXECUTION),
     **dict.fromkeys(("balanced", "subset", "dominated", "gmm", "like", "intersect", "exclude"), _SELECTION),
     **dict.fromkeys(("tolerance", "size", "bins", "by", "grid", "between", "resplit"), _RULE),
-    **dict.fromkeys(("only", "init", "keep_posterior", "epochs", "batch_size", "lr"), _TRAINING),
+    **dict.fromkeys(("model", "only", "init", "keep_posterior", "epochs", "batch_size", "lr"), _TRAINING),
     **{(command, name): _UNTRUSTED for command in ("verify", "export") for name in ("data", "allow_outside")},
     **{("evaluate", name): _UNTRUSTED for name in ("data", "encoder", "allow_outside")},
+    **{("compare", name): _UNTRUSTED for name in ("data", "encoder", "allow_outside")},
+    ("evaluate", "model"): "",
     **{("finetune", name): _DATA for name in ("data", *_DATA_COLUMNS, "encoder", "allow_outside")},
     ("order", "batch_size"): "",
 }
 _FLAGS: dict[str | tuple[str, str], tuple[str, ...]] = {
-    **{(command, "manifest"): ("--manifest", "-m") for command in ("finetune", "evaluate")},
+    **{(command, "manifest"): ("--manifest", "-m") for command in ("finetune", "evaluate", "compare")},
     "settings": ("--set",),
     "lists": ("--list",),
 }
@@ -87,12 +90,14 @@ _METAVARS = {
     "modality": "NAME=COLUMN[:KIND]",
     "encoder": "NAME=ENCODER",
     "features": "[NAME=]FILE",
+    "model": "PACKAGE.MODULE:FACTORY",
     "settings": "SECTION.KEY=VALUE",
     "dominated": "MODALITY:T",
     "between": "A[:B]",
     "resplit": "80/8/12",
     "subset": "RULE",
     **dict.fromkeys(("like", "intersect", "exclude"), "MANIFEST"),
+    "method": "METHOD",
 }
 _REGISTRIES = {  # whose names complete the help of a parameter
     ("ingest", "name"): ("audit.downloads", "DOWNLOADS"),

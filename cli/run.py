@@ -222,6 +222,10 @@ class Run:
         """Return the folder of a fine-tuning by name."""
         return self.folder / "finetune" / _checked_name(name)
 
+    def comparison(self, name: str) -> Path:
+        """Return the folder of a comparison by name."""
+        return self.folder / "compare" / _checked_name(name)
+
     def finetunes(self) -> list[Path]:
         """Return the folders of finished fine-tunings, sorted by name."""
         folders = [path.parent for path in (self.folder / "finetune").glob("*/metrics.json")]
@@ -372,7 +376,7 @@ def _checked_name(name: str) -> str:
 
 SCORE_FILES = ("run.json", "scores.parquet", "quarantine.parquet", "mixture.json")
 REPORT_FILES = ("report.html", "report.json", "figures")
-MADE_FROM_SCORES = ("finetune", "manifests", "recovery.json")
+MADE_FROM_SCORES = ("compare", "finetune", "manifests", "recovery.json")
 
 _NUMBER, _NULL = (float, type(None)), type(None)
 _CALIBRATION = RequiredKeys(temperature=float, ece_before=_NUMBER, ece_after=_NUMBER, ece_floor=_NUMBER, num_rows=int)
@@ -434,6 +438,7 @@ _METRICS = RequiredKeys(
         "task?": str,
         "config": RequiredKeys({"seed": int, "finetune": {}, "data?": {}}),
         "made_from?": {},
+        "code?": {},
         "counts": RequiredKeys(train=int, validation=int, test=int),
         "test": RequiredKeys({"all": _SUBSET, "*": _SUBSET}),
         "best_epoch": int,

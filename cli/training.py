@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ConfigError, ManifestError, RunError, choices, quarantine_table
+from ..audit.features.encoders import function_file, function_version
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parsing import build_config
 from ..audit.storage import write_json, write_parquet, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance.manifest import read_manifest
-from ..train.evaluate import evaluate_file
+from ..train.evaluate import check_model_name, evaluate_file
 from ..train.examples import Examples
 from ..train.finetune import finetune_on
 from ..train.methods import check_task, resolve
@@ -98,6 +99,7 @@ def finetune(
     sampling: str | None = None,
     balancing: str | None = None,
     fusion: str | None = None,
+    model: str | None = None,
     name: str | None = None,
     report_to: str | None = None,
     overwrite: bool = False,
@@ -137,6 +139,7 @@ def finetune(
         sampling: Which samples each step uses, in which order; by default uniform.
         balancing: Loss, and what is done to its gradients; by default joint, or as the sampling needs.
         fusion: Fusion of the features; by default concat, or as the balancing needs.
+        model: A network of yours, package.module:factory (code), in place of mmaudit's; see MultimodalModel.
         name: Name of this fine-tuning; by default made of the manifest and the methods.
         report_to: Experiment trackers, separated by commas; by default none.
         overwrite: Replace a finished fine-tuning of that name.
@@ -182,6 +185,7 @@ def finetune(
         "finetune.sampling": sampling,
         "finetune.balancing": balancing,
         "finetune.fusion": fusion,
+        "finetune.model": model,
         "finetune.only": only,
         "finetune.init": init,
         "finetune.keep_posterior": keep_posterior,
@@ -194,6 +198,7 @@ def finetune(
         keywords |= data_settings(modality=modality, encoder=encoder, allow_outside=allow_outside, **columns)
     config, given = load_settings(config, settings, keywords, preset=preset)
     config = resolve_methods(config)
+    code = _model_code(config)
     run_dir, device = Run.open(run), local_device(pick_device(device))
     workers = default_workers() if num_workers is None else num_workers
     source: ManifestSource | UnscoredSource
@@ -211,7 +216,7 @@ def finetune(
     if (folder / "metrics.json").exists() and not overwrite:
         with progress_bars(progress) as report_progress:
             digest = source.digest(config, num_workers=workers, progress=report_progress)
-        return _result(folder, _finished(folder, resolved, digest))
+        return _result(folder, _finished(folder, resolved, digest, code=code))
     weights = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
     if overwrite and weights is not None and folder.resolve() in weights.resolve().parents:
         raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
@@ -232,6 +237,7 @@ def finetune(
             "manifest_digest": loaded.digest,
             "test_labels_in_scores": loaded.saw_test_labels,
             "config": resolved,
+            "code": code,
             "preset": None if preset is None else record_preset(preset, config, source),
             "made_from": loaded.made_from,
         }
@@ -274,6 +280,7 @@ def evaluate(
     run: str | Path = "mmaudit-run",
     manifest: str | Path | None = None,
     split: str = "test",
+    model: str | None = None,
     data: str | Path | None = None,
     encoder: Mapping[str, str] | Sequence[str] | None = None,
     allow_outside: bool = False,
@@ -294,6 +301,7 @@ def evaluate(
         run: Run folder.
         manifest: Manifest to test on; by default its training manifest.
         split: test, validation or train.
+        model: Confirm the network of yours (code) that was trained, package.module:factory.
         data: The data; also if your own data moved.
         encoder: Confirm the encoder (code or model) of a modality.
         allow_outside: Allow paths outside the data folder.
@@ -318,6 +326,8 @@ def evaluate(
     config = build_config(
         RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where=""
     )
+    check_model_name(config.finetune.model, model, of=folder.name)
+    _warn_changed(metrics, _model_code(config), name=folder.name)
     options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
     workers, device = default_workers() if num_workers is None else num_workers, pick_device(device)
     source: ManifestSource | UnscoredSource
@@ -350,6 +360,7 @@ def evaluate(
             config=config.training(),
             seed=config.seed,
             device=device,
+            model=model,
         )
         result = {"name": folder.name, "manifest": source.name, "split": split, **measured}
         if manifest is not None:
@@ -452,7 +463,8 @@ def _finetune_name(manifest: str, config: RunConfig, preset: str | None) -> str:
     finetune_config = config.finetune
     if preset is not None:
         return f"{manifest}-{preset}"
-    parts = [manifest, finetune_config.fusion, finetune_config.sampling]
+    own = finetune_config.model
+    parts = [manifest, finetune_config.fusion if own is None else own.partition(":")[2], finetune_config.sampling]
     parts += [finetune_config.balancing] if finetune_config.balancing != "joint" else []
     parts += [f"only-{finetune_config.only}"] if finetune_config.only else []
     parts += [f"p{finetune_config.keep_posterior:g}"] if finetune_config.keep_posterior is not None else []
@@ -477,9 +489,33 @@ def _find_model(run_dir: Run, name: str) -> Path:
     return _find_finetune(run_dir, name) / "model.safetensors"
 
 
-def _finished(folder: Path, settings: dict[str, Any], digest: str) -> dict[str, Any]:
+def _model_code(config: RunConfig) -> dict[str, str | None]:
+    """Import the factory of --model; return its name, source file and the digest of that file; {} without one."""
+    name = config.finetune.model
+    if name is None:
+        return {}
+    digest, path = function_version(name), function_file(name)
+    return {"model": name, "file": None if path is None else str(path.resolve()), "digest": digest}
+
+
+def _warn_changed(metrics: dict[str, Any], code: dict[str, str | None], *, name: str) -> None:
+    """Warn of a network of the user's whose source file has changed since it was trained."""
+    if code and code["digest"] != metrics.get("code", {}).get("digest"):
+        log.warning(
+            "the source file of %s (%s) has changed since %s was trained; its weights are tested in the network of now",
+            code["model"],
+            code["file"],
+            name,
+        )
+
+
+def _finished(folder: Path, settings: dict[str, Any], digest: str, *, code: dict[str, Any]) -> dict[str, Any]:
     metrics = read_metrics(folder)
     is_same = decisive_settings(metrics["config"]) == decisive_settings(settings)
+    if is_same and metrics.get("code", {}).get("digest") != code.get("digest"):
+        raise RunError(
+            f"{folder} was trained with another version of {code['file']}: pass another --name, or --overwrite"
+        )
     if not is_same or metrics["manifest_digest"] != digest:
         raise RunError(f"{folder} holds a fine-tuning of other settings: pass another --name, or --overwrite")
     log.info("%s is already trained with these settings: nothing to do", folder)

@@ -13,7 +13,7 @@ from ..audit.dataset.modalities import Modality
 from ..audit.dataset.samples import Samples, read_samples
 from ..audit.errors import Quarantined, RunError, printable
 from ..audit.features.encode import EncodeTask, encode_dataset
-from ..audit.features.encoded_samples import EncodedSamples, collect_encoded
+from ..audit.features.encoded_samples import EncodedSamples, Status, collect_encoded
 from ..audit.features.encoders import ENCODERS
 from ..audit.parsing import build_config, plain
 from ..audit.workers import Progress
@@ -62,6 +62,15 @@ class LoadedSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedSource:
+    """The samples of a dataset with their features, as manifests made from it are joined with."""
+
+    samples: Samples
+    statuses: tuple[Status, ...]
+    tasks: list[EncodeTask]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestSource:
     """A manifest of a run, or a manifest file."""
 
@@ -107,6 +116,10 @@ class ManifestSource:
 
         Media that are unchanged since the run cached their vectors, by path, size and times, are not opened.
         """
+        return self.join(self.read(num_workers=num_workers, progress=progress), config)
+
+    def read(self, *, num_workers: int, progress: Progress) -> EncodedSource:
+        """Open the manifest's source and encode what the run's cache lacks."""
         origin = origin_of(self.path, self.manifest.provenance, self.manifest.digests)
         dataset, scored_config = open_source(origin, self.options)
         tasks = encode_dataset(
@@ -119,6 +132,10 @@ class ManifestSource:
             trust_unchanged=own_record(self.run_dir.folder)[0] is not None,
         )
         samples = read_samples(dataset, seed=scored_config.seed, test_fraction=scored_config.data.test_fraction)
+        return EncodedSource(samples=samples, statuses=collect_encoded(dataset, samples, tasks).statuses, tasks=tasks)
+
+    def join(self, source: EncodedSource, config: RunConfig) -> LoadedSource:
+        """Load the training and test samples of the manifest from its source."""
         dropped = read_dropped(self.path, self.manifest)
         if dropped is None:
             log.info(
@@ -127,9 +144,9 @@ class ManifestSource:
         examples = load_examples(
             self.manifest,
             dropped,
-            samples=samples,
-            statuses=collect_encoded(dataset, samples, tasks).statuses,
-            tasks=tasks,
+            samples=source.samples,
+            statuses=source.statuses,
+            tasks=source.tasks,
             validation_fraction=config.finetune.validation_fraction,
             seed=config.seed,
         )

@@ -168,7 +168,7 @@ def test_tables_align_names_of_any_length_and_script(capsys: pytest.CaptureFixtu
         "test": {name: {"n": int(name != "empty"), "branches": branches} for name in subsets},
     }
     result = FinetuneResult(
-        name="all-concat", folder=Path("run/finetune/all-concat"), value=0.5, accuracy=0.5, metrics=metrics
+        name="all-concat", folder=Path("run/finetune/all-concat"), accuracy=0.5, value=0.5, metrics=metrics
     )
     print_finetune(result)
     first, *table, _, folder = capsys.readouterr().out.splitlines()

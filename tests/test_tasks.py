@@ -252,5 +252,5 @@ def test_warm_start_keeps_the_scale_of_the_new_numbers(tmp_path: Path) -> None:
 def test_model_of_another_task_is_refused(tmp_path: Path) -> None:
     fine_tune(make_label_sets(80), tmp_path, with_options(QUICK, epochs=1))
     options: dict[str, Any] = {"split": "test", "between": "audio:visual", "config": QUICK, "seed": 0, "device": "cpu"}
-    with pytest.raises(ManifestError, match="was trained on other task: multilabel, the samples have regression"):
+    with pytest.raises(ManifestError, match="was trained on other task: multilabel; the samples have regression"):
         evaluate_file(tmp_path / "model.safetensors", make_numbers(80), **options)

@@ -103,7 +103,8 @@ def test_training_on_data_equals_that_on_a_manifest_of_all_samples(folder: Path)
 
 
 def test_report_names_no_manifest(trained: Path) -> None:
-    numbers = finetune_numbers(trained / "run/finetune/all-concat-uniform", Run(trained / "run"))
+    folder = trained / "run/finetune/all-concat-uniform"
+    numbers = finetune_numbers(folder, Run(trained / "run"), fingerprint="", modalities=("audio", "visual"))
     assert numbers["manifest"] is None
     assert numbers["manifest_is_unchanged"]
     assert [subset["name"] for subset in numbers["subsets"]] == ["all"]

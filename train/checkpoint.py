@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..audit.errors import RunError, TrainError
+from ..audit.features.encoders import function_version
 from ..audit.hashing import digest
 from ..audit.storage import atomic_write
 from .examples import Examples
@@ -70,7 +71,10 @@ def warm_start(net: FusionNet, path: Path) -> None:
     Modalities are matched by name; tensors without a counterpart, such as heads for other classes or a new modality,
     keep their random values. Raises TrainError where no modality matches, or one has another shape.
     """
-    source, weights = read_model_config(path), load_model(path)
+    source = read_model_config(path)
+    if source.model is not None:
+        raise TrainError(f"--init {path} holds weights of the network of {source.model}, not of mmaudit's own")
+    weights = load_model(path)
     target_weights, names = net.state_dict(), net.config.modalities
     target_index = {
         str(source.modalities.index(name)): str(names.index(name)) for name in names if name in source.modalities
@@ -129,7 +133,8 @@ def load_state(path: Path, *, device: str) -> dict[str, Any]:
 def run_identity(examples: Examples, training_data: TrainingData, *, init: Path | None) -> str:
     """Fingerprint everything that determines the weights, so that a state of another run is never resumed.
 
-    The number of processes and the reporting settings are not part of it.
+    The number of processes and the reporting settings are not part of it. Of a network of the user's its source file
+    is, without the modules that it imports.
     """
     train, train_and_validation = training_data.train, np.r_[training_data.train, training_data.validation]
     ids = ["\0".join(examples.sample_id[rows]) for rows in (train, training_data.validation)]
@@ -147,10 +152,12 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     for name in ("report_to", "resident_mib", "save_steps"):
         del config["finetune"][name]
     weights = b"" if init is None else init.read_bytes()
+    model = training_data.config.finetune.model
+    source = b"" if model is None else function_version(model).encode()
     inputs = (examples.class_names, examples.modalities, examples.shapes, examples.views)
     settings = repr((_STATE_VERSION, config, *inputs, training_data.seed))
     texts = (settings.encode(), content.encode(), *(text.encode() for text in ids))
-    return digest(*texts, *(np.ascontiguousarray(array).tobytes() for array in arrays), weights)
+    return digest(*texts, *(np.ascontiguousarray(array).tobytes() for array in arrays), weights, source)
 
 
 def resume(path: Path, identity: str, *, device: str) -> dict[str, Any] | None:

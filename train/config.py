@@ -14,6 +14,7 @@ from . import TRACKERS
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
+OWN_FUSION = "own"  # name of the fusion of a network of the user's
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 REGRESSION_LOSSES = ("l1", "mse")
 KEEP = ("best", "last")
@@ -44,7 +45,10 @@ class FinetuneConfig:
     """What is trained, on which samples, and for how long. All default values are mmaudit's own.
 
     Args:
-        fusion: One of FUSIONS, or "auto": the usual fusion of the balancing method, "concat" for most.
+        model: A network of yours in place of mmaudit's: package.module:factory, where
+            `factory(modalities, shapes, num_classes)` returns an nn.Module, see MultimodalModel; None: mmaudit's.
+        fusion: One of FUSIONS, or "auto": the usual fusion of the balancing method, "concat" for most. That of a
+            network of yours is "own".
         sampling: Name of the sampler, one of SAMPLERS or installed.
         balancing: Name of the balancing method, one of BALANCERS or installed, or "auto": the usual one of the sampler
             or fusion, "joint" for most.
@@ -77,6 +81,7 @@ class FinetuneConfig:
         report_to: Experiment trackers, any of TRACKERS.
     """
 
+    model: str | None = None
     fusion: str = "auto"
     sampling: str = "uniform"
     balancing: str = "auto"
@@ -108,8 +113,24 @@ class FinetuneConfig:
         check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "hidden"), "[1, inf)"))
         check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
         check_ranges("finetune", self, dropout="[0, 1)", validation_fraction="[0, 1)", keep_posterior="[0, 1]")
+        if self.model is not None:
+            self._check_model(self.model)
         if self.keep == "last" and self.patience:
             raise ConfigError("finetune.patience stops by the best epoch, and finetune.keep is last: set one of them")
+
+    def _check_model(self, model: str) -> None:
+        """Raise ConfigError for a name of another form, and for settings of mmaudit's own networks."""
+        if not all(model.partition(":")):
+            raise ConfigError(f"finetune.model {model}: not of the form package.module:factory, such as nets:build")
+        if self.fusion not in ("auto", OWN_FUSION):
+            raise ConfigError(
+                f"--model {model}: a network of your own fuses its features itself; remove --fusion {self.fusion}, or "
+                "where a file or preset sets it, pass --fusion auto"
+            )
+        if self.init is not None:
+            raise ConfigError(
+                f"--init {self.init} loads weights of mmaudit's own networks; load those of yours in {model}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

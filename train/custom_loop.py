@@ -17,7 +17,7 @@ from .balancing.balancer import Balancer, Validation
 from .batches import Batch, Loss, OutputFunction
 from .config import FinetuneConfig, OptimConfig, TrainConfig
 from .custom_network import CustomNet, check_model, in_eval_mode
-from .methods import resolve
+from .methods import check_custom, resolve
 from .network import FusionNet
 from .optimizer import DistributedContext, Optimization
 from .training_data import validate
@@ -290,8 +290,8 @@ def balance(
         raise ConfigError(f"precision {precision}: no such precision; {choices(precision, ('float32', 'bfloat16'))}")
     methods = resolve(TrainConfig(finetune=FinetuneConfig(balancing=method), balancing=_sections(settings or {})))
     balancer_type = methods.balancer
-    check_custom(method, balancer_type, num_modalities=len(model.encoders))  # type: ignore[arg-type]
-    _check_loop(method, balancer_type, train=train, validation=validation)
+    check_custom(method, balancer_type)
+    _check_loop(method, balancer_type, num_modalities=len(model.encoders), train=train, validation=validation)  # type: ignore[arg-type]
     has_logits = callable(getattr(model, "unimodal_logits", None))
     needs_logits = balancer_type.needs_unimodal_logits or "validation" in balancer_type.evaluates
     heads = balancer_type.own_heads or (needs_logits and not has_logits)
@@ -309,18 +309,14 @@ def balance(
     return Balanced(net, balancer, train=train, validation=validation, seed=seed)
 
 
-def check_custom(name: str, method: type[Balancer], *, num_modalities: int) -> None:
-    """Raise ConfigError where a method needs more than a network of the user's has."""
-    if "concat" not in method.fusions:
-        raise ConfigError(f"balancing {name} does not work with a network of your own: {method.fusion_reason}")
+def _check_loop(
+    name: str, method: type[Balancer], *, num_modalities: int, train: Evaluated | None, validation: Evaluated | None
+) -> None:
+    """Raise ConfigError where a method needs more than a loop of the user's has, or batches that were not passed."""
     if num_modalities < method.min_modalities:
         raise ConfigError(
             f"balancing {name} needs {method.min_modalities} modalities, the network has {num_modalities}"
         )
-
-
-def _check_loop(name: str, method: type[Balancer], *, train: Evaluated | None, validation: Evaluated | None) -> None:
-    """Raise ConfigError where a method needs more than a loop of the user's has, or batches that were not passed."""
     reason = ""
     if "copies" in method.evaluates:
         reason = "it trains copies of the network between epochs"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..audit.errors import ConfigError, TrainError
+from ..audit.errors import ConfigError, MmauditError, TrainError
+from ..audit.features.encoders import load_function
+from ..audit.probes.crops import to_pictures
 from .fusion import Fusion
-from .network import FusionNet, ModelConfig
+from .network import FusionNet, ModelConfig, Outputs, VectorStandardization
 
 
 @runtime_checkable
@@ -48,19 +51,67 @@ class MultimodalModel(Protocol):
         """Compute the fused logits (b, k) of features, m of (b, d_j); those of an absent modality are 0."""
 
 
-class CustomEncoder(nn.Module):
-    """An encoder of the user's network, and its number of features."""
+class PictureStandardization(nn.Module):
+    """Standardisation of pictures and spectrograms by channel, from rows (b, d) or pictures (b, f, c, h, w)."""
 
-    def __init__(self, module: nn.Module, *, name: str, num_features: int) -> None:
+    inputs_standardized = False
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        num_channels = 1 if len(shape) == 2 else shape[-1]
+        self.register_buffer("mean", torch.zeros(num_channels, 1, 1))
+        self.register_buffer("scale", torch.ones(num_channels, 1, 1))
+
+    def standardise_by(self, mean: Tensor, scale: Tensor) -> None:
+        """Set mean and standard deviation of each channel (c,); the scale of a constant channel is 1."""
+        self.mean.copy_(mean[:, None, None])
+        self.scale.copy_(torch.where(scale > 1e-6 * mean.abs(), scale, 1.0)[:, None, None])  # smaller is rounding
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return standardised pictures in the form of `input_shape`, (b, c, h, w) or (b, f, c, h, w)."""
+        pictures = rows if rows.ndim == 5 else to_pictures(rows, self.shape)
+        pictures = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
+        return pictures if len(self.shape) == 4 else pictures.squeeze(1)
+
+
+def input_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of an encoder's input, without the batch, for rows of a shape.
+
+    Vectors (d,); spectrograms (1, mel, t) of (mel, t); images (c, h, w) of (h, w, c); frames (f, c, h, w).
+    """
+    if len(shape) == 1:
+        return shape
+    return (1, *shape) if len(shape) == 2 else (*shape[:-3], shape[-1], *shape[-3:-1])
+
+
+class CustomEncoder(nn.Module):
+    """An encoder of the user's network, and its number of features. standardization: of its inputs, before it."""
+
+    def __init__(
+        self, module: nn.Module, *, name: str, num_features: int, standardization: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.module, self.name, self.num_features = module, name, num_features
-        self.inputs_standardized = True  # an input of 0 stands for an absent one, not NaN
+        self.standardization = standardization
         self._dtype: torch.dtype | None = None
+
+    @property
+    def inputs_standardized(self) -> bool:
+        """Whether an input of 0 stands for an absent one, not NaN."""
+        return self.standardization is None or bool(self.standardization.inputs_standardized)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Compute the features (b, d). Raises TrainError for another shape."""
         self._dtype = self._dtype or rows.dtype
-        features: Tensor = self.module(rows if self._dtype.is_floating_point else rows.to(self._dtype))
+        if self.standardization is not None:
+            rows = self.standardization(rows)
+        elif not self._dtype.is_floating_point:
+            rows = rows.to(self._dtype)
+        with _running_means(self.module.modules(), size=len(rows)):
+            features: Tensor = self.module(rows)
         if features.shape != (len(rows), self.num_features):
             raise TrainError(
                 f"the encoder of {self.name} returns features of shape {tuple(features.shape)}, must be "
@@ -71,6 +122,9 @@ class CustomEncoder(nn.Module):
 
 class CustomFusion(Fusion):
     """All of the user's network but its encoders."""
+
+    min_modalities = 1
+    decomposes = False
 
     def __init__(self, model: nn.Module, encoders: Sequence[nn.Module]) -> None:
         nn.Module.__init__(self)
@@ -100,23 +154,39 @@ class CustomFusion(Fusion):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the fused logits (b, k)."""
-        return self.model.fuse(tuple(features))  # type: ignore[operator, no-any-return]
+        with _running_means(self._outside, size=len(features[0])):
+            return self.model.fuse(tuple(features))  # type: ignore[operator, no-any-return]
 
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the unimodal logits (m, b, k)."""
-        logits: Tensor = self.model.unimodal_logits(tuple(features))  # type: ignore[operator]
+        with _running_means(self._outside, size=len(features[0])):
+            logits: Tensor = self.model.unimodal_logits(tuple(features))  # type: ignore[operator]
         return logits
 
 
-class CustomNet(FusionNet):
-    """The user's network in the form of mmaudit's own, for balancers.
+@contextmanager
+def _running_means(modules: Iterable[nn.Module], *, size: int) -> Iterator[None]:
+    """Use the running means of batch normalisation where the batch is one sample, which has no variance."""
+    training = [module for module in modules if isinstance(module, _BatchNorm) and module.training] if size == 1 else []
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
 
-    It registers the network itself and the separate heads; `encoders` and `fusion` are views of the network's parts.
+
+class CustomNet(FusionNet):
+    """The user's network in the form of mmaudit's own, for balancers and for fine-tuning.
+
+    It registers the network itself, the separate heads and the standardisation of inputs; `encoders` and `fusion` are
+    views of the network's parts.
 
     Args:
         model: The network, see MultimodalModel.
         heads: Give each modality a separate head.
-        config: Names of classes and shapes of inputs; None: unknown.
+        config: Names of classes and shapes of inputs, which are standardised; None: unknown, they are not.
     """
 
     def __init__(self, model: nn.Module, *, heads: bool, config: ModelConfig | None = None) -> None:
@@ -127,8 +197,18 @@ class CustomNet(FusionNet):
         names, num_classes = tuple(model.encoders), int(model.num_classes)
         classes = tuple(map(str, range(num_classes)))
         self.config = config or ModelConfig(modalities=names, shapes=((),) * len(names), classes=classes)
+        self.standardization = nn.ModuleList(
+            VectorStandardization(shape[0]) if len(shape) == 1 else PictureStandardization(shape)
+            for shape in (config.shapes if config is not None else ())
+        )
         encoders = [
-            CustomEncoder(model.encoders[name], name=name, num_features=int(model.num_features[name])) for name in names
+            CustomEncoder(
+                model.encoders[name],
+                name=name,
+                num_features=int(model.num_features[name]),
+                standardization=None if config is None else self.standardization[j],
+            )
+            for j, name in enumerate(names)
         ]
         object.__setattr__(self, "encoders", nn.ModuleList(encoders))
         object.__setattr__(self, "fusion", CustomFusion(model, encoders))
@@ -139,6 +219,10 @@ class CustomNet(FusionNet):
         self._frozen = frozenset()
         self._modes: list[tuple[nn.Module, bool]] | None = None
 
+    def standardizations(self) -> list[nn.Module]:
+        """Return the module that standardises the inputs of each modality."""
+        return list(self.standardization)
+
     def train(self, mode: bool = True) -> CustomNet:
         """Set training or eval mode; after eval mode each module gets the mode of before: some may be frozen."""
         if self.training and not mode:
@@ -147,6 +231,8 @@ class CustomNet(FusionNet):
         self.fusion.training = mode
         for module, training in self._modes or () if mode else ():
             module.training = training
+        for j in self._frozen:
+            self.encoders[j].eval()
         return self
 
     def follow_mode(self) -> None:
@@ -190,3 +276,57 @@ def in_eval_mode(net: CustomNet) -> Iterator[None]:
         yield
     finally:
         net.train(training)
+
+
+def build_custom(config: ModelConfig) -> CustomNet:
+    """Build the network of the factory `config.model`, with random weights.
+
+    Raises ConfigError where the factory raises, or its network does not have the modalities and classes of the samples.
+    """
+    assert config.model is not None
+    factory: Callable[..., Any] = load_function(config.model)
+    try:
+        model = factory(config.modalities, tuple(map(input_shape, config.shapes)), len(config.classes))
+    except Exception as error:  # user code may raise anything
+        raise ConfigError(f"{config.model} raised {type(error).__name__}: {error}") from error
+    check_model(model)
+    if tuple(model.encoders) != config.modalities:
+        raise ConfigError(
+            f"the network of {config.model} has encoders of {', '.join(model.encoders)}; they must be those of the "
+            f"modalities, in their order: {', '.join(config.modalities)}"
+        )
+    if model.num_classes != len(config.classes):
+        raise ConfigError(
+            f"the network of {config.model} has num_classes {model.num_classes}, and the samples have "
+            f"{len(config.classes)} classes"
+        )
+    has_logits = callable(getattr(model, "unimodal_logits", None))
+    return CustomNet(model, heads=config.own_heads or not has_logits, config=config)
+
+
+def check_first_pass(net: FusionNet, read: Callable[[Callable[[Outputs, Tensor], Tensor]], Tensor]) -> None:
+    """Evaluate some samples; ConfigError where the user's network raises or its logits have another shape.
+
+    read: evaluates a function of outputs and label on the samples. Other networks are not evaluated.
+    """
+    if not isinstance(net, CustomNet):
+        return
+    m, k = net.num_modalities, len(net.config.classes)
+
+    def check_shapes(outputs: Outputs, label: Tensor) -> Tensor:
+        for name, logits, shape in (
+            ("fuse", outputs.fused, (len(label), k)),
+            ("unimodal_logits", outputs.unimodal, (m, len(label), k)),
+        ):
+            if logits.shape != shape:
+                raise ConfigError(f"{name} returns logits of shape {tuple(logits.shape)}, must be {shape}")
+        return label.float()
+
+    try:
+        read(check_shapes)
+    except MmauditError as error:
+        raise ConfigError(f"the network of {net.config.model} cannot be trained: {error}") from error
+    except Exception as error:  # user code may raise anything
+        raise ConfigError(
+            f"the network of {net.config.model} raised {type(error).__name__} on the first samples: {error}"
+        ) from error

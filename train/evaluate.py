@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..audit.errors import ManifestError, RunError, choices
+from ..audit.errors import ManifestError, RunError, choices, printable
 from ..audit.metrics import (
     DOMINATED_THRESHOLDS,
     Groups,
@@ -34,9 +34,10 @@ from ..audit.workers import NETWORK_THREADS, fixed_threads
 from ..rebalance.curriculum import RowIndex
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
+from .custom_network import build_custom
 from .examples import Examples, Store
 from .methods import load_fusion
-from .network import NO_MODALITY, FusionNet, ModalitySet, Outputs, correct_by_set, shapley_sets
+from .network import NO_MODALITY, FusionNet, ModalitySet, ModelConfig, Outputs, correct_by_set, shapley_sets
 from .optimizer import SINGLE_PROCESS
 from .task_metrics import (
     TASK_METRICS,
@@ -161,6 +162,14 @@ def subsets(discrepancy: NDArray[np.floating[Any]], *, first: str, second: str) 
     return masks
 
 
+def subsets_of_rows(examples: Examples, rows: RowIndex, *, between: str) -> dict[str, NDArray[np.bool_]]:
+    """Return the masks of each subset of some rows (b,); only `all` where the samples have no scores."""
+    if np.isnan(examples.discrepancy).all():
+        return {"all": np.ones(len(rows), dtype=bool)}
+    first, _, second = between.partition(":")
+    return subsets(examples.discrepancy[rows], first=first, second=second or "rest")
+
+
 def evaluate(
     probabilities: Mapping[str, Probabilities],
     label: NDArray[Any],
@@ -245,7 +254,13 @@ def compute_class_metrics(probability: Probabilities, label: Labels) -> dict[int
 
 
 def evaluate_network(
-    reader: NetworkReader, rows: RowIndex, examples: Examples, *, between: str, seed: int
+    reader: NetworkReader,
+    rows: RowIndex,
+    examples: Examples,
+    *,
+    between: str,
+    seed: int,
+    predictions: Mapping[str, Probabilities] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the reader's network on some rows: {task, answer, test, test_by_class, contribution}.
 
@@ -253,14 +268,14 @@ def evaluate_network(
     overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
     modality's contribution and the confused samples, see `measure_contribution`. Label sets and numbers have the
     metrics of `task_metrics`, and no confused samples; test_by_class has the labels, and nothing of numbers.
+    predictions: those of `predict`, where they are known.
     """
     task, target = examples.task, examples.target[rows]
-    subset_masks = {"all": np.ones(len(rows), dtype=bool)}
-    if not np.isnan(examples.discrepancy).all():  # as it is of data without scores
-        first, _, second = between.partition(":")
-        subset_masks |= subsets(examples.discrepancy[rows], first=first, second=second or "rest")
+    subset_masks = subsets_of_rows(examples, rows, between=between)
+    if len(subset_masks) > 1:
         subset_masks["in-manifest"] = examples.in_manifest[rows]
-    predictions = predict(reader, rows, examples.modalities)
+    if predictions is None:
+        predictions = predict(reader, rows, examples.modalities)
     sets = shapley_sets(len(examples.modalities), seed=seed)
     values = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy()
     about = {"task": task, "answer": reader.net.config.answer}
@@ -288,14 +303,25 @@ def evaluate_network(
 
 @fixed_threads(NETWORK_THREADS)
 def evaluate_file(
-    path: Path, examples: Examples, *, split: str, between: str, config: TrainConfig, seed: int, device: str
+    path: Path,
+    examples: Examples,
+    *,
+    split: str,
+    between: str,
+    config: TrainConfig,
+    seed: int,
+    device: str,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate the network in a file on one split of the examples: {n, task, answer, test, ...}.
 
-    Raises RunError for a file that is not a model, ManifestError where its modalities, inputs or classes differ from
-    those of the samples, or the split has no samples.
+    model: factory of a network of the user's; without its name no code runs that the file names.
+
+    Raises RunError for a file that is not a model, or one of another `model`; ManifestError where its modalities,
+    inputs or classes differ from those of the samples, or the split has no samples.
     """
     model_config = read_model_config(path)
+    check_model_name(model_config.model, model, of=str(path))
     for field_name, trained_on, current in (
         ("modalities", model_config.modalities, examples.modalities),
         ("inputs", model_config.shapes, examples.shapes),
@@ -308,17 +334,37 @@ def evaluate_file(
     rows = examples.rows(split)
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
-    net = FusionNet(model_config, fusion=load_fusion(model_config.fusion))
-    try:
-        net.load_state_dict(load_model(path))
-    except RuntimeError as error:  # torch's, for tensors that are missing or of another shape
-        raise RunError(f"{path} is damaged, its weights do not fit its own architecture: train it again") from error
+    net = _load_network(path, model_config)
     store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
     training_data = TrainingData.of(
         examples, store, train=rows, config=config, seed=seed, device=device, distributed=SINGLE_PROCESS
     )
     metrics = evaluate_network(NetworkReader(training_data, net.to(device)), rows, examples, between=between, seed=seed)
     return {"n": len(rows), **metrics}
+
+
+def check_model_name(recorded: str | None, passed: str | None, *, of: str) -> None:
+    """Raise RunError where a fine-tuning's network is of another factory than the one that the user names, or none."""
+    if recorded == passed:
+        return
+    if recorded is None:
+        raise RunError(f"{of} is a network of mmaudit's own: remove --model {passed}")
+    raise RunError(
+        f"{of} is a network of your own, and code runs only where you name it: pass --model {printable(recorded)}"
+    )
+
+
+def _load_network(path: Path, config: ModelConfig) -> FusionNet:
+    """Build the network of a file with its weights; RunError where they do not fit."""
+    own = config.model is None
+    net = FusionNet(config, fusion=load_fusion(config.fusion)) if own else build_custom(config)
+    try:
+        net.load_state_dict(load_model(path))
+    except RuntimeError as error:  # torch's, for tensors that are missing or of another shape
+        if not own:
+            raise RunError(f"the weights of {path} do not fit the network that {config.model} builds now") from error
+        raise RunError(f"{path} is damaged, its weights do not fit its own architecture: train it again") from error
+    return net
 
 
 def _described(value: object) -> str:

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..audit.errors import TrainError
@@ -20,7 +22,8 @@ from ..audit.storage import write_text
 from ..audit.workers import NETWORK_THREADS, Progress, fixed_threads
 from .checkpoint import common_state, resume, run_identity, save_model, save_state, warm_start
 from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
-from .evaluate import evaluate_network
+from .custom_network import check_first_pass
+from .evaluate import evaluate_network, predict
 from .examples import Examples
 from .methods import resolve
 from .network import FusionNet
@@ -34,10 +37,11 @@ log = logging.getLogger("mmaudit")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finetuned:
-    """Result of a fine-tuning: the metrics of metrics.json, and one record per epoch."""
+    """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions."""
 
     metrics: dict[str, Any]
     history: list[dict[str, float]]
+    predictions: NDArray[np.float32]
 
 
 @fixed_threads(NETWORK_THREADS)
@@ -52,6 +56,7 @@ def finetune_on(
     progress: Progress,
     distributed: DistributedContext = SINGLE_PROCESS,
     init: Path | None = None,
+    max_samples: int | None = None,
 ) -> Finetuned:
     """Train on the manifest's training rows, select on validation, test once; resume from `folder`/state.
 
@@ -72,9 +77,10 @@ def finetune_on(
         progress: Called after every epoch.
         distributed: Rank and number of processes.
         init: A model file whose weights are the start.
+        max_samples: End training after the step in which so many samples were read, also within an epoch.
 
     Returns:
-        Test metrics and history.
+        Test metrics, history and test predictions.
 
     Raises:
         ManifestError: A split is empty.
@@ -92,6 +98,9 @@ def finetune_on(
     if init is not None:
         warm_start(net, init)
     training_data.standardize_resident(net)
+    reader = NetworkReader(training_data, net)
+    first_rows = training_data.train[: 2 * distributed.world_size]
+    check_first_pass(net, lambda function: reader.read_samples(function, first_rows))
     net.freeze_encoders([examples.modalities.index(name) for name in config.optim.freeze])
     by_modality = methods.balancer.sets_rates
     optimization = Optimization(net, config.optim, device=device, distributed=distributed, by_modality=by_modality)
@@ -106,7 +115,6 @@ def finetune_on(
     )
     averaged = _averaged(net, config.optim.ema)
     tested = net if averaged is None else cast(FusionNet, averaged.module)
-    reader = NetworkReader(training_data, net)
     if settings.compile:
         net.compile()
 
@@ -150,6 +158,9 @@ def finetune_on(
         trackers = open_trackers(settings.report_to, folder, stack=stack) if tracked else []
         progress("finetune", epoch - 1, settings.epochs)
         while epoch <= settings.epochs and not _is_over(history, best, settings):
+            samples_left = math.inf if max_samples is None else max_samples - _samples_seen(history)
+            if samples_left <= 0:
+                break
             if step == 0:
                 sampler.begin_epoch(epoch, reader)
                 balancer.begin_epoch(epoch, reader)
@@ -166,6 +177,8 @@ def finetune_on(
                     averaged.update_parameters(net)
                 total += loss * batch.size
                 num_seen += batch.size
+                if num_seen >= samples_left:
+                    break
                 if settings.save_steps and step % settings.save_steps == 0:
                     save(epoch, step)
             distributed.sum_([total])
@@ -200,6 +213,7 @@ def finetune_on(
     net.load_state_dict(best_weights)
     if distributed.is_first:
         save_model(best_weights, folder / "model.safetensors", about=asdict(net.config))
+    predictions = predict(reader, training_data.test, examples.modalities)
     metrics = {
         "counts": {name: len(getattr(training_data, name)) for name in ("train", "validation", "test")},
         "chance": chance_levels(
@@ -210,11 +224,22 @@ def finetune_on(
         ),
         "best_epoch": best[2],
         "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
-        "samples_seen": int(sum(record["samples"] for record in history)),
+        "samples_seen": _samples_seen(history),
         "seconds": time.monotonic() - started,
-        **evaluate_network(reader, training_data.test, examples, between=between, seed=seed),
+        **evaluate_network(
+            reader,
+            training_data.test,
+            examples,
+            between=between,
+            seed=seed,
+            predictions=predictions,
+        ),
     }
-    return Finetuned(metrics=metrics, history=history)
+    return Finetuned(metrics=metrics, history=history, predictions=predictions["fused"])
+
+
+def _samples_seen(history: list[dict[str, float]]) -> int:
+    return int(sum(record["samples"] for record in history))
 
 
 def _averaged(net: FusionNet, decay: float) -> AveragedModel | None:

@@ -13,7 +13,7 @@ from ..audit.parsing import build_config, plain
 from ..audit.registry import Registry, read_arguments
 from . import FUSIONS
 from .balancing import BALANCERS
-from .config import FinetuneConfig, TrainConfig
+from .config import OWN_FUSION, FinetuneConfig, TrainConfig
 from .sampling import SAMPLERS
 
 if TYPE_CHECKING:
@@ -61,15 +61,7 @@ def resolve(config: TrainConfig) -> Methods:
     sampler: type[Sampler] = SAMPLERS.load(settings.sampling)
     balancing = _usual_balancing(settings, sampler) if settings.balancing == "auto" else settings.balancing
     balancer: type[Balancer] = BALANCERS.load(balancing)
-    names = _fusion_names(balancing, balancer)
-    fusion_name = names[0] if settings.fusion == "auto" else settings.fusion
-    fusion = balancer.own_fusion if balancer.own_fusion and fusion_name == balancing else FUSIONS.load(fusion_name)
-    if fusion_name not in names:
-        reason = balancer.fusion_reason or fusion.balancing_reason
-        raise ConfigError(
-            f"--balancing {balancing} does not support --fusion {fusion_name}: {reason}; "
-            f"use --fusion {' or '.join(names)}"
-        )
+    fusion_name, fusion = _resolve_fusion(settings, balancing, balancer)
     resolved = replace(settings, fusion=fusion_name, balancing=balancing)
     if sampler.selects_per_modality and not balancer.has_unimodal_loss:
         supported = [name for name in BALANCERS if BALANCERS.load(name).has_unimodal_loss]
@@ -96,11 +88,19 @@ def resolve(config: TrainConfig) -> Methods:
     return methods
 
 
+def check_custom(name: str, method: type[Balancer]) -> None:
+    """Raise ConfigError where a balancer needs more than a network of the user's has: a fusion of its own."""
+    if "concat" not in method.fusions:
+        raise ConfigError(f"balancing {name} does not work with a network of your own: {method.fusion_reason}")
+
+
 def check_task(methods: Methods, task: str) -> None:
     """Raise ConfigError where the sampler, the balancer or a setting works with classes only, and the task has none."""
     settings = methods.config.finetune
     if task == "classification":
         return
+    if settings.model is not None:
+        raise ConfigError(f"--model {settings.model}: a network of your own learns classes, and the task is {task}")
     for option, method, config in (
         (f"--sampling {settings.sampling}", methods.sampler, methods.sampler_config),
         (f"--balancing {settings.balancing}", methods.balancer, methods.balancer_config),
@@ -155,12 +155,31 @@ def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:
     """Return the balancer of `--balancing auto`, and log the reason where it is not joint."""
     option, name = f"--sampling {settings.sampling}", sampler.usual_balancing
     reason = sampler.balancing_reason
-    fusion: type[Fusion] | None = None if settings.fusion == "auto" else FUSIONS.load(settings.fusion)
+    is_chosen = settings.fusion != "auto" and settings.model is None
+    fusion: type[Fusion] | None = FUSIONS.load(settings.fusion) if is_chosen else None
     if fusion is not None and fusion.usual_balancing != "joint":
         option, name, reason = f"--fusion {settings.fusion}", fusion.usual_balancing, fusion.balancing_reason
     if name != "joint" and os.environ.get("RANK", "0") == "0":  # torchrun: the first process only
         log.info("%s takes --balancing %s: %s", option, name, reason)
     return name
+
+
+def _resolve_fusion(settings: FinetuneConfig, balancing: str, balancer: type[Balancer]) -> tuple[str, type[Fusion]]:
+    """Return the fusion's name and type; ConfigError where the balancer does not work with it."""
+    if settings.model is not None:
+        from .custom_network import CustomFusion
+
+        check_custom(balancing, balancer)
+        return OWN_FUSION, CustomFusion
+    names = _fusion_names(balancing, balancer)
+    name = names[0] if settings.fusion == "auto" else settings.fusion
+    fusion: type[Fusion] = balancer.own_fusion if balancer.own_fusion and name == balancing else FUSIONS.load(name)
+    if name not in names:
+        reason = balancer.fusion_reason or fusion.balancing_reason
+        raise ConfigError(
+            f"--balancing {balancing} does not support --fusion {name}: {reason}; use --fusion {' or '.join(names)}"
+        )
+    return name, fusion
 
 
 def _fusion_names(balancing: str, balancer: type[Balancer]) -> tuple[str, ...]:

@@ -23,17 +23,15 @@ ModalitySet = frozenset[int]  # of indices; a modality outside the set is absent
 NO_MODALITY: ModalitySet = frozenset()
 
 
-class VectorEncoder(nn.Module):
-    """Encoder of vectors (b, d) into features (b, hidden). NaN counts as the training rows' mean."""
+class VectorStandardization(nn.Module):
+    """Standardisation of vectors (b, d) by the training rows. NaN counts as their mean."""
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, dim: int, *, hidden: int, dropout: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.num_features = hidden
         self.inputs_standardized = False  # whether rows arrive standardised, as from a store that was
-        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
 
@@ -47,8 +45,21 @@ class VectorEncoder(nn.Module):
         return ((rows - self.mean) / self.scale).nan_to_num(nan=0.0)
 
     def forward(self, rows: Tensor) -> Tensor:
+        """Standardise rows that are not yet."""
+        return rows if self.inputs_standardized else self.standardize(rows)
+
+
+class VectorEncoder(VectorStandardization):
+    """Encoder of vectors (b, d) into features (b, hidden)."""
+
+    def __init__(self, dim: int, *, hidden: int, dropout: float) -> None:
+        super().__init__(dim)
+        self.num_features = hidden
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout))
+
+    def forward(self, rows: Tensor) -> Tensor:
         """Compute the features of a batch."""
-        features: Tensor = self.layers(rows if self.inputs_standardized else self.standardize(rows))
+        features: Tensor = self.layers(super().forward(rows))
         return features
 
 
@@ -140,7 +151,8 @@ class ModelConfig:
     shapes: shape of a row's input per modality, (d,) or that of a network's input. own_heads: a separate head per
     modality even where the fusion decomposes. answer: the logits that are the prediction of all modalities, one of
     config.ANSWERS. classes: names of the k outputs, of labels or of the number where the task is multilabel or
-    regression. regression_loss: one of REGRESSION_LOSSES.
+    regression. regression_loss: one of REGRESSION_LOSSES. model: name of the factory of a network of the user's, None
+    for mmaudit's own.
     """
 
     modalities: tuple[str, ...]
@@ -154,6 +166,7 @@ class ModelConfig:
     hidden: int = 128
     dropout: float = 0.3
     width: float = 1.0
+    model: str | None = None
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ModelConfig:
@@ -240,6 +253,10 @@ class FusionNet(nn.Module):
     def num_modalities(self) -> int:
         """Number of modalities, m."""
         return len(self.encoders)
+
+    def standardizations(self) -> list[nn.Module]:
+        """Return the module that standardises the inputs of each modality."""
+        return list(self.encoders)
 
     def encode(self, inputs: Sequence[Tensor], modality_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Compute features f_j (b, d_j) of m inputs.

@@ -20,9 +20,10 @@ from .augment import InputForm, augment, local_rows
 from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, to_batch, whole_batches
 from .config import REGRESSION_LOSSES, FinetuneConfig, TrainConfig
+from .custom_network import PictureStandardization, build_custom
 from .examples import NUM_READERS, Examples, Store
 from .methods import Methods, check_schedule, check_task, list_unused
-from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder, initialise_xavier
+from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorStandardization, initialise_xavier
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
 from .task_metrics import mean_average_precision
@@ -140,16 +141,14 @@ class TrainingData:
         """
         if net.config.task == "regression":
             net.standardise_target(self.label[torch.from_numpy(self.train).to(self.device)])
-        for modality, (name, encoder) in enumerate(zip(net.config.modalities, net.encoders, strict=True)):
+        for modality, (name, module) in enumerate(zip(net.config.modalities, net.standardizations(), strict=True)):
             fixed = self._fixed_moments(self.forms[modality].shape)
-            if isinstance(encoder, PictureEncoder) and fixed is not None:
-                encoder.standardise_by(*fixed)
-            elif isinstance(encoder, PictureEncoder):
+            if isinstance(module, PictureEncoder | PictureStandardization):
                 rows = self.train[:: -(-len(self.train) // _MAX_MOMENT_PICTURES)]
-                encoder.standardise_by(*self._moments(modality, rows, name=name)[:2])
-            elif isinstance(encoder, VectorEncoder):
+                module.standardise_by(*(fixed or self._moments(modality, rows, name=name)[:2]))
+            elif isinstance(module, VectorStandardization):
                 mean, scale, largest = self._moments(modality, self.train, name=name)
-                encoder.standardise_by(mean, scale, largest=largest)
+                module.standardise_by(mean, scale, largest=largest)
 
     def _fixed_moments(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Return mean and standard deviation of each channel by the settings; None: those of the training rows."""
@@ -159,11 +158,11 @@ class TrainingData:
 
     def standardize_resident(self, net: FusionNet) -> None:
         """Standardise the vectors on the device once, which each step would otherwise repeat: 4% of its time."""
-        for matrix, encoder in zip(self.store.resident, net.encoders, strict=True):
-            if matrix is not None and isinstance(encoder, VectorEncoder):
+        for matrix, module in zip(self.store.resident, net.standardizations(), strict=True):
+            if matrix is not None and isinstance(module, VectorStandardization):
                 for rows in matrix.split(_READ_BATCH_SIZE):  # type: ignore[no-untyped-call]
-                    rows.copy_(encoder.standardize(rows))
-                encoder.inputs_standardized = True
+                    rows.copy_(module.standardize(rows))
+                module.inputs_standardized = True
 
     def _moments(self, modality: int, rows: RowIndex, *, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Compute mean, standard deviation and largest size of each feature or channel (c,) over rows that have it."""
@@ -315,7 +314,7 @@ def set_up(
     warnings = (*check_schedule(methods), *list_unused(methods), *_without_effect(methods, task=examples.task))
     for warning in warnings if distributed.is_first else ():
         log.warning("%s", warning)
-    if config.optim.freeze and config.finetune.init is None:
+    if config.optim.freeze and config.finetune.init is None and config.finetune.model is None:
         log.info(
             "frozen encoders without --init: those of %s keep their random weights", ", ".join(config.optim.freeze)
         )
@@ -377,7 +376,10 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         hidden=settings.hidden,
         dropout=settings.dropout,
         width=methods.config.width,
+        model=settings.model,
     )
+    if settings.model is not None:
+        return build_custom(config)
     net = FusionNet(config, fusion=methods.fusion)
     return net.apply(initialise_xavier) if settings.initialisation == "xavier" else net
 

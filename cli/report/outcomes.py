@@ -146,7 +146,7 @@ def _shortages(shortages: Sequence[Section], edges: Sequence[float]) -> list[Num
     ]
 
 
-SETTINGS = ("fusion", "sampling", "balancing", "only", "init", "epochs", "keep_posterior")  # shown on the page
+SETTINGS = ("model", "fusion", "sampling", "balancing", "only", "init", "epochs", "keep_posterior")  # shown on the page
 _HISTORY = ("epoch", "train_loss", "validation_loss")  # keys of history.jsonl, beside that of the validation metric
 MAX_DETAILED = 8  # manifests, and fine-tunings, that have a figure; the others are only in the table
 

@@ -1,0 +1,337 @@
+"""Tests of compare: cells and controls, reruns, interruptions, and one-line errors for bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import gaussian_table
+from runs import copy_run
+from typer.testing import CliRunner, Result
+
+import mmaudit
+from mmaudit.audit.errors import ConfigError, ManifestError, RunError
+from mmaudit.cli import comparing, comparing_cells
+from mmaudit.cli.comparing_cells import Cell, train_cell
+from mmaudit.cli.main import app
+from mmaudit.cli.training_source import EncodedSource, ManifestSource
+from mmaudit.train.comparison import Comparison
+
+torch.set_num_threads(1)
+
+METHODS = ["joint", "bss-h+sum", "ogm-ge: balancing.ogm.alpha=0.8"]
+QUICK = {"finetune.epochs": 2, "finetune.hidden": 8, "finetune.batch_size": 32}
+TABLES = ("runs.parquet", "per_sample.parquet", "summary.parquet", "table.md", "table.csv", "table.tex")
+
+
+def mmaudit_cli(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def compare(run: Path, **options: Any) -> Comparison:
+    given: dict[str, Any] = {"manifest": ["few", "all"], "method": METHODS, "seeds": 2, "settings": QUICK}
+    return mmaudit.compare(**{**given, "run": run, "num_workers": 0, "progress": False, **options})
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in TABLES}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scored run with the manifests `all` and `few`; read-only."""
+    folder = tmp_path_factory.mktemp("comparing")
+    pq.write_table(gaussian_table(num_samples=240), folder / "data.parquet")
+    run = folder / "run"
+    mmaudit.score(folder / "data.parquet", run=run, repeats=1, learn_from="train", num_workers=0, progress=False)
+    mmaudit.split(run=run, subset="most-balanced:100%", name="all")
+    mmaudit.split(run=run, subset="most-balanced:60%", name="few")
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """A finished comparison; its run is read-only."""
+    return compare(copy_run(scored, tmp_path_factory.mktemp("finished") / "run"))
+
+
+@pytest.fixture
+def run(scored: Path, tmp_path: Path) -> Path:
+    """A writable copy of the scored run."""
+    return copy_run(scored, tmp_path / "run")
+
+
+@pytest.fixture
+def done(finished: Comparison, tmp_path: Path) -> Path:
+    """A writable copy of the run with the finished comparison."""
+    assert finished.folder is not None
+    return copy_run(finished.folder.parents[1], tmp_path / "run")
+
+
+def test_every_cell_is_tested_on_one_test_set_with_equal_samples_seen(finished: Comparison) -> None:
+    runs = finished.runs[finished.runs["subset"] == "all"]
+    conditions = {*zip(runs["manifest"], runs["method"], strict=True)}
+    controls = ["audio alone", "visual alone", "anti-curriculum for bss-h+sum", "shuffled labels"]
+    expected = {(manifest, method) for manifest in ("few", "all") for method in [*METHODS, *controls]}
+    assert conditions == expected | {("random-like-few", "joint")}
+    assert len(runs) == 2 * len(conditions)
+    assert runs["n"].nunique() == 1
+    assert runs["n"].iloc[0] == len(finished.per_sample) == finished.subsets["all"].sum()
+    of_largest = runs[(runs["manifest"] == "all") & (runs["method"] == "joint")]
+    budget = of_largest["samples_seen"].iloc[0]
+    assert of_largest["epochs"].unique().tolist() == [2]
+    assert runs["samples_seen"].between(budget, budget + 31).all()  # to the batch
+    assert runs[runs["manifest"] == "few"]["epochs"].min() > 2
+    accuracy = [finished.per_sample[f"{row.manifest}/{row.method}/{row.seed}"].mean() for row in runs.itertuples()]
+    assert runs["accuracy"].tolist() == pytest.approx(accuracy)
+    assert runs[["macro_f1", "map", "ece"]].notna().all(axis=None)
+    assert {"all", "audio-preferred", "visual-dominated-0.4"} <= set(finished.runs["subset"])
+
+
+def test_summary_compares_methods_with_the_baseline_and_controls_with_what_they_control(finished: Comparison) -> None:
+    rows = finished.summary[finished.summary["subset"] == "all"].to_dict("records")
+    summary: dict[Any, Any] = {(row["manifest"], row["method"]): row for row in rows}
+    for manifest in ("few", "all"):
+        method = summary[manifest, "bss-h+sum"]
+        assert (method["reference"], method["kind"]) == ("joint", "method")
+        control = summary[manifest, "anti-curriculum for bss-h+sum"]
+        assert (control["reference"], control["kind"]) == ("bss-h+sum", "control")
+    random = summary["random-like-few", "joint"]
+    assert (random["reference_manifest"], random["reference"], random["kind"]) == ("few", "joint", "control")
+    row = summary["few", "bss-h+sum"]
+    difference = finished.difference("few/bss-h+sum", "few/joint")
+    assert (row["difference"], row["low"], row["p"]) == (difference.mean, difference.low, difference.p)
+
+
+def test_random_control_has_as_many_samples_of_each_class_and_split(finished: Comparison) -> None:
+    assert finished.folder is not None
+    tables = [
+        pd.read_parquet(finished.folder.parents[1] / "manifests" / f"{name}.parquet", columns=["split", "label"])
+        for name in ("few", "random-like-few")
+    ]
+    first, second = (table.value_counts().to_dict() for table in tables)
+    assert first == second
+
+
+def test_files_hold_the_result(finished: Comparison) -> None:
+    assert finished.folder is not None
+    for name in ("runs", "per_sample", "summary"):
+        pd.testing.assert_frame_equal(pd.read_parquet(finished.folder / f"{name}.parquet"), getattr(finished, name))
+    assert (finished.folder / "table.tex").read_text() == finished.to_latex()
+    assert (finished.folder / "table.md").read_text() == finished.to_markdown()
+
+
+def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
+    done: Path, finished: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert finished.folder is not None
+    folder = done / "compare" / "few-all"
+    shutil.rmtree(folder / "cells" / "all" / "joint" / "seed-1")
+    trained: list[Cell] = []
+
+    def recorded(cell: Cell, **options: Any) -> float:
+        trained.append(cell)
+        return train_cell(cell, **options)
+
+    monkeypatch.setattr(comparing, "train_cell", recorded)
+    compare(done)
+    assert [(cell.manifest, cell.method.name, cell.seed) for cell in trained] == [("all", "joint", 1)]
+    assert file_bytes(folder) == file_bytes(finished.folder)
+
+
+def test_interrupt_loses_no_finished_cell(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"manifest": ["all"], "method": ["joint", "sum"], "controls": False, "name": "cut"}
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing_cells, "_train", _interrupted_after(3, comparing_cells._train))
+        with pytest.raises(KeyboardInterrupt):
+            compare(run, **options)
+    folder = run / "compare" / "cut"
+    cells = [path.parent for path in folder.glob("cells/*/*/*/cell.json")]
+    assert len(cells) == 3
+    assert not list(folder.glob("cells/*/*/.mmaudit*"))
+    before = {cell: (cell / "cell.json").stat().st_mtime_ns for cell in cells}
+    compare(run, **options)
+    assert before == {cell: (cell / "cell.json").stat().st_mtime_ns for cell in cells}
+    whole = compare(run, **{**options, "name": "whole"})
+    assert whole.folder is not None
+    assert file_bytes(folder) == file_bytes(whole.folder)
+
+
+def _interrupted_after(number: int, train: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the training function; of the trainings of whole cells, `number` succeed."""
+    left = [number]
+
+    def interrupted(*values: Any, **options: Any) -> Any:
+        if options.get("max_samples") is None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return train(*values, **options)
+
+    return interrupted
+
+
+def test_data_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[ManifestSource] = []
+    read = ManifestSource.read
+
+    def recorded(source: ManifestSource, **options: Any) -> EncodedSource:
+        calls.append(source)
+        return read(source, **options)
+
+    monkeypatch.setattr(ManifestSource, "read", recorded)
+    compare(run, method=["joint"], controls=False)
+    assert len(calls) == 1
+
+
+def test_diverged_training_is_reported_and_the_others_stand(run: Path) -> None:
+    comparison = compare(run, manifest=["all"], method=["joint", "sum", "joint: optim.lr=1e30"], controls=False)
+    assert any("joint: optim.lr=1e30 on all diverged with seeds 0, 1" in text for text in comparison.warnings)
+    assert comparison.summary["method"].unique().tolist() == ["sum"]
+    statuses = comparison.runs[comparison.runs["subset"] == "all"].groupby("method")["status"].unique()
+    assert statuses["joint: optim.lr=1e30"].tolist() == ["diverged"]
+    assert statuses["sum"].tolist() == ["finished"]
+
+
+def test_cells_of_other_settings_code_or_data_are_refused(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match="was trained with other settings: pass another --name"):
+        compare(done, settings={**QUICK, "finetune.hidden": 9})
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing_cells, "_code_digest", lambda: "other")
+        with pytest.raises(RunError, match="was trained with other code"):
+            compare(done)
+    mmaudit.split(run=done, subset="most-balanced:50%", name="few", overwrite=True)
+    with pytest.raises(RunError, match=r"random-like-few.parquet was not drawn like the present few"):
+        compare(done)
+    with pytest.raises(RunError, match="was trained with other data"):
+        compare(done, controls=False)
+
+
+def test_one_seed_has_no_verdict_and_prints_it(run: Path) -> None:
+    words: list[str | Path] = ["compare", "--run", run, "--manifest", "all", "--seeds", "1"]
+    words += ["--method", "joint", "--method", "sum"]
+    settings = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
+    result = mmaudit_cli(*words, *settings, "--no-controls", "--num-workers", "0", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "sum on all: no verdict, " in result.output.splitlines()[0]
+    assert "warning: one training of all methods" in result.output
+    content = json.loads(mmaudit_cli(*words, *settings, "--no-controls", "--num-workers", "0", "--json").stdout)
+    assert content["summary"][0]["verdict"] == "no verdict"
+
+
+def test_plan_states_what_options_override(run: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text('manifests = ["all"]\nmethods = ["joint", "sum"]\nseeds = 1\nname = "mine"\ncontrols = false\n')
+    comparison = compare(run, manifest=(), method=(), seeds=None, plan=plan)
+    assert (comparison.name, len(comparison.correct)) == ("mine", 2)
+    assert {len(values) for values in comparison.correct.values()} == {1}
+    assert {len(values) for values in compare(run, manifest=(), method=(), plan=plan).correct.values()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": ["joint", "ogm-gee"]}, "no method ogm-gee; did you mean ogm-ge"),
+        ({"jobs": 0}, "--jobs 0: at least 1"),
+        ({"name": "../elsewhere"}, "a name must not contain /"),
+        ({"method": ["joint: optim.lrr=1"]}, "optim.lrr"),
+    ],
+)
+def test_bad_options_are_refused(run: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises((ConfigError, RunError), match=words):
+        compare(run, **options)
+
+
+def test_settings_without_effect_are_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"manifest": ["all"], "controls": False, "seeds": 1}
+    methods = ["sum: balancing.ogm.alpha=0.5", "ogm: balancing.ogm.alpha=0.5"]
+    compare(run, method=methods, settings={**QUICK, "optim.lr_step": 3}, **options)
+    lines = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
+    assert lines == [
+        "settings without effect in mmaudit compare, method sum: balancing.ogm.alpha=0.5: balancing.ogm.alpha (--set)",
+        "settings without effect in mmaudit compare: optim.lr_step (--set)",
+    ]
+
+
+def test_manifest_of_another_dataset_is_refused(run: Path, tmp_path: Path) -> None:
+    pq.write_table(gaussian_table(num_samples=120, seed=1), tmp_path / "data.parquet")
+    other = tmp_path / "other"
+    mmaudit.score(tmp_path / "data.parquet", run=other, repeats=1, num_workers=0, progress=False)
+    mmaudit.split(run=other, subset="most-balanced:100%", name="others")
+    with pytest.raises(ManifestError, match="was made from another dataset"):
+        compare(run, manifest=["all", str(other / "manifests" / "others.parquet")])
+
+
+@pytest.fixture
+def without_test(tmp_path: Path) -> Path:
+    """A scored run whose data have no test samples."""
+    table = gaussian_table(num_samples=90)
+    table = table.set_column(table.column_names.index("split"), "split", [["train"] * 90])
+    pq.write_table(table, tmp_path / "data.parquet")
+    mmaudit.score(tmp_path / "data.parquet", run=tmp_path / "bare", repeats=1, num_workers=0, progress=False)
+    mmaudit.split(run=tmp_path / "bare", subset="most-balanced:100%", name="all")
+    return tmp_path / "bare"
+
+
+def test_data_without_test_samples_are_refused(without_test: Path) -> None:
+    with pytest.raises(
+        ManifestError, match="no common test samples: where the data have none, mmaudit split --resplit"
+    ):
+        compare(without_test, manifest=["all"])
+
+
+def test_numbers_and_label_sets_are_refused(tmp_path: Path) -> None:
+    pq.write_table(gaussian_table(num_samples=90), tmp_path / "data.parquet")
+    options: dict[str, Any] = {"repeats": 1, "num_workers": 0, "progress": False}
+    mmaudit.score(tmp_path / "data.parquet", run=tmp_path / "run", settings={"data.task": "regression"}, **options)
+    mmaudit.split(run=tmp_path / "run", subset="most-balanced:100%", name="all")
+    with pytest.raises(ManifestError, match=r"compare needs classes, .*; the scores are of regression"):
+        compare(tmp_path / "run", manifest=["all"])
+
+
+def test_manifests_of_other_splits_are_refused(run: Path) -> None:
+    mmaudit.split(run=run, resplit="60/20/20", name="resplit")
+    with pytest.raises(ManifestError, match="trains on test samples of another manifest"):
+        compare(run, manifest=["all", "resplit"])
+
+
+def test_few_test_samples_show_nothing(tmp_path: Path) -> None:
+    pq.write_table(gaussian_table(num_samples=100), tmp_path / "data.parquet")
+    run = tmp_path / "run"
+    mmaudit.score(tmp_path / "data.parquet", run=run, repeats=1, num_workers=0, progress=False)
+    mmaudit.split(run=run, subset="most-balanced:100%", name="all")
+    comparison = compare(run, manifest=["all"], method=["joint", "sum"], controls=False)
+    assert len(comparison.per_sample) < 30
+    assert any("with fewer than 30 nothing can be shown" in text for text in comparison.warnings)
+    assert any("fitted on test labels too" in text for text in comparison.warnings)
+    assert comparison.summary["verdict"].unique().tolist() == ["no verdict", ""]
+
+
+def test_groups_of_the_data_are_those_of_the_intervals(tmp_path: Path) -> None:
+    table = gaussian_table(num_samples=240).append_column("speaker", [[f"p{number // 12}" for number in range(240)]])
+    table = table.drop_columns("split")
+    pq.write_table(table, tmp_path / "data.parquet")
+    run = tmp_path / "run"
+    mmaudit.score(tmp_path / "data.parquet", run=run, group="speaker", repeats=1, num_workers=0, progress=False)
+    mmaudit.split(run=run, subset="most-balanced:100%", name="all")
+    comparison = compare(run, manifest=["all"], method=["joint", "sum"], controls=False)
+    assert comparison.group is not None
+    speaker = dict(zip(table["id"].to_pylist(), table["speaker"].to_pylist(), strict=True))
+    assert list(comparison.group) == [speaker[name] for name in comparison.per_sample["sample_id"]]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(run: Path, finished: Comparison) -> None:
+    assert finished.folder is not None
+    comparison = compare(run, jobs=2)
+    assert comparison.folder is not None
+    assert file_bytes(comparison.folder) == file_bytes(finished.folder)
+    assert np.array_equal(comparison.correct["all", "joint"], finished.correct["all", "joint"])

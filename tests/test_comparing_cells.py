@@ -1,0 +1,94 @@
+"""Cells of comparisons: one common test set, and what a finished cell depends on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from manifests import make_manifest
+from training import make_examples
+
+from mmaudit.audit.errors import ManifestError, RunError
+from mmaudit.cli.comparing_cells import Cell, LoadedManifests, _with_common_test, made_by, read_cell
+from mmaudit.cli.config import RunConfig
+from mmaudit.cli.provenance import SourceOptions
+from mmaudit.cli.run import Run
+from mmaudit.cli.training_source import ManifestSource
+from mmaudit.train.comparison_cells import parse_method
+
+
+def test_test_samples_are_those_of_all_manifests(caplog: pytest.LogCaptureFixture) -> None:
+    examples = make_examples()
+    test = examples.rows("test")
+    split = examples.split.copy()
+    split[test[:5]] = "unused"
+    with caplog.at_level(logging.WARNING):
+        restricted, test_ids = _with_common_test({"a": examples, "b": replace(examples, split=split)})
+    assert test_ids.tolist() == examples.sample_id[test[5:]].tolist()
+    for entry in restricted.values():
+        assert entry.sample_id[entry.rows("test")].tolist() == test_ids.tolist()
+        assert entry.rows("train").tolist() == examples.rows("train").tolist()
+    assert "5 test samples of a are not in all manifests" in caplog.text
+
+
+def test_other_test_samples_classes_or_none_are_refused() -> None:
+    examples = make_examples()
+    split = examples.split.copy()
+    split[examples.rows("test")[0]] = "train"
+    with pytest.raises(ManifestError, match="b trains on test samples of another manifest"):
+        _with_common_test({"a": examples, "b": replace(examples, split=split)})
+    with pytest.raises(ManifestError, match="b has other classes or modalities than a"):
+        _with_common_test({"a": examples, "b": replace(examples, class_names=("a", "b", "c", "e"))})
+    split = np.where(examples.split == "test", "unused", examples.split)
+    with pytest.raises(ManifestError, match="no common test samples"):
+        _with_common_test({"a": examples, "b": replace(examples, split=split)})
+
+
+def loaded_examples(tmp_path: Path, **changes: Any) -> LoadedManifests:
+    examples = replace(make_examples(), **changes)
+    source = ManifestSource(
+        path=tmp_path / "a.parquet", manifest=make_manifest(), run_dir=Run(tmp_path), options=SourceOptions()
+    )
+    return LoadedManifests(
+        examples={"a": examples},
+        sources={"a": source},
+        between="audio:visual",
+        subsets={},
+        test_ids=examples.sample_id[examples.rows("test")],
+        group=None,
+        saw_test_labels=(),
+    )
+
+
+def cell(**changes: Any) -> Cell:
+    values: dict[str, Any] = {"manifest": "a", "method": parse_method("joint"), "seed": 0, "budget": 100}
+    return Cell(**{**values, "config": RunConfig(), "is_first": True, **changes})
+
+
+def test_digests_of_a_cell_follow_what_it_depends_on(tmp_path: Path) -> None:
+    def differing(other: dict[str, str]) -> list[str]:
+        return [name for name, value in made_by(cell(), loaded_examples(tmp_path)).items() if other[name] != value]
+
+    assert not differing(made_by(cell(is_first=False), loaded_examples(tmp_path)))
+    quick = RunConfig(finetune=replace(RunConfig().finetune, epochs=3))
+    changes: tuple[dict[str, Any], ...] = ({"seed": 1}, {"budget": 99}, {"config": quick})
+    for change in changes:
+        assert differing(made_by(cell(**change), loaded_examples(tmp_path))) == ["settings"]
+    resident = RunConfig(finetune=replace(RunConfig().finetune, resident_mib=1))
+    assert not differing(made_by(cell(config=resident), loaded_examples(tmp_path)))
+    content = np.array([f"other {number}" for number in range(120)], dtype=object)
+    assert differing(made_by(cell(), loaded_examples(tmp_path, content=content))) == ["data"]
+
+
+def test_damaged_cell_is_refused(tmp_path: Path) -> None:
+    loaded = loaded_examples(tmp_path)
+    folder = cell().folder(tmp_path)
+    assert read_cell(folder, cell(), loaded) is None
+    folder.mkdir(parents=True)
+    (folder / "cell.json").write_text("{}")
+    with pytest.raises(RunError, match=r"cell\.json cannot be read"):
+        read_cell(folder, cell(), loaded)

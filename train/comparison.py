@@ -1,0 +1,399 @@
+"""Comparisons of methods on the same test samples: differences against a baseline, verdicts, tables and a forest plot.
+
+The statistics are those of `difference`. A condition is a method on a manifest; its trainings differ in their seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from ..audit.errors import ConfigError, choices, printable
+from .difference import LEVEL, MIN_TEST_SAMPLES, Difference, compare_correctness, holm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Condition = tuple[str, str]  # manifest, "" without manifests, and method
+Correctness = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+NO_VERDICT = "no verdict"
+_COLUMNS = ("manifest", "method", "accuracy", "difference", "95% interval", "p", "verdict")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Comparison:
+    """Result of `compare` and `compare_predictions`: which methods help, by how much, and what could be shown at all.
+
+    Attributes:
+        name: Name of the comparison.
+        baseline: The method that the others are compared with.
+        summary: One row per manifest, method and subset: accuracy of both, their difference with its 95% interval, p,
+            and on the subset `all` the p corrected for the comparisons of the manifest (`p_holm`, Holm) and the
+            verdict; smallest_effect is the smallest true difference that is shown with a probability of .8. Rows of the
+            kind `control` compare a control with what it controls.
+        runs: One row per training and subset: accuracy, macro-F1, MAP and ECE in [0, 1], where they are known.
+        per_sample: One row per test sample: its id, and a column MANIFEST/METHOD/SEED per training, True where it is
+            correct.
+        correct: Correctness (S, n) by (manifest, method).
+        subsets: Masks (n,) of the test samples by subset.
+        group: Group of each test sample, (n,); None where samples are independent.
+        warnings: What limits the verdicts, one sentence each.
+        folder: Folder of the files; None without files.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> trained = {"joint": rng.random((5, 900)) < 0.6, "ours": rng.random((5, 900)) < 0.7}
+        >>> mmaudit.compare_predictions(trained).summary["verdict"].tolist()
+        ['helps']
+    """
+
+    name: str
+    baseline: str
+    summary: pd.DataFrame
+    runs: pd.DataFrame
+    per_sample: pd.DataFrame
+    correct: Mapping[Condition, Correctness]
+    subsets: Mapping[str, Mask]
+    group: tuple[str, ...] | None = None
+    warnings: tuple[str, ...] = ()
+    folder: Path | None = field(default=None)
+
+    def difference(self, a: str, b: str, subset: str = "all") -> Difference:
+        """Compute the difference of accuracy a - b of two methods, each METHOD or MANIFEST/METHOD.
+
+        METHOD alone is that of the first manifest. No correction for several comparisons is made.
+
+        Raises:
+            ConfigError: There is no such method or subset.
+
+        Example:
+            >>> comparison.difference("balanced/joint", "all/joint").mean
+        """
+        if subset not in self.subsets:
+            raise ConfigError(f"no subset {subset}; {choices(subset, self.subsets)}")
+        first, second = (self.correct[self._find(name)] for name in (a, b))
+        return _difference(first, second, self.subsets[subset], self.group)
+
+    def sentences(self) -> list[str]:
+        """Return the verdicts in words, one per comparison on all test samples, with interval and smallest effect."""
+        rows = self.summary[self.summary["subset"] == "all"]
+        return [_sentence(row) for row in rows.to_dict("records")]
+
+    def table(self) -> pd.DataFrame:
+        """Return the comparisons on all test samples as texts, differences in points; files table.* are made of it."""
+        rows = self.summary[self.summary["subset"] == "all"].to_dict("records")
+        baselines = {
+            (row["reference_manifest"], self.baseline): f"{row['reference_accuracy']:.3f}"
+            for row in rows
+            if row["reference"] == self.baseline
+        }
+        lines = [[*condition, accuracy, "", "", "", "baseline"] for condition, accuracy in baselines.items()]
+        lines += [
+            [
+                row["manifest"],
+                row["method"] if row["kind"] == "method" else f"control: {row['method']}",
+                f"{row['accuracy']:.3f}",
+                _points(row["difference"]),
+                "" if np.isnan(row["p"]) else f"[{_points(row['low'])}, {_points(row['high'])}]",
+                "" if np.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}",
+                row["verdict"],
+            ]
+            for row in rows
+        ]
+        return pd.DataFrame(lines, columns=list(_COLUMNS)).sort_values("manifest", kind="stable", ignore_index=True)
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown."""
+        rows = [[text.replace("|", "\\|") for text in map(printable, row)] for row in self.table().to_numpy().tolist()]
+        lines = [" | ".join(row) for row in [list(_COLUMNS), ["---"] * len(_COLUMNS), *rows]]
+        return "".join(f"| {line} |\n" for line in lines)
+
+    def to_latex(self) -> str:
+        """Return the table in LaTeX, for the package booktabs.
+
+        Example:
+            >>> print(comparison.to_latex())
+        """
+        rows = [[_latex(text) for text in row] for row in [list(_COLUMNS), *self.table().to_numpy().tolist()]]
+        lines = [" & ".join(row) + r" \\" for row in rows]
+        top = [rf"\begin{{tabular}}{{ll{'r' * (len(_COLUMNS) - 3)}l}}", r"\toprule", lines[0], r"\midrule"]
+        return "\n".join([*top, *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
+
+    def plot(self) -> Figure:
+        """Return a forest plot as a figure of matplotlib: the differences on all test samples with 95% intervals.
+
+        Example:
+            >>> comparison.plot().savefig("forest.pdf")
+        """
+        from matplotlib.figure import Figure
+
+        rows = self.summary[self.summary["subset"] == "all"].to_dict("records")
+        figure = Figure(figsize=(6.4, 1.1 + 0.3 * max(len(rows), 1)), layout="constrained")
+        axes = figure.add_subplot()
+        for position, row in enumerate(rows):
+            colour = {"helps": "tab:green", "hurts": "tab:red"}.get(row["verdict"], "0.35")
+            axes.plot(100 * row["difference"], position, "o" if row["kind"] == "method" else "s", color=colour)
+            if not np.isnan(row["p"]):
+                axes.plot([100 * row["low"], 100 * row["high"]], [position, position], color=colour)
+        axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+        axes.set_yticks(range(len(rows)), [printable(_label(row)).replace("$", r"\$") for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("difference of accuracy in points, 95% interval")
+        return figure
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return verdicts in words, warnings, the summary and the folder as JSON values."""
+        rows = self.summary.astype(object).where(self.summary.notna(), None).to_dict("records")
+        return {
+            "name": self.name,
+            "baseline": self.baseline,
+            "verdicts": self.sentences(),
+            "warnings": list(self.warnings),
+            "summary": rows,
+            "folder": None if self.folder is None else str(self.folder),
+        }
+
+    def _find(self, name: str) -> Condition:
+        """Return the condition of METHOD or MANIFEST/METHOD."""
+        names = {condition: _text(condition) for condition in self.correct}
+        for condition, text in names.items():
+            if name in (text, condition[1]):
+                return condition
+        raise ConfigError(f"no method {name}; {choices(name, {*names.values(), *(key[1] for key in names)})}")
+
+
+def compare_predictions(
+    predictions: Mapping[str, ArrayLike],
+    *,
+    baseline: str | None = None,
+    group: Sequence[object] | None = None,
+    labels: ArrayLike | None = None,
+    subsets: Mapping[str, ArrayLike] | None = None,
+    sample_id: Sequence[object] | None = None,
+) -> Comparison:
+    """Compare methods by the test predictions of trainings of any framework, several seeds each.
+
+    Args:
+        predictions: By method, correctness (S, n) of n test samples in S trainings, 0 or 1; with `labels` the predicted
+            classes (S, n). The samples are the same in the same order; S may differ.
+        baseline: Method that the others are compared with; by default the first.
+        group: Group of each test sample (n,), such as its speaker, where samples of a group are alike.
+        labels: True class of each test sample (n,); by default `predictions` are correctness.
+        subsets: Masks (n,) of the test samples by name; by default only `all`.
+        sample_id: Ids of the test samples (n,); by default their positions.
+
+    Returns:
+        The comparison, without files.
+
+    Raises:
+        ConfigError: There are fewer than two methods, the baseline is none of them, or shapes do not agree.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> trained = {"joint": rng.random((5, 900)) < 0.6, "ours": rng.random((5, 900)) < 0.7}
+        >>> mmaudit.compare_predictions(trained, baseline="joint").difference("ours", "joint").evidence()
+        'helps'
+    """
+    if len(predictions) < 2:
+        raise ConfigError(f"{len(predictions)} method: a comparison needs at least two")
+    baseline = next(iter(predictions)) if baseline is None else baseline
+    if baseline not in predictions:
+        raise ConfigError(f"baseline {baseline} is no method; {choices(baseline, predictions)}")
+    correct: dict[Condition, Correctness] = {
+        ("", method): _correctness(values, labels, method) for method, values in predictions.items()
+    }
+    n = correct["", baseline].shape[1]
+    _check_lengths(correct, n, group=group, sample_id=sample_id)
+    masks = {"all": np.ones(n, dtype=bool), **{key: _mask(mask, n, key) for key, mask in (subsets or {}).items()}}
+    rows = [
+        {"manifest": "", "method": method, "seed": seed, "subset": subset, "n": int(mask.sum())}
+        | {"accuracy": float(values[seed, mask].mean()) if mask.any() else np.nan}
+        for (_, method), values in correct.items()
+        for seed in range(len(values))
+        for subset, mask in masks.items()
+    ]
+    return build_comparison(
+        correct,
+        name="predictions",
+        baseline=baseline,
+        subsets=masks,
+        group=None if group is None else [str(value) for value in group],
+        runs=pd.DataFrame(rows),
+        sample_id=np.arange(n) if sample_id is None else list(sample_id),
+    )
+
+
+def build_comparison(
+    correct: Mapping[Condition, Correctness],
+    *,
+    name: str,
+    baseline: str,
+    subsets: Mapping[str, Mask],
+    group: Sequence[str] | None,
+    runs: pd.DataFrame,
+    sample_id: Sequence[Any] | NDArray[Any],
+    controls: Mapping[Condition, Condition] | None = None,
+    seeds: Mapping[Condition, Sequence[int]] | None = None,
+    warnings: Sequence[str] = (),
+    folder: Path | None = None,
+) -> Comparison:
+    """Build a comparison from the correctness (S, n) of each condition, each control with what it controls.
+
+    Each method is compared with the baseline on its own manifest. A condition without trainings, since all diverged, is
+    not in `correct`, and its rows are missing.
+    """
+    controls = controls or {}
+    pairs: list[tuple[str, Condition, Condition]] = [
+        ("method", condition, (condition[0], baseline))
+        for condition in correct
+        if condition not in controls and condition[1] != baseline
+    ]
+    pairs += [("control", control, reference) for control, reference in controls.items()]
+    pairs = [(kind, a, b) for kind, a, b in pairs if a in correct and b in correct]
+    rows = [
+        _row(kind, a, b, subset=subset, difference=_difference(correct[a], correct[b], mask, group))
+        | {f"{key}accuracy": float(correct[c][:, mask].mean()) for key, c in (("", a), ("reference_", b))}
+        for kind, a, b in pairs
+        for subset, mask in subsets.items()
+        if mask.any()
+    ]
+    columns = {}
+    for condition, values in correct.items():
+        for position, seed in enumerate((seeds or {}).get(condition, range(len(values)))):
+            columns[f"{_text(condition)}/{seed}"] = values[position] > 0.5
+    num_samples = len(next(iter(subsets.values())))
+    return Comparison(
+        name=name,
+        baseline=baseline,
+        summary=_with_verdicts(pd.DataFrame(rows, columns=list(_ROW))),
+        runs=runs,
+        per_sample=pd.DataFrame({"sample_id": sample_id, **columns}),
+        correct=correct,
+        subsets=subsets,
+        group=None if group is None else tuple(group),
+        warnings=(*warnings, *_limits(correct, num_samples)),
+        folder=folder,
+    )
+
+
+_ROW = (
+    *("manifest", "method", "reference_manifest", "reference", "kind", "subset", "accuracy", "reference_accuracy"),
+    *("difference", "low", "high", "p", "smallest_effect", "num_samples", "num_seeds"),
+)
+
+
+def _row(kind: str, a: Condition, b: Condition, *, subset: str, difference: Difference) -> dict[str, Any]:
+    values = {
+        key: getattr(difference, key) for key in ("low", "high", "p", "smallest_effect", "num_samples", "num_seeds")
+    }
+    names = {"manifest": a[0], "method": a[1], "reference_manifest": b[0], "reference": b[1]}
+    return {**names, "kind": kind, "subset": subset, "difference": difference.mean, **values}
+
+
+def _with_verdicts(summary: pd.DataFrame) -> pd.DataFrame:
+    """Add p_holm and verdict: Holm over the methods of a manifest, and over its controls, on all test samples."""
+    summary = summary.assign(p_holm=np.nan, verdict="")
+    overall = summary[summary["subset"] == "all"]
+    for _, rows in overall.groupby(["reference_manifest", "kind"], sort=False):
+        summary.loc[rows.index, "p_holm"] = holm(rows["p"].tolist())
+    for index in overall.index:
+        row = summary.loc[index]
+        verdict = "no evidence"
+        if row["num_seeds"] < 2 or row["num_samples"] < MIN_TEST_SAMPLES:
+            verdict = NO_VERDICT
+        elif row["p_holm"] < LEVEL:
+            verdict = "helps" if row["difference"] > 0 else "hurts"
+        if verdict in ("helps", "hurts") and row["kind"] == "control":
+            verdict = "better" if verdict == "helps" else "worse"
+        summary.loc[index, "verdict"] = verdict
+    return summary
+
+
+def _limits(correct: Mapping[Condition, Correctness], n: int) -> list[str]:
+    """Return what rules out verdicts."""
+    limits = []
+    if n < MIN_TEST_SAMPLES:
+        limits.append(f"{n} test samples: with fewer than {MIN_TEST_SAMPLES} nothing can be shown")
+    single = [_text(condition) for condition, values in correct.items() if len(values) < 2]
+    if single:
+        names = "all methods" if len(single) == len(correct) else ", ".join(single)
+        limits.append(
+            f"one training of {names}: without several seeds there is no variance of training, and no verdict"
+        )
+    return limits
+
+
+def _sentence(row: Mapping[Any, Any]) -> str:
+    """Return the verdict of a row of the summary in words."""
+    against = row["reference"] if row["manifest"] == row["reference_manifest"] else _label_of_reference(row)
+    text = f"{_label(row)}: {row['verdict']}, {_points(row['difference'])} points against {against}"
+    if np.isnan(row["p"]):
+        return text
+    return (
+        f"{text}, 95% [{_points(row['low'])}, {_points(row['high'])}], p {row['p_holm']:.3f} (Holm); smallest effect "
+        f"this design shows with power .8: {100 * row['smallest_effect']:.1f} points"
+    )
+
+
+def _label(row: Mapping[Any, Any]) -> str:
+    control = "control " if row["kind"] == "control" else ""
+    return f"{control}{row['method']}" + (f" on {row['manifest']}" if row["manifest"] else "")
+
+
+def _label_of_reference(row: Mapping[Any, Any]) -> str:
+    return f"{row['reference']} on {row['reference_manifest']}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _text(condition: Condition) -> str:
+    return "/".join(part for part in condition if part)
+
+
+def _latex(text: object) -> str:
+    escaped = printable(text).replace("\\", r"\textbackslash ")
+    return "".join(rf"\{char}" if char in "&%$#_{}" else char for char in escaped).replace("~", r"\textasciitilde ")
+
+
+def _difference(a: Correctness, b: Correctness, mask: Mask, group: Sequence[str] | None) -> Difference:
+    groups = None if group is None else [value for value, is_used in zip(group, mask, strict=True) if is_used]
+    return compare_correctness(a[:, mask], b[:, mask], group=groups)
+
+
+def _correctness(values: ArrayLike, labels: ArrayLike | None, method: str) -> Correctness:
+    array = np.asarray(values)
+    if array.ndim != 2 or not array.size:
+        raise ConfigError(f"{method} has the shape {array.shape}: predictions are (seeds, test samples)")
+    if labels is None:
+        return array.astype(np.float64)
+    if np.shape(labels) != array.shape[1:]:
+        raise ConfigError(f"{method} has {array.shape[1]} test samples, and labels have the shape {np.shape(labels)}")
+    is_correct: Mask = array == np.asarray(labels)
+    return is_correct.astype(np.float64)
+
+
+def _check_lengths(correct: Mapping[Condition, Correctness], n: int, **values: Sequence[object] | None) -> None:
+    """Raise ConfigError for methods, groups or ids of another number of test samples."""
+    for (_, method), array in correct.items():
+        if array.shape[1] != n:
+            raise ConfigError(f"{method} has {array.shape[1]} test samples, the baseline {n}: pass the same samples")
+    for name, column in values.items():
+        if column is not None and len(column) != n:
+            raise ConfigError(f"{name} has {len(column)} values for {n} test samples")
+
+
+def _mask(mask: ArrayLike, n: int, name: str) -> Mask:
+    array: Mask = np.asarray(mask)
+    if array.shape != (n,) or array.dtype != bool:
+        raise ConfigError(f"subset {name} is no mask of {n} test samples")
+    return array

@@ -1,0 +1,131 @@
+"""Cells of a comparison: methods as text, controls, and epochs at equal samples seen."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..audit.errors import ConfigError, choices
+from ..audit.hashing import digest, hash_rank
+from . import FUSIONS
+from .balancing import BALANCERS
+from .config import TrainConfig
+from .examples import Examples
+from .presets import PRESETS
+from .sampling import SAMPLERS
+from .sampling.sampler import Paced
+
+CURRICULA = ("bss-h", "balanced-first")  # samplers that anti-curriculum controls
+_METHOD = re.compile(r"(?P<head>(?:preset:)?[^:\s]+)\s*(?::\s*(?P<settings>\S.*))?")
+_NEXT_SETTING = re.compile(r"[,\s]\s*(?=[a-z_]+\.[\w.-]+=)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSpec:
+    """A method of a comparison: names of its parts, or a preset, and settings such as balancing.ogm.alpha=0.8.
+
+    only: train on one modality. shuffled: train on shuffled labels.
+    """
+
+    name: str
+    preset: str | None = None
+    sampling: str | None = None
+    balancing: str | None = None
+    fusion: str | None = None
+    settings: tuple[str, ...] = ()
+    only: str | None = None
+    shuffled: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder, unique among methods."""
+        plain = re.sub(r"[^A-Za-z0-9.+=-]+", "-", self.name)[:60].strip("-.")
+        return plain if plain == self.name else f"{plain}-{digest(self.name.encode())[:8]}"
+
+    def keywords(self) -> dict[str, str | None]:
+        """Return the parts as settings."""
+        parts = {name: getattr(self, name) for name in ("sampling", "balancing", "fusion", "only")}
+        return {f"finetune.{name}": value for name, value in parts.items()}
+
+
+def parse_method(text: str) -> MethodSpec:
+    """Parse PART+PART: SETTING SETTING, where parts are a sampler, a balancer and a fusion, or preset:NAME.
+
+    Raises:
+        ConfigError: A part does not exist (the message names the nearest), or two parts are of the same kind.
+
+    Example:
+        >>> parse_method("bss-h+sum: finetune.hidden=64").sampling
+        'bss-h'
+    """
+    match = _METHOD.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"--method {text!r}: not of the form NAME+NAME: SECTION.KEY=VALUE, such as bss-h+sum")
+    settings = tuple(_NEXT_SETTING.split(match["settings"].strip())) if match["settings"] else ()
+    wrong = [setting for setting in settings if "=" not in setting]
+    if wrong:
+        raise ConfigError(f"--method {text!r}: {wrong[0]!r} is not of the form SECTION.KEY=VALUE")
+    kind, _, preset = match["head"].rpartition("preset:")
+    if preset != match["head"] and not kind:
+        if preset not in PRESETS:
+            raise ConfigError(f"--method {text!r}: no preset {preset}; {choices(preset, PRESETS)}")
+        return MethodSpec(name=text.strip(), preset=preset, settings=settings)
+    parts: dict[str, str] = {}
+    for part in match["head"].split("+"):
+        axis = _axis(part, text)
+        if axis in parts:
+            raise ConfigError(f"--method {text!r}: {parts[axis]} and {part} are both of the kind {axis}")
+        parts[axis] = part
+    return MethodSpec(
+        name=text.strip(),
+        sampling=parts.get("sampling"),
+        balancing=parts.get("balancing"),
+        fusion=parts.get("fusion"),
+        settings=settings,
+    )
+
+
+def _axis(part: str, text: str) -> str:
+    registries = {"sampling": SAMPLERS, "balancing": BALANCERS, "fusion": FUSIONS}
+    for axis, registry in registries.items():
+        if part in registry.names():
+            return axis
+    names = [name for registry in registries.values() for name in registry.names()]
+    raise ConfigError(f"--method {text!r}: no method {part}; {choices(part, names)}; mmaudit methods lists them")
+
+
+def anti_curriculum(method: MethodSpec, *, sampling: str) -> MethodSpec | None:
+    """Return the control of a method by its sampler: the same in the opposite order; None where there is no such."""
+    if sampling not in CURRICULA:
+        return None
+    name = f"anti-curriculum for {method.name}"
+    return replace(method, name=name, sampling="anti-curriculum")
+
+
+def planned_epochs(config: TrainConfig, *, num_train: int, budget: int) -> int:
+    """Return the smallest number of epochs in which a training reads at least `budget` samples.
+
+    Of a curriculum, epochs are the share of the samples that its pacing uses. Other samplers read `num_train` samples
+    per epoch, or as their method has it: `finetune_on` ends at the budget in any case.
+    """
+    if num_train < 1 or budget < 1:
+        return 1
+    if not issubclass(SAMPLERS.load(config.finetune.sampling), Paced):
+        return -(-budget // num_train)
+    num_seen, epoch = 0, 0
+    while num_seen < budget and config.order.share(epoch + 1) < 1:
+        epoch += 1
+        num_seen += max(1, int(num_train * config.order.share(epoch)))
+    return max(1, epoch + -(-max(0, budget - num_seen) // num_train))
+
+
+def shuffle_labels(examples: Examples, *, seed: int) -> Examples:
+    """Permute the labels of the training samples, and those of the validation samples, independently of their order."""
+    label = examples.label.copy()
+    for split in ("train", "validation"):
+        rows = examples.rows(split)
+        order = np.argsort(hash_rank(examples.sample_id[rows], seed=seed, purpose="shuffled labels"), kind="stable")
+        label[rows] = label[rows][order]
+    return replace(examples, label=label)
