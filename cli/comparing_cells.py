@@ -20,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError, RunError, TrainError
+from ..audit.features.encoders import function_version
 from ..audit.features.matrix import MatrixInputs
 from ..audit.hashing import digest
 from ..audit.parsing import RequiredKeys, plain
@@ -219,9 +220,9 @@ def made_by(cell: Cell, loaded: LoadedManifests) -> dict[str, str]:
     texts = [examples.sample_id, examples.content, examples.split, examples.label]
     preprocessing = json.dumps([scores.get("fingerprint"), scores.get("modalities")], sort_keys=True, default=str)
     settings = decisive_settings(plain(cell.config.training()))
-    shuffled = cell.method.shuffled
+    shuffled, model = cell.method.shuffled, cell.config.finetune.model
     return {
-        "code": _code_digest(),
+        "code": _code_digest() if model is None else digest(f"{_code_digest()} {function_version(model)}".encode()),
         "data": digest(preprocessing.encode(), *("\0".join(map(str, column)).encode() for column in texts)),
         "settings": digest(json.dumps([settings, cell.seed, cell.budget, shuffled], sort_keys=True).encode()),
     }

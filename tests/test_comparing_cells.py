@@ -13,6 +13,7 @@ from manifests import make_manifest
 from training import make_examples
 
 from mmaudit.audit.errors import ManifestError, RunError
+from mmaudit.audit.features.encoders import function_version
 from mmaudit.cli.comparing_cells import Cell, LoadedManifests, _with_common_test, made_by, read_cell
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.provenance import SourceOptions
@@ -82,6 +83,18 @@ def test_digests_of_a_cell_follow_what_it_depends_on(tmp_path: Path) -> None:
     assert not differing(made_by(cell(config=resident), loaded_examples(tmp_path)))
     content = np.array([f"other {number}" for number in range(120)], dtype=object)
     assert differing(made_by(cell(), loaded_examples(tmp_path, content=content))) == ["data"]
+
+
+def test_digests_follow_the_source_of_a_network_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = RunConfig(finetune=replace(RunConfig().finetune, model="compared_net:factory"))
+    made = []
+    for source in ("def factory(*shapes): ...\n", "def factory(*shapes): return None\n"):
+        (tmp_path / "compared_net.py").write_text(source)
+        function_version.cache_clear()
+        made.append(made_by(cell(config=own), loaded_examples(tmp_path)))
+    assert made[0]["code"] != made[1]["code"]
+    assert made[0]["settings"] == made[1]["settings"]
 
 
 def test_damaged_cell_is_refused(tmp_path: Path) -> None:
