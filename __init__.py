@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .rebalance.diff import ManifestDiff
     from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
+    from .rebalance.score_agreement import ScoreAgreement
     from .rebalance.verify import Verification
     from .train.comparison import Comparison, compare_predictions
     from .train.custom_loop import Balanced, balance
@@ -52,6 +53,7 @@ _NAMES = {
     "rebalance.diff": ["ManifestDiff"],
     "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],
+    "rebalance.score_agreement": ["ScoreAgreement"],
     "rebalance.verify": ["Verification"],
     "train.comparison": ["Comparison", "compare_predictions"],
     "train.custom_loop": ["Balanced", "balance"],
@@ -84,6 +86,7 @@ __all__ = [
     "ReplayResult",
     "ReportResult",
     "RunConfig",
+    "ScoreAgreement",
     "ScoreResult",
     "ScoreTable",
     "SplitSummary",

@@ -318,6 +318,8 @@ def _write_predictions(result: Finetuned, cell: Cell, loaded: LoadedManifests, f
     label = examples.label[examples.rows("test")]
     predicted = result.predictions.argmax(axis=1)
     columns = {"sample_id": loaded.test_ids, "label": label, "predicted": predicted, "correct": predicted == label}
+    for name, probability in result.branches.items():  # of the true class, by each modality alone
+        columns[f"branch_{name}"] = np.take_along_axis(probability, label[:, None], axis=1)[:, 0]
     write_parquet(pa.table(columns), folder / "predictions.parquet", provenance={})
     tested = evaluate({"fused": result.predictions}, label, loaded.subsets)
     measures = ("accuracy", "macro_f1", "map", "ece")

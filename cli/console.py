@@ -13,6 +13,7 @@ from ..audit.errors import cut_distinct, printable
 
 if TYPE_CHECKING:
     from ..rebalance.diff import ManifestDiff
+    from ..rebalance.score_agreement import ScoreAgreement
     from ..rebalance.verify import Verification
     from .manifests import Epoch
     from .training import FinetuneResult
@@ -243,8 +244,8 @@ def dump_order(epoch: Epoch) -> None:
         rows.writerows([step, printable(name) if to_terminal else name] for name in ids)
 
 
-def print_lines(result: Verification | ManifestDiff) -> None:
-    """Print the checks of a manifest, or the differences of two, one per line."""
+def print_lines(result: Verification | ManifestDiff | ScoreAgreement) -> None:
+    """Print the checks of a manifest, or how two manifests or score tables differ, one per line."""
     for line in result.lines():
         print_line(line)
 

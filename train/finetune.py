@@ -37,11 +37,15 @@ log = logging.getLogger("mmaudit")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finetuned:
-    """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions."""
+    """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions.
+
+    branches: test predictions by each modality alone.
+    """
 
     metrics: dict[str, Any]
     history: list[dict[str, float]]
     predictions: NDArray[np.float32]
+    branches: dict[str, NDArray[np.float32]]
 
 
 @fixed_threads(NETWORK_THREADS)
@@ -235,7 +239,8 @@ def finetune_on(
             predictions=predictions,
         ),
     }
-    return Finetuned(metrics=metrics, history=history, predictions=predictions["fused"])
+    fused = predictions.pop("fused")
+    return Finetuned(metrics=metrics, history=history, predictions=fused, branches=predictions)
 
 
 def _samples_seen(history: list[dict[str, float]]) -> int:
