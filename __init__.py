@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .cli.methods import MethodTable, methods
     from .cli.scoring import ReportResult, ScoreResult, report, score
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
+    from .cli.study import StudyResult, study
     from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
     from .rebalance.diff import ManifestDiff
     from .rebalance.keep import Keep, keep
@@ -49,6 +50,7 @@ _NAMES = {
     "cli.methods": ["MethodTable", "methods"],
     "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
+    "cli.study": ["StudyResult", "study"],
     "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
     "rebalance.diff": ["ManifestDiff"],
     "rebalance.keep": ["Keep", "keep"],
@@ -90,6 +92,7 @@ __all__ = [
     "ScoreResult",
     "ScoreTable",
     "SplitSummary",
+    "StudyResult",
     "Verification",
     "__version__",
     "balance",
@@ -116,6 +119,7 @@ __all__ = [
     "score",
     "score_probabilities",
     "split",
+    "study",
     "verify",
     "write_scores",
 ]

@@ -103,9 +103,10 @@ def side_agreement(
         1.0
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    sides = [
-        is_dominated(values, threshold).astype(np.int64) - is_dominated(-values, threshold) for values in (first, second)
-    ]
+    above, below = (
+        [is_dominated(sign * values, threshold).astype(np.int64) for values in (first, second)] for sign in (1, -1)
+    )
+    sides = [above[index] - below[index] for index in (0, 1)]
     blocks = _blocks(len(first), sample_id=sample_id, group=group)
 
     def kappa(rows: Codes) -> float:
@@ -165,9 +166,7 @@ def _blocks(n: int, *, sample_id: Sequence[object] | None, group: Sequence[objec
     return (rank % MAX_BLOCKS)[codes]
 
 
-def _jackknifed(
-    statistic: Callable[[Codes], float], rows: Codes, blocks: Codes, *, on_z_scale: bool
-) -> Agreement:
+def _jackknifed(statistic: Callable[[Codes], float], rows: Codes, blocks: Codes, *, on_z_scale: bool) -> Agreement:
     """Compute a statistic of rows (b,), and its interval by leaving out one block of rows at a time."""
     value = statistic(rows) if len(rows) >= MIN_SAMPLES else float("nan")
     if not np.isfinite(value):

@@ -431,6 +431,18 @@ def print_compare(summary: dict[str, Any]) -> None:
     print_line(f"tables and correctness by sample: {summary['folder']}")
 
 
+def print_study(summary: dict[str, Any]) -> None:
+    """Print the verdicts on all samples of each dataset of a study, and its page."""
+    for name, entry in summary["sets"].items():
+        for line in entry["methods"]["verdicts"]:
+            print_line(f"{name}: {line}")
+        for row in entry["probes"]:
+            if row["measures"]:
+                rank = row["measures"][0]["rank"]["value"]
+                print_line(f"{name}: rank agreement with {row['name']} {'none' if rank is None else f'{rank:.2f}'}")
+    print_line(f"page: {summary['page']}")
+
+
 def print_methods(summary: dict[str, Any]) -> None:
     """Print one line per method, and below it what it needs; or the presets."""
     if "presets" in summary:

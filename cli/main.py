@@ -58,6 +58,7 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="finetune", module="training", printer="print_finetune"),
     Command(name="evaluate", module="training", printer="print_evaluate"),
     Command(name="compare", module="comparing", printer="print_compare"),
+    Command(name="study", module="study", printer="print_study"),
     Command(name="report", module="scoring", printer="print_report"),
     Command(name="methods", module="methods", printer="print_methods"),
 )
@@ -98,6 +99,7 @@ _METAVARS = {
     "subset": "RULE",
     **dict.fromkeys(("like", "intersect", "exclude"), "MANIFEST"),
     "method": "METHOD",
+    "probe": "NAME: SECTION.KEY=VALUE",
 }
 _REGISTRIES = {  # whose names complete the help of a parameter
     ("ingest", "name"): ("audit.downloads", "DOWNLOADS"),

@@ -167,9 +167,7 @@ def verify(
     return replace(checked, checks=tuple(checks))
 
 
-def diff(
-    first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run"
-) -> ManifestDiff | ScoreAgreement:
+def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> ManifestDiff | ScoreAgreement:
     """Compare two manifests: ids, bins, scores and recipes; or two runs: the rank agreement of their scores.
 
     Of two runs, or score tables, it is the agreement of discrepancies and gaps of single samples within classes, and

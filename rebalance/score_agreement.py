@@ -86,7 +86,9 @@ class ScoreAgreement:
 
     def lines(self) -> list[str]:
         """Return the agreement as lines of text for the terminal."""
-        lines = [f"A {self.a}: {self.rows_a:,} samples, B {self.b}: {self.rows_b:,}; {self.both:,} in both are compared"]
+        lines = [
+            f"A {self.a}: {self.rows_a:,} samples, B {self.b}: {self.rows_b:,}; {self.both:,} in both are compared"
+        ]
         if self.same_dataset is False:
             lines.append("different datasets: the fingerprints of the sources differ")
         if self.labels_differ:

@@ -18,6 +18,7 @@ from .sampling import SAMPLERS
 from .sampling.sampler import Paced
 
 CURRICULA = ("bss-h", "balanced-first")  # samplers that anti-curriculum controls
+_SHUFFLED = "shuffled:"
 _METHOD = re.compile(r"(?P<head>(?:preset:)?[^:\s]+)\s*(?::\s*(?P<settings>\S.*))?")
 _NEXT_SETTING = re.compile(r"[,\s]\s*(?=[a-z_]+\.[\w.-]+=)")
 
@@ -53,6 +54,8 @@ class MethodSpec:
 def parse_method(text: str) -> MethodSpec:
     """Parse PART+PART: SETTING SETTING, where parts are a sampler, a balancer and a fusion, or preset:NAME.
 
+    After `shuffled:` it is the same method on shuffled labels of the training samples, a control.
+
     Raises:
         ConfigError: A part does not exist (the message names the nearest), or two parts are of the same kind.
 
@@ -60,6 +63,8 @@ def parse_method(text: str) -> MethodSpec:
         >>> parse_method("bss-h+sum: finetune.hidden=64").sampling
         'bss-h'
     """
+    if text.strip().startswith(_SHUFFLED):
+        return replace(parse_method(text.strip().removeprefix(_SHUFFLED)), name=text.strip(), shuffled=True)
     match = _METHOD.fullmatch(text.strip())
     if match is None:
         raise ConfigError(f"--method {text!r}: not of the form NAME+NAME: SECTION.KEY=VALUE, such as bss-h+sum")
