@@ -1,6 +1,6 @@
 """`mmaudit study` on the demo set, on av-digits-graded made lopsided in a known measure, and on ravdess.
 
-Run with: make study DATA=FOLDER, or python benchmarks/study.py [FOLDER] [--seeds 5] [--set NAME ...] [--method METHOD ...]
+Run with: make study DATA=FOLDER, or python benchmarks/study.py [FOLDER] [--seeds 5] [--set NAME ...] [--method ...]
 FOLDER holds ravdess/ and av-digits-graded/; sets that it lacks are skipped. The runs are in --out, where an interrupted
 study goes on; the page and its figures are copied to --page. Exit code 1 if a method is not better than on shuffled
 labels.
@@ -83,8 +83,8 @@ def lopsided_set(file: Path, scratch: Path) -> StudySet:
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(columns), data)
     text = (
-        f"av-digits-graded, in which {DEGRADED_SHARE:.0%} of the samples, at random, have a share of 25, 50, 75 or 100% "
-        "of their audio features exchanged for those of another sample of the same speaker and split. The planted "
+        f"av-digits-graded, in which {DEGRADED_SHARE:.0%} of the samples, at random, have a share of 25, 50, 75 or "
+        "100% of their audio features exchanged for those of another sample of the same speaker and split. The planted "
         "discrepancy is minus that share. The noise that the set has in itself is not part of it, so that the rank "
         "agreement with it cannot be 1."
     )

@@ -112,8 +112,8 @@ def compare_scores(a: ScoreTable, b: ScoreTable, *, name_a: str = "A", name_b: s
     modalities = tuple(name for name in a.modalities if name in b.modalities)
     if len(modalities) < 2:
         raise ScoreError(
-            f"{name_a} and {name_b} have {len(modalities)} modalities in common ({', '.join(a.modalities)}; "
-            f"{', '.join(b.modalities)}): a discrepancy needs two"
+            f"{name_a} has the modalities {', '.join(a.modalities)}, {name_b} {', '.join(b.modalities)}: a discrepancy "
+            "needs two in common"
         )
     row_of = {name: row for row, name in enumerate(b.sample_id.tolist())}
     in_a = [row for row, name in enumerate(a.sample_id.tolist()) if name in row_of]
