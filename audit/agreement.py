@@ -65,7 +65,7 @@ def rank_agreement(
         The agreement with its 95% interval, by Fisher's z and the jackknife over at most 50 blocks of groups.
 
     Example:
-        >>> rank_agreement([0.1, 0.4, 0.2] * 9, [1, 3, 2] * 9).value
+        >>> round(rank_agreement([0.1, 0.4, 0.2] * 9, [1, 3, 2] * 9).value, 6)
         1.0
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
@@ -77,6 +77,16 @@ def rank_agreement(
 
     valid = np.flatnonzero(~(np.isnan(first) | np.isnan(second)))
     return _jackknifed(correlation, valid, blocks, on_z_scale=True)
+
+
+def rank_correlation(a: ArrayLike, b: ArrayLike, *, label: ArrayLike | None = None) -> float | None:
+    """Compute the value of `rank_agreement` alone, which takes a fiftieth of its time; None where it is undefined.
+
+    Example:
+        >>> round(rank_correlation([0.1, 0.4, 0.2] * 9, [1, 3, 2] * 9), 6)
+        1.0
+    """
+    return rank_agreement(a, b, label=label, group=[""] * np.size(a)).value
 
 
 def side_agreement(

@@ -44,11 +44,10 @@ def page_text(numbers: Numbers) -> str:
 def _introduction(numbers: Numbers) -> str:
     sets = numbers["sets"]
     trainings = sum(entry[key]["num_trainings"] for entry in sets.values() for key in ("methods", "subsets"))
-    minutes = sum(entry["seconds"] for entry in sets.values()) / 60
     seeds = numbers["seeds"]
     return (
         f"Written by `mmaudit study`: {trainings:,} trainings of {len(sets)} {_plural('dataset', len(sets))} with "
-        f"{seeds} {_plural('seed', seeds)} each, in {minutes:.0f} minutes. All trainings of a dataset read as many "
+        f"{seeds} {_plural('seed', seeds)} each. All trainings of a dataset read as many "
         f"samples, and are tested on the same test samples, whose labels no probe was fitted on. Verdicts are those of "
         f"`mmaudit compare`: `helps` and `hurts` where p, corrected for all methods (Holm), is below .05."
     )

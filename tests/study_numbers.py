@@ -96,7 +96,6 @@ def dataset(methods: dict[str, Any], subsets: dict[str, Any] | None = None, **ch
             }
         ],
         "truth": None,
-        "seconds": 600.0,
     }
     return made | changes
 
