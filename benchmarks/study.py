@@ -38,7 +38,16 @@ SETTINGS = {
 }
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DEGRADED_SHARE = 0.5
-RESNET = {"data.encoder": ["audio=resnet18", "image=resnet18"], "probe.repeats": 1, "probe.folds": 3}
+# A ResNet-18 of a quarter of the channels, 20 epochs in place of 120: minutes on two cores. Digits are not flipped.
+RESNET = {
+    "data.encoder": ["audio=resnet18", "image=resnet18"],
+    "probe.repeats": 1,
+    "network.width": 0.25,
+    "network.epochs": 20,
+    "network.lr_step": 12,
+    "network.min_crop": 0.7,
+    "network.flip": False,
+}
 
 
 def find_sets(data: Path | None, scratch: Path) -> Iterator[StudySet]:

@@ -80,6 +80,7 @@ def test_a_study_writes_its_page_and_a_second_call_repeats_nothing(
     ids = pq.read_table(tmp_path / "data.parquet")["id"].to_pylist()
     planted = np.random.default_rng(0).uniform(-1, 1, len(ids))
     pq.write_table(pa.table({"sample_id": ids, "discrepancy": planted}), tmp_path / "truth.parquet")
+    data, truth = tmp_path / "data.parquet", tmp_path / "truth.parquet"
     entry = StudySet(
         name="made",
         data=tmp_path / "data.parquet",
