@@ -81,13 +81,7 @@ def test_a_study_writes_its_page_and_a_second_call_repeats_nothing(
     planted = np.random.default_rng(0).uniform(-1, 1, len(ids))
     pq.write_table(pa.table({"sample_id": ids, "discrepancy": planted}), tmp_path / "truth.parquet")
     data, truth = tmp_path / "data.parquet", tmp_path / "truth.parquet"
-    entry = StudySet(
-        name="made",
-        data=tmp_path / "data.parquet",
-        settings={},
-        truth=tmp_path / "truth.parquet",
-        truth_text="Made up.",
-    )
+    entry = StudySet(name="made", data=data, settings={}, truth=truth, truth_text="Made up.")
     plan = StudyPlan.of(["joint", "ogm-ge"], seeds=1, probes=(), config=None, settings=QUICK)
     execution = Execution(jobs=1, seed=0, device="cpu", num_workers=0, progress=False)
     result = study_sets([entry], plan, tmp_path / "out", execution)
