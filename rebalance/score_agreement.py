@@ -90,7 +90,7 @@ class ScoreAgreement:
             f"A {self.a}: {self.rows_a:,} samples, B {self.b}: {self.rows_b:,}; {self.both:,} in both are compared"
         ]
         if self.same_dataset is False:
-            lines.append("different datasets: the fingerprints of the sources differ")
+            lines.append("the fingerprints differ: other data, or another test split was cut")
         if self.labels_differ:
             lines.append(f"label: {self.labels_differ:,} samples are of another class in B; A's classes are used")
         lines += [f"{path}: {value_a!r} in A, {value_b!r} in B" for path, (value_a, value_b) in self.settings.items()]

@@ -113,7 +113,7 @@ def test_only_common_samples_count_and_other_labels_and_datasets_are_named() -> 
     text = "\n".join(agreement.lines())
     assert "300 samples" in text
     assert "100 in both are compared" in text
-    assert "different datasets" in text
+    assert "the fingerprints differ" in text
     assert "5 samples are of another class" in text
 
 
