@@ -114,13 +114,15 @@ def study_set(entry: StudySet, plan: StudyPlan, folder: Path, execution: Executi
     record = _score(entry, plan, run, execution, {}).record
     scores = Run(run).scores()
     manifests = _write_manifests(run, execution.seed)
-    chosen: dict[str, Any] = {"config": plan.config, "settings": _training_settings(plan), "seed": execution.seed}
-    chosen |= {"run": run, "seeds": plan.seeds, "jobs": execution.jobs, **execution.common()}
-    methods = compare(manifest=["all"], method=plan.methods, name="methods", **chosen)
+    chosen: dict[str, Any] = {"run": run, "seeds": plan.seeds, "seed": execution.seed, "config": plan.config}
+    chosen |= {"jobs": execution.jobs, **execution.common()}
+    everywhere = _training_settings(plan, plan.methods)
+    methods = compare(manifest=["all"], method=plan.methods, name="methods", settings=everywhere, **chosen)
     on_subsets = [text for text in _ON_SUBSETS if text in plan.methods] or [plan.baseline]
-    subsets = compare(manifest=manifests, method=on_subsets, name="subsets", **chosen)
-    shuffled = [f"shuffled:{text}" for text in plan.methods]
-    chance = compare(manifest=["all"], method=shuffled, name="shuffled", controls=False, **{**chosen, "seeds": 1})
+    fewer = _training_settings(plan, on_subsets)
+    subsets = compare(manifest=manifests, method=on_subsets, name="subsets", settings=fewer, **chosen)
+    control = {"name": "shuffled", "controls": False, "settings": everywhere, **chosen, "seeds": 1}
+    chance = compare(manifest=["all"], method=[f"shuffled:{text}" for text in plan.methods], **control)
     return {
         **about(record, scores),
         "truth_text": entry.truth_text,
@@ -146,8 +148,17 @@ def _scoring_settings(plan: StudyPlan) -> dict[str, Any]:
     }
 
 
-def _training_settings(plan: StudyPlan) -> dict[str, Any]:
-    return {key: value for key, value in plan.settings.items() if not key.startswith(("data.", "probe.", "media."))}
+def _training_settings(plan: StudyPlan, methods: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of trainings, those of balancers that are not among the methods left out."""
+    balancers = {parse_method(text).balancing or "joint" for text in methods}
+    settings = {}
+    for key, value in plan.settings.items():
+        section, _, rest = key.partition(".")
+        balancer = rest.partition(".")[0]
+        is_used = section != "balancing" or any(name.split("-")[0] == balancer for name in balancers)
+        if section not in ("data", "probe", "media") and is_used:
+            settings[key] = value
+    return settings
 
 
 def _write_manifests(run: Path, seed: int) -> list[str]:

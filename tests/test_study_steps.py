@@ -126,3 +126,11 @@ def test_the_command_studies_a_dataset(tmp_path: Path) -> None:
     assert set(content["sets"]) == {"data"}
     assert Path(content["page"]).exists()
     assert mmaudit.diff(tmp_path / "out/data/run", tmp_path / "out/data/probes/mlp").to_dict()["both"] == 160
+
+
+def test_settings_of_balancers_that_are_not_trained_are_left_out() -> None:
+    settings = {"balancing.pmr.last_epoch": 3, "balancing.ogm.last_epoch": 3, "finetune.epochs": 2, "probe.folds": 3}
+    plan = StudyPlan.of(["joint", "ogm-ge"], seeds=1, probes=(), config=None, settings=settings)
+    used = study_steps._training_settings(plan, plan.methods)
+    assert used == {"balancing.ogm.last_epoch": 3, "finetune.epochs": 2}
+    assert study_steps._training_settings(plan, ["joint"]) == {"finetune.epochs": 2}
