@@ -28,14 +28,6 @@ from mmaudit.cli.study import study_sets
 from mmaudit.cli.study_steps import Execution, StudyPlan, StudySet, default_methods
 
 EPOCHS = 30
-# Schedules of papers with 70 to 120 epochs, scaled to the trainings here.
-SETTINGS = {
-    "finetune.epochs": EPOCHS,
-    "order.grow_epochs": EPOCHS // 3,
-    "balancing.ogm.last_epoch": EPOCHS,
-    "balancing.pmr.last_epoch": EPOCHS,
-    "balancing.gmm.warmup_epochs": EPOCHS // 10,
-}
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DEGRADED_SHARE = 0.5
 # A ResNet-18 of a quarter of the channels, 20 epochs in place of 120: minutes on two cores. Digits are not flipped.
@@ -48,6 +40,17 @@ RESNET = {
     "network.min_crop": 0.7,
     "network.flip": False,
 }
+
+
+def scaled_settings(epochs: int) -> dict[str, int]:
+    """Return settings with schedules of papers, which train for 70 to 120 epochs, scaled to these trainings."""
+    return {
+        "finetune.epochs": epochs,
+        "order.grow_epochs": max(1, epochs // 3),
+        "balancing.ogm.last_epoch": epochs,
+        "balancing.pmr.last_epoch": epochs,
+        "balancing.gmm.warmup_epochs": max(1, epochs // 10),
+    }
 
 
 def find_sets(data: Path | None, scratch: Path) -> Iterator[StudySet]:
@@ -143,7 +146,7 @@ def main() -> int:
         seeds=options.seeds,
         probes=(),
         config=None,
-        settings={**SETTINGS, "finetune.epochs": options.epochs},
+        settings=scaled_settings(options.epochs),
     )
     execution = Execution(jobs=options.jobs, seed=0, device="cpu", num_workers=None, progress=sys.stderr.isatty())
     result = study_sets(sets, plan, options.out, execution)

@@ -127,8 +127,8 @@ def _branch_discrepancy(folder: Path, modalities: Sequence[str], between: str) -
     """Return the discrepancies (n,) of a training's branches on the test samples."""
     table = read_table(folder / "predictions.parquet", error=RunError)
     names = [f"branch_{name}" for name in modalities]
-    if not set(names) <= set(table.column_names):
-        raise RunError(f"{folder} is damaged, it lacks {names[0]}: remove it")
+    if missing := [name for name in names if name not in table.column_names]:
+        raise RunError(f"{folder} is damaged, it lacks {missing[0]}: remove it")
     confidence = np.stack([table[name].to_numpy() for name in names], axis=1)
     return discrepancy_between(confidence, modalities, between).astype(np.float64)
 

@@ -93,7 +93,7 @@ def test_recovery_is_spearman_with_the_planted_discrepancy_and_its_mean_by_level
     assert numbers["rank"]["value"] == pytest.approx(spearmanr(planted, estimated).statistic, abs=1e-6)
     assert [row["planted"] for row in numbers["levels"]] == [-1.0, -0.5, 0.0]
     means = [estimated[planted == level].mean() for level in (-1.0, -0.5, 0.0)]
-    assert [row["mean"] for row in numbers["levels"]] == pytest.approx(means)
+    assert [row["mean"] for row in numbers["levels"]] == pytest.approx(means, abs=1e-6)
     assert recovery(None, make_scores(estimated)) is None
 
 
