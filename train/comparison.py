@@ -23,14 +23,13 @@ from .comparison_metrics import (
     tabulate_missing,
     tabulate_runs,
 )
-from .difference import LEVEL, MIN_TEST_SAMPLES, Condition, Difference, Mask, compare_on, holm
+from .difference import LEVEL, MIN_TEST_SAMPLES, NO_VERDICT, Condition, Difference, Mask, compare_on, holm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Correctness = NDArray[np.float64]
 
-NO_VERDICT = "no verdict"
 _COLUMNS = ("manifest", "method", "accuracy", "difference", "95% interval", "p", "verdict")
 
 
