@@ -6,7 +6,8 @@ the metrics of a comparison [0.93, 0.97].
 Each row draws datasets of n samples, computes an interval from each, and counts those that hold the true value. Groups
 differ: the chance of a sample is drawn by group from a Beta distribution of intraclass correlation 0.1. Unequal groups
 have sizes of .6^g. The metrics of a comparison are means over trainings, which differ in what they learned of each
-sample and, by a standard deviation of 0.1 in the logit of the true class, on all; their true value is the mean over draws.
+sample and, by a standard deviation of 0.1 in the logit of the true class, on all; their true value is the mean over
+draws.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ DESIGNS = ((300, 5, 3), (1_000, 10, 5))  # test samples, classes, trainings
 
 
 def draw_metrics(rng: np.random.Generator, groups: Groups, *, n: int, k: int, seeds: int) -> list[MetricInterval]:
-    """Draw the probabilities (n, k) of trainings, overconfident by a factor of 2, and compute the metrics' intervals."""
+    """Draw probabilities (n, k) of trainings, overconfident by a factor of 2, and compute the metrics' intervals."""
     rows, label = np.arange(n), rng.integers(0, k, n)
     margin = 1.5 + rng.normal(0, 1, n) + (0 if groups is None else rng.normal(0, 0.7, int(groups.max()) + 1)[groups])
     shared = rng.normal(0, 1, (n, k))
