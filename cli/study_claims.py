@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..train.difference import LEVEL, holm
 
-Outcome = Literal["holds here", "the opposite here", "not of that size here", "cannot be told", "not tested"]
+Outcome = Literal["holds here", "the opposite here", "not of that size here", "cannot be told"]
 
 # Published gain in points over joint training with concatenation, and its source; None: no baseline could be read.
 _GAINS: dict[str, tuple[str, float | None, str]] = {

@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.agreement import ceiling, rank_agreement, rank_correlation, reliability_of_mean, side_agreement
-from ..audit.errors import ConfigError, ManifestError, RunError
+from ..audit.errors import ConfigError, ManifestError
 from ..audit.metrics import DOMINATED_THRESHOLDS, discrepancy_between, is_dominated, mean_interval
 from ..audit.metrics import group_codes as code_groups
 from ..audit.scores.table import ScoreTable
-from ..audit.storage import read_parquet, read_table
+from ..audit.storage import read_parquet
 from ..rebalance.score_agreement import reliability_by_folds
 from ..train.comparison import Comparison
 from ..train.comparison_cells import parse_method
+from .comparing_predictions import read_predictions
 
 _PLANTED_LEVELS = 5  # of the planted discrepancy, in the figure
 
@@ -47,7 +48,9 @@ def about(record: Mapping[str, Any], scores: ScoreTable) -> dict[str, Any]:
 def comparison_numbers(comparison: Comparison) -> dict[str, Any]:
     """Return the tables of a comparison as JSON values, and the differences that published claims need."""
     content = comparison.to_dict()
-    content.pop("folder")
+    content["summary"] = [row for row in content["summary"] if ":" not in row["subset"]]  # classes are not on the page
+    for key in ("folder", "metrics", "missing"):
+        content.pop(key, None)
     runs = comparison.runs[comparison.runs["subset"] == "all"]
     content["epochs"] = int(runs["epochs"].max())
     content["num_trainings"] = len(runs)
@@ -82,7 +85,8 @@ def network_agreements(comparison: Comparison, scores: ScoreTable) -> Iterator[d
     """Yield, for each method on all samples, the agreement of the probes' discrepancies and its branches'."""
     between = scores.default_between()
     row_of = {name: row for row, name in enumerate(scores.sample_id.tolist())}
-    rows = np.array([row_of.get(name, -1) for name in comparison.per_sample["sample_id"]], dtype=np.intp)
+    test_ids = comparison.per_sample["sample_id"].to_numpy()
+    rows = np.array([row_of.get(name, -1) for name in test_ids], dtype=np.intp)
     is_scored, tested = rows >= 0, scores.take(rows[rows >= 0])
     first, _, second = between.partition(":")
     reliability = reliability_by_folds(scores, (first, second)) if second else None
@@ -92,7 +96,7 @@ def network_agreements(comparison: Comparison, scores: ScoreTable) -> Iterator[d
         cells = comparison.folder / "cells" / manifest / parse_method(method).folder
         columns = [name for name in comparison.per_sample if name.startswith(f"{manifest}/{method}/")]
         seeds = [name.rpartition("/")[2] for name in columns]
-        branches = [_branch_discrepancy(cells / f"seed-{seed}", scores.modalities, between) for seed in seeds]
+        branches = [_branch_discrepancy(cells / f"seed-{seed}", test_ids, scores.modalities, between) for seed in seeds]
         values = [discrepancies[is_scored] for discrepancies in branches]
         yield {"method": method, **_agreement_with(tested, values, between, reliability=reliability)}
 
@@ -123,12 +127,12 @@ def _is_method(text: str) -> bool:
         return False
 
 
-def _branch_discrepancy(folder: Path, modalities: Sequence[str], between: str) -> NDArray[np.float64]:
+def _branch_discrepancy(
+    folder: Path, test_ids: NDArray[np.object_], modalities: Sequence[str], between: str
+) -> NDArray[np.float64]:
     """Return the discrepancies (n,) of a training's branches on the test samples."""
-    table = read_table(folder / "predictions.parquet", error=RunError)
     names = [f"branch_{name}" for name in modalities]
-    if missing := [name for name in names if name not in table.column_names]:
-        raise RunError(f"{folder} is damaged, it lacks {missing[0]}: remove it")
+    table = read_predictions(folder, test_ids, columns=names)
     confidence = np.stack([table[name].to_numpy() for name in names], axis=1)
     return discrepancy_between(confidence, modalities, between).astype(np.float64)
 

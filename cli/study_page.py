@@ -71,9 +71,18 @@ def _in_short(numbers: Numbers, claims: Mapping[str, Sequence[ClaimOutcome]]) ->
     )
     names = list(claims)
     texts = list(dict.fromkeys(outcome.claim for entries in claims.values() for outcome in entries))
-    outcome_of = {(name, row.claim): row.outcome for name, entries in claims.items() for row in entries}
-    rows = [[text, *(outcome_of.get((name, text), "not tested") for name in names)] for text in texts]
+    rows = [
+        [text, *(_outcomes([row for row in claims[name] if row.claim == text]) for name in names)] for text in texts
+    ]
     yield _table(["claim", *names], rows)
+
+
+def _outcomes(rows: Sequence[ClaimOutcome]) -> str:
+    """Return the outcome of a claim on a dataset; several checks of it, by method or manifest, are counted."""
+    counts = Counter(row.outcome for row in rows)
+    if len(counts) < 2:
+        return next(iter(counts), "not tested")
+    return ", ".join(f"{number} {outcome}" for outcome, number in counts.most_common())
 
 
 def _verdict_line(name: str, comparison: Numbers, seeds: int) -> str:

@@ -77,7 +77,7 @@ def test_ceiling_is_the_root_of_the_reliabilities_over_folds_and_over_seeds(tmp_
 
 def test_cells_without_branches_are_damaged(tmp_path: Path) -> None:
     comparison = write_cells(tmp_path, [np.zeros(TESTED)], columns=("audio",))
-    with pytest.raises(RunError, match="lacks branch_image"):
+    with pytest.raises(RunError, match="columns are others"):
         list(network_agreements(comparison, make_scores(np.zeros(N))))
 
 

@@ -61,6 +61,16 @@ def test_networks_and_probes_stand_beside_their_ceilings() -> None:
     assert "above 0 for 1 of 1 methods" in text
 
 
+def test_several_checks_of_one_claim_are_counted() -> None:
+    checks = [
+        {"name": "F3", "claim": "below it", "outcome": outcome, "sentence": sentence}
+        for outcome, sentence in (("seen here", "on all"), ("seen here", "on balanced"), ("cannot tell", "on few"))
+    ]
+    text = page_text(study(digits=dataset(comparison(findings=checks))))
+    assert "| F3 (all samples): below it | 2 holds here, 1 cannot be told |" in text
+    assert text.count("F3 (all samples): below it: **holds here**") == 2
+
+
 def test_figures_are_svg_of_the_same_bytes_and_shown_on_the_page(tmp_path: Path) -> None:
     numbers = study(digits=dataset(comparison(row("ogm-ge", 0.05)), truth=TRUTH))
     text = write_page(numbers, tmp_path).read_text(encoding="utf-8")

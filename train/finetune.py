@@ -23,7 +23,7 @@ from ..audit.workers import NETWORK_THREADS, Progress, fixed_threads
 from .checkpoint import common_state, resume, run_identity, save_model, save_state, warm_start
 from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
 from .custom_network import check_first_pass
-from .evaluate import evaluate_network, predict
+from .evaluate import evaluate_network, predict, sets_without, values_by_set
 from .examples import Examples
 from .methods import resolve
 from .network import FusionNet
@@ -40,12 +40,14 @@ class Finetuned:
     """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions.
 
     branches: test predictions by each modality alone.
+    without: per modality, the value of each test prediction with that modality absent, (n,): whether a class is right.
     """
 
     metrics: dict[str, Any]
     history: list[dict[str, float]]
     predictions: NDArray[np.float32]
     branches: dict[str, NDArray[np.float32]]
+    without: dict[str, NDArray[np.float32]]
 
 
 @fixed_threads(NETWORK_THREADS)
@@ -218,6 +220,7 @@ def finetune_on(
     if distributed.is_first:
         save_model(best_weights, folder / "model.safetensors", about=asdict(net.config))
     predictions = predict(reader, training_data.test, examples.modalities)
+    values = values_by_set(reader, training_data.test, seed=seed)
     metrics = {
         "counts": {name: len(getattr(training_data, name)) for name in ("train", "validation", "test")},
         "chance": chance_levels(
@@ -237,10 +240,12 @@ def finetune_on(
             between=between,
             seed=seed,
             predictions=predictions,
+            values=values,
         ),
     }
+    without = {name: values[rest] for name, rest in zip(examples.modalities, sets_without(net), strict=True)}
     fused = predictions.pop("fused")
-    return Finetuned(metrics=metrics, history=history, predictions=fused, branches=predictions)
+    return Finetuned(metrics=metrics, history=history, predictions=fused, branches=predictions, without=without)
 
 
 def _samples_seen(history: list[dict[str, float]]) -> int:
