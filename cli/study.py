@@ -1,4 +1,4 @@
-"""The command `study`: does rebalancing help on these data, and is the discrepancy a property of the samples?"""
+"""The command `study`: all methods and controls on subsets of the data, agreement of scores, a page of findings."""
 
 from __future__ import annotations
 
