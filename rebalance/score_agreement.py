@@ -54,8 +54,10 @@ class ScoreAgreement:
     """Agreement of two score tables, A and B, on the samples in both. Rows are joined by id.
 
     Attributes:
-        a, b: Names of the tables.
-        rows_a, rows_b: Samples in each.
+        a: Name of table A.
+        b: Name of table B.
+        rows_a: Samples in A.
+        rows_b: Samples in B.
         both: Samples in both, of which everything else is.
         labels_differ: Samples in both whose classes have other names.
         modalities: Modalities in both.
