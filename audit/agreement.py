@@ -23,6 +23,7 @@ MIN_SAMPLES = 20  # of fewer no agreement is stated; ours
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
+Names = Sequence[object] | NDArray[np.object_] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +48,8 @@ def rank_agreement(
     b: ArrayLike,
     *,
     label: ArrayLike | None = None,
-    sample_id: Sequence[object] | None = None,
-    group: Sequence[object] | None = None,
+    sample_id: Names = None,
+    group: Names = None,
 ) -> Agreement:
     """Compute Spearman's rank correlation of two measures within classes.
 
@@ -94,8 +95,8 @@ def side_agreement(
     b: ArrayLike,
     *,
     threshold: float,
-    sample_id: Sequence[object] | None = None,
-    group: Sequence[object] | None = None,
+    sample_id: Names = None,
+    group: Names = None,
 ) -> Agreement:
     """Compute Cohen's kappa of the sides of two signed measures: above the threshold, below minus it, and between.
 
@@ -167,7 +168,7 @@ def _correlation(first: Array, second: Array) -> float:
     return float(np.clip(first @ second / size, -1, 1)) if size > 1e-12 else float("nan")
 
 
-def _blocks(n: int, *, sample_id: Sequence[object] | None, group: Sequence[object] | None) -> Codes:
+def _blocks(n: int, *, sample_id: Names, group: Names) -> Codes:
     """Assign groups, or samples, to at most 50 blocks of nearly as many groups by the order of their hashes."""
     unit_of = group if group is not None else range(n) if sample_id is None else sample_id
     units, codes = np.unique(np.array([str(unit) for unit in unit_of], dtype=str), return_inverse=True)

@@ -14,7 +14,7 @@ from ..audit.errors import printable
 Numbers = Mapping[str, Any]
 _COLOURS = {"helps": "#2f7d4f", "hurts": "#b3403a"}
 _INK, _SOFT = "#3b3b3b", "#9a9a9a"
-_STYLE = {"font.size": 8, "svg.hashsalt": "mmaudit", "svg.fonttype": "none", "axes.spines.top": False}
+_STYLE: Any = {"font.size": 8, "svg.hashsalt": "mmaudit", "svg.fonttype": "none", "axes.spines.top": False}
 
 
 def draw_methods(entry: Numbers) -> str | None:

@@ -94,7 +94,8 @@ def network_agreements(comparison: Comparison, scores: ScoreTable) -> Iterator[d
         if manifest != "all" or comparison.folder is None or not _is_method(method):
             continue
         cells = comparison.folder / "cells" / manifest / parse_method(method).folder
-        columns = [name for name in comparison.per_sample if name.startswith(f"{manifest}/{method}/")]
+        labels = map(str, comparison.per_sample.columns)
+        columns = [name for name in labels if name.startswith(f"{manifest}/{method}/")]
         seeds = [name.rpartition("/")[2] for name in columns]
         branches = [_branch_discrepancy(cells / f"seed-{seed}", test_ids, scores.modalities, between) for seed in seeds]
         values = [discrepancies[is_scored] for discrepancies in branches]

@@ -138,8 +138,8 @@ def study_set(entry: StudySet, plan: StudyPlan, folder: Path, execution: Executi
 
 def _score(entry: StudySet, plan: StudyPlan, run: Path, execution: Execution, changes: Mapping[str, Any]) -> Any:
     settings = {"probe.learn_from": "train", **_scoring_settings(plan), **entry.settings, **changes}
-    seed = {} if "seed" in changes else {"seed": execution.seed}
-    return score(entry.data, run=run, config=plan.config, settings=settings, **seed, **execution.common())
+    settings = {"seed": execution.seed, **settings}
+    return score(entry.data, run=run, config=plan.config, settings=settings, **execution.common())
 
 
 def _scoring_settings(plan: StudyPlan) -> dict[str, Any]:
