@@ -424,7 +424,7 @@ def test_history_has_one_line_per_epoch_with_method_values(run: Path) -> None:
     lines = (run / "finetune" / "told" / "history.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["epoch"] for record in records] == [1, 2, 3]
-    common = {"epoch", "steps", "samples", "lr", "train_loss", "validation_loss", "validation_accuracy"}
+    common = {"epoch", "steps", "samples", "rows_read", "lr", "train_loss", "validation_loss", "validation_accuracy"}
     assert all(set(record) > common for record in records)
 
 
