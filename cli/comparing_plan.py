@@ -181,14 +181,16 @@ def design_cells(
     random_of: Mapping[str, str],
 ) -> Design:
     """Return all cells, the methods first, with epochs for equal samples seen."""
-    names = [name for name in loaded.examples if name not in random_of]
+    named = {*plan.manifests, *(Path(entry).stem for entry in plan.manifests)}
+    names = [name for name in loaded.examples if name in named]
     baseline = plan.methods[0]
     trained = [(name, spec, configs[spec.name][0]) for name in names for spec in plan.methods]
     controls: dict[Condition, Condition] = {}
     tuned = {(name, spec.name) for name, spec, _ in trained}
     if plan.controls:
         for name, spec, config, reference in _controls(plan, base, configs, loaded, names=names, random_of=random_of):
-            trained.append((name, spec, config))
+            if (name, spec.name) not in tuned:  # a random manifest may be named, too, for all methods
+                trained.append((name, spec, config))
             controls[name, spec.name] = reference
             tuned |= {(name, spec.name)} if spec.only is not None else set()
     budget = base.finetune.epochs * max(len(loaded.examples[name].rows("train")) for name in names)

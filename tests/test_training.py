@@ -75,6 +75,7 @@ def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
         (["--sampling", "dus-h"], "all-concat-dus-h-sum"),
         (["--fusion", "gated"], "all-gated-uniform"),
         (["--only", "audio"], "all-concat-uniform-only-audio"),
+        (["--seed", "1"], "all-concat-uniform-seed-1"),
         (["--keep-posterior", "0.5", "--init", "plain"], "all-concat-uniform-p0.5-from-plain"),
     ],
 )
