@@ -5,7 +5,8 @@
 Scores the data, makes the manifests `balanced` and `all`, and compares six methods on both with three seeds, without
 controls. Then a sample of the same trainings, evenly spaced, runs as single `mmaudit finetune` commands with as many
 epochs, one after another. Their time is scaled by the share that these trainings have in the comparison's own training
-time, and the ratio printed, in wall time and in CPU seconds of all processes. Bounds, on two idle cores: 5 minutes, 3 times.
+time, and the ratio printed, in wall time and in CPU seconds of all processes. Bounds, on two idle cores: 5 minutes and
+3 times, in wall time.
 """
 
 from __future__ import annotations

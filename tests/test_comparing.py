@@ -406,7 +406,7 @@ def start(run: Path, *words: str, settings: dict[str, Any] | None = None) -> sub
 
 
 def cells_of(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*/*/cell.json")}
+    return {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*/seed-*/cell.json")}
 
 
 @pytest.mark.slow

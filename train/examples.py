@@ -180,7 +180,7 @@ def in_fixed_threads(
     """Run a function of examples with their number of threads, whatever the caller's setting is."""
 
     @wraps(function)
-    def limited(examples: Examples, *args: Options.args, **options: Options.kwargs) -> Result:
+    def limited(examples: Examples, /, *args: Options.args, **options: Options.kwargs) -> Result:
         with fixed_threads(examples.num_threads):
             return function(examples, *args, **options)
 
