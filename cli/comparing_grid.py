@@ -95,7 +95,7 @@ def design_tuning(design: Design, grid: Grid, own_keys: Mapping[str, Sequence[st
         for method, reasons in left_out.items()
     ]
     for warning in warnings:
-        log.warning("%s", warning)
+        log.info("%s", warning)
     return Tuning(cells=cells, warnings=tuple(warnings))
 
 

@@ -74,6 +74,7 @@ def read_plan(
         is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
         if type(value) is not kinds[key] or (kinds[key] is list and not is_texts):
             raise ConfigError(f"{file}: {key} is {value!r}; it must be {words[kinds[key]]}")
+    tried = parse_grid(grid or dict(leaves(content.get("grid", {}))))
     entries: list[str] = [str(entry) for entry in manifests] or content.get("manifests", [])
     specs = [parse_method(text) for text in [*methods] or content.get("methods", [])]
     seeds = content.get("seeds", _DEFAULT_SEEDS) if seeds is None else seeds
@@ -93,7 +94,7 @@ def read_plan(
         seeds=seeds,
         name=name or content.get("name") or "-".join(stems),
         controls=controls and content.get("controls", True),
-        grid=parse_grid(grid or dict(leaves(content.get("grid", {})))),
+        grid=tried,
     )
 
 

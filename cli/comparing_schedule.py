@@ -17,7 +17,7 @@ import torch
 
 from ..audit.errors import ConfigError, TrainError
 from ..audit.hashing import digest
-from ..audit.workers import NUM_THREADS, Progress, default_workers, format_duration, no_progress, run_tasks
+from ..audit.workers import Progress, default_workers, format_duration, no_progress, run_tasks
 from .comparing_cells import Cell, CellResult, Loading, load_manifests, quiet, read_cell, train, train_cell
 
 log = logging.getLogger("mmaudit")
@@ -134,7 +134,7 @@ def default_jobs(device: str, loading: Loading, *, seconds: float) -> int:
     if device != "cpu":
         return max(1, torch.cuda.device_count()) if device == "cuda" else 1
     examples = next(iter(load_manifests(loading).examples.values()))
-    return min(_MAX_JOBS, max(NUM_THREADS, default_workers() // examples.num_threads))
+    return min(_MAX_JOBS, max(1, default_workers() // examples.num_threads))
 
 
 def estimate_seconds(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from training import QUICK, fine_tune, make_examples, metrics_without_seconds, model_bytes, stop_after, with_options
 
-from mmaudit.audit.errors import ConfigError, ManifestError, RunError
+from mmaudit.audit.errors import ConfigError, ManifestError, RunError, TrainError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.workers import NETWORK_THREADS, NUM_THREADS, no_progress
 from mmaudit.rebalance.curriculum import OrderConfig, root_pacing
@@ -88,6 +88,12 @@ def test_rows_read_are_those_of_single_modalities(tmp_path: Path, sampling: str,
     assert metrics_without_seconds(resumed) == metrics_without_seconds(result)
     by_sample = result.metrics["rows_read"] / result.metrics["samples_seen"]
     assert by_sample == 2 if sampling == "uniform" else 1 < by_sample < 2
+
+
+def test_divergence_in_the_last_step_is_an_error(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"between": "audio:visual", "seed": 0, "device": "cpu", "progress": no_progress}
+    with pytest.raises(TrainError, match="training has diverged: predictions of epoch 1 are not finite; lower --lr"):
+        finetune_on(make_examples(), None, config=with_options(lr=1e30), max_samples=1, **options)
 
 
 def test_vectors_are_trained_in_one_thread_and_pictures_in_two() -> None:

@@ -192,10 +192,7 @@ def finetune_on(
             _share_buffers((net, tested), distributed)  # before the network is evaluated
             train_loss = float(total) / max(num_seen, 1)
             if not math.isfinite(train_loss):
-                raise TrainError(
-                    f"training has diverged: the loss of epoch {epoch} is {train_loss}; lower --lr, or clip gradients "
-                    "with --set optim.clip_norm=1"
-                )
+                raise _diverged(f"the loss of epoch {epoch} is {train_loss}")
             rows = _sum_rows(num_rows, distributed, device=device)
             record = {"epoch": epoch, "steps": step, "samples": num_seen, "rows_read": rows, "lr": lr}
             record["train_loss"] = train_loss
@@ -224,6 +221,8 @@ def finetune_on(
     if folder is not None and distributed.is_first:
         save_model(best_weights, folder / "model.safetensors", about=asdict(net.config))
     predictions = predict(reader, training_data.test, examples.modalities)
+    if not np.isfinite(predictions["fused"]).all():  # by the last step, whose loss is that before it
+        raise _diverged(f"predictions of epoch {best[2]} are not finite")
     metrics = {
         "counts": {name: len(getattr(training_data, name)) for name in ("train", "validation", "test")},
         "chance": chance_levels(
@@ -247,6 +246,10 @@ def finetune_on(
         ),
     }
     return Finetuned(metrics=metrics, history=history, predictions=predictions["fused"])
+
+
+def _diverged(reason: str) -> TrainError:
+    return TrainError(f"training has diverged: {reason}; lower --lr, or clip gradients with --set optim.clip_norm=1")
 
 
 def _samples_seen(history: list[dict[str, float]]) -> int:
