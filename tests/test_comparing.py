@@ -196,10 +196,11 @@ def test_grid_is_chosen_and_trained(run: Path, caplog: pytest.LogCaptureFixture)
     assert table.groupby(["manifest", "method"])["chosen"].agg(["sum", "size"]).to_numpy().tolist() == [[1, 2]] * 4
     assert set(table["seed"]) == {1000}
     assert table["samples_seen"].min() >= comparison.runs["samples_seen"].min()
-    for row in table[table["chosen"]].itertuples():
-        cells = [*comparison.folder.glob(f"cells/few/{row.method.replace(' ', '-')}*/seed-0/cell.json")]
-        assert f"optim.lr={json.loads(cells[0].read_text())['config']['optim']['lr']}" == row.setting
-        assert f"{row.method} on few: {row.setting}, validation accuracy" in caplog.text
+    for row in table[table["chosen"]].to_dict("records"):
+        method, setting = str(row["method"]), str(row["setting"])
+        cells = [*comparison.folder.glob(f"cells/few/{method.replace(' ', '-')}*/seed-0/cell.json")]
+        assert f"optim.lr={json.loads(cells[0].read_text())['config']['optim']['lr']}" == setting
+        assert f"{method} on few: {setting}, validation accuracy" in caplog.text
     assert any("optim.lr was chosen at the edge of its grid" in text for text in comparison.warnings)
     before = {path: path.stat().st_mtime_ns for path in comparison.folder.glob("grid/*/*/*/cell.json")}
     assert len(before) == len(table)

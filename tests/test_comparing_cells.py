@@ -110,7 +110,8 @@ def test_digests_follow_the_package_of_an_installed_method(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: t-method\nVersion: 1\n")
     (info / "entry_points.txt").write_text(f"[{registry.group}]\nextra = t_method:Extra\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    installed = RunConfig(finetune=replace(RunConfig().finetune, **{"balancing": "joint", axis: "extra"}))
+    changes: dict[str, Any] = {"balancing": "joint", axis: "extra"}
+    installed = RunConfig(finetune=replace(RunConfig().finetune, **changes))
     made = []
     for source in ("class Extra: ...\n", "class Extra:\n    a = 1\n"):
         (tmp_path / "t_method.py").write_text(source)

@@ -112,7 +112,7 @@ def test_choice_is_the_best_on_validation_and_the_same_with_other_test_labels(tm
         best = tables[-1][tables[-1]["method"] == "joint"].sort_values("validation_accuracy").iloc[-1]
         assert best["chosen"]
         assert setting_text(chosen["a", "joint"]) == best["setting"] != "optim.lr=1e-05"
-    pd.testing.assert_frame_equal(*tables)
+    pd.testing.assert_frame_equal(tables[0], tables[1])
     assert tables[0]["validation_accuracy"].nunique() > 1
     assert not list(tmp_path.rglob("predictions.parquet"))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.cli import comparing_schedule
@@ -59,7 +60,7 @@ def test_several_cards_take_cells_in_turn() -> None:
 
 def test_short_comparisons_need_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_jobs("cpu", LOADING, seconds=29) == 1
-    monkeypatch.setattr(comparing_schedule.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [default_jobs(device, LOADING, seconds=31) for device in ("cuda", "cuda:1")] == [4, 1]
 
 
