@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import pyarrow as pa
-
 from ..audit.errors import ConfigError, RunError
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.storage import write_parquet, write_text
 from ..audit.workers import default_workers
 from ..rebalance.manifest import read_dropped, read_manifest
-from ..train.comparison import Comparison, Condition, build_comparison
+from ..train.comparison import Comparison, build_comparison
+from ..train.difference import Condition
 from ..train.optimizer import local_device
 from .comparing_cells import (
     Cell,
@@ -30,6 +25,7 @@ from .comparing_cells import (
 )
 from .comparing_grid import check_grid, search_grid
 from .comparing_plan import Design, Plan, design_cells, method_config, read_plan
+from .comparing_results import collect_results, write_tables
 from .comparing_schedule import Schedule, Shard
 from .config import Given, RunConfig, load_settings
 from .effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect
@@ -41,8 +37,6 @@ from .splitting import split
 
 log = logging.getLogger("mmaudit")
 
-_COUNTS = ("status", "epochs", "samples_seen", "rows_read")
-_RUNS = ("manifest", "method", "seed", "kind", *_COUNTS, "subset", "n", "accuracy", "macro_f1", "map", "ece")
 # No file of a training is kept but its predictions, and all start from random weights.
 _WITHOUT_EFFECT = ("finetune.init", "finetune.report_to", "finetune.save_steps")
 _RANDOM_SECONDS = 600.0  # to wait for another shard that draws a random control
@@ -141,9 +135,9 @@ def compare(
         results, warnings = _train(chosen, design, configs, schedule, part)
         if results is None:
             return _unfinished(chosen, loaded, folder, warnings)
-        comparison = _collect(chosen, design, results, loaded, folder, warnings)
+        comparison = collect_results(chosen, design, results, loaded, folder, warnings)
         with nullcontext() if part is None else _lock(run_dir, chosen.name, None, "tables"):
-            _write_tables(comparison, folder)
+            write_tables(comparison, folder)
     return comparison
 
 
@@ -190,7 +184,7 @@ def _unfinished(plan: Plan, loaded: LoadedManifests, folder: Path, warnings: Seq
         baseline=plan.methods[0].name,
         subsets=loaded.subsets,
         group=loaded.group,
-        runs=pd.DataFrame(columns=list(_RUNS)),
+        trainings=(),
         sample_id=loaded.test_ids,
         warnings=warnings,
         folder=folder,
@@ -236,82 +230,3 @@ def _random_controls(run_dir: Run, paths: Sequence[Path], *, seed: int) -> dict[
             raise RunError(f"{run_dir.manifest(name)} was not drawn like the present {path.stem}: remove it")
         controls[name] = path.stem
     return controls
-
-
-def _collect(
-    plan: Plan,
-    design: Design,
-    results: Mapping[tuple[Condition, int], CellResult],
-    loaded: LoadedManifests,
-    folder: Path,
-    warnings: Sequence[str] = (),
-) -> Comparison:
-    """Build the comparison of finished cells."""
-    correct: dict[Condition, list[Any]] = defaultdict(list)
-    seeds: dict[Condition, list[int]] = defaultdict(list)
-    rows, diverged = [], defaultdict(list)
-    for cell in design.cells:
-        result = results[cell.condition, cell.seed]
-        identity = {"manifest": cell.manifest, "method": cell.method.name, "seed": cell.seed}
-        identity |= {"kind": "control" if cell.condition in design.controls else "method"}
-        counts = {key: result.about[key] for key in _COUNTS}
-        if result.correct is None:
-            diverged[cell.condition].append(cell.seed)
-            rows.append({**identity, **counts, "subset": "all", "n": len(loaded.test_ids)})
-            continue
-        correct[cell.condition].append(result.correct)
-        seeds[cell.condition].append(cell.seed)
-        rows += [{**identity, **counts, "subset": name, **values} for name, values in result.about["test"].items()]
-    return build_comparison(
-        {condition: np.stack(values) for condition, values in correct.items()},
-        name=plan.name,
-        baseline=plan.methods[0].name,
-        subsets=loaded.subsets,
-        group=loaded.group,
-        runs=pd.DataFrame(rows, columns=list(_RUNS)),
-        sample_id=loaded.test_ids,
-        controls=design.controls,
-        seeds=seeds,
-        warnings=[*_warnings(design, results, diverged, loaded), *warnings],
-        folder=folder,
-    )
-
-
-def _warnings(
-    design: Design,
-    results: Mapping[tuple[Condition, int], CellResult],
-    diverged: Mapping[Condition, Sequence[int]],
-    loaded: LoadedManifests,
-) -> list[str]:
-    """Return what limits the comparison: diverged trainings, unequal samples seen, scores that saw test labels."""
-    warnings = [
-        f"{method} on {manifest} diverged with {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}: "
-        "left out of the differences"
-        for (manifest, method), seeds in diverged.items()
-    ]
-    fewer = {
-        cell.condition: result.about["samples_seen"] / cell.budget
-        for cell in design.cells
-        if (result := results[cell.condition, cell.seed]).correct is not None
-        and result.about["samples_seen"] < 0.99 * cell.budget
-    }
-    warnings += [
-        f"{method} on {manifest} read {share:.0%} of the samples of the others"
-        for (manifest, method), share in fewer.items()
-    ]
-    if loaded.saw_test_labels:
-        warnings.append(
-            f"the probes behind {', '.join(loaded.saw_test_labels)} were fitted on test labels too: score with "
-            "--learn-from train"
-        )
-    return warnings
-
-
-def _write_tables(comparison: Comparison, folder: Path) -> None:
-    """Write runs, correctness by sample, the summary, and the table as Markdown, CSV and LaTeX."""
-    for name in ("runs", "per_sample", "summary"):
-        table = pa.Table.from_pandas(getattr(comparison, name), preserve_index=False)
-        write_parquet(table, folder / f"{name}.parquet", provenance={})
-    write_text(comparison.to_markdown(), folder / "table.md")
-    write_text(comparison.table().to_csv(index=False, lineterminator="\n"), folder / "table.csv")
-    write_text(comparison.to_latex(), folder / "table.tex")

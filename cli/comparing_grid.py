@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ..audit.errors import ConfigError
 from ..audit.storage import write_parquet
-from ..train.comparison import Condition
+from ..train.difference import Condition
 from .comparing_cells import Cell, CellResult, LoadedManifests, load_manifests, with_epochs
 from .comparing_plan import Design, Grid, Plan, value_text
 from .comparing_schedule import Schedule, Shard

@@ -158,6 +158,8 @@ def results_of(values: dict[float, tuple[float, float] | None]) -> dict[Setting,
         (("optim.lr", lr),): CellResult(
             about={"validation": {} if pair is None else dict(zip(("accuracy", "loss"), pair, strict=True))},
             correct=None,
+            without={},
+            folder=Path(),
         )
         for lr, pair in values.items()
     }

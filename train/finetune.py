@@ -23,7 +23,7 @@ from ..audit.workers import Progress
 from .checkpoint import common_state, resume, run_identity, save_model, save_state, warm_start
 from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
 from .custom_network import check_first_pass
-from .evaluate import evaluate_network, predict
+from .evaluate import evaluate_network, predict, sets_without, values_by_set
 from .examples import Examples, in_fixed_threads
 from .methods import resolve
 from .network import FusionNet
@@ -39,11 +39,15 @@ _STATE = Path("state", "last.pt")  # in the folder of a run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finetuned:
-    """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions."""
+    """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions.
+
+    without: per modality, the value of each test prediction with that modality absent, (n,): whether a class is right.
+    """
 
     metrics: dict[str, Any]
     history: list[dict[str, float]]
     predictions: NDArray[np.float32]
+    without: dict[str, NDArray[np.float32]]
 
 
 @in_fixed_threads
@@ -223,6 +227,7 @@ def finetune_on(
     predictions = predict(reader, training_data.test, examples.modalities)
     if not np.isfinite(predictions["fused"]).all():  # by the last step, whose loss is that before it
         raise _diverged(f"predictions of epoch {best[2]} are not finite")
+    values = values_by_set(reader, training_data.test, seed=seed)
     metrics = {
         "counts": {name: len(getattr(training_data, name)) for name in ("train", "validation", "test")},
         "chance": chance_levels(
@@ -243,9 +248,11 @@ def finetune_on(
             between=between,
             seed=seed,
             predictions=predictions,
+            values=values,
         ),
     }
-    return Finetuned(metrics=metrics, history=history, predictions=predictions["fused"])
+    without = {name: values[rest] for name, rest in zip(examples.modalities, sets_without(net), strict=True)}
+    return Finetuned(metrics=metrics, history=history, predictions=predictions["fused"], without=without)
 
 
 def _diverged(reason: str) -> TrainError:
