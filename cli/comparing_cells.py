@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,11 +26,19 @@ from ..audit.storage import atomic_folder, read_json, write_json
 from ..audit.workers import Progress, no_progress
 from ..rebalance.manifest import read_dropped
 from ..rebalance.score_tables import check_same_dataset
-from ..train.comparison_cells import MethodSpec, class_and_missing_subsets, planned_epochs, shuffle_labels
+from ..train.balancing import BALANCERS
+from ..train.comparison_cells import (
+    MethodSpec,
+    class_and_missing_subsets,
+    folder_name,
+    planned_epochs,
+    shuffle_labels,
+)
 from ..train.difference import Condition
 from ..train.evaluate import subsets_of_rows
 from ..train.examples import Examples
 from ..train.finetune import Finetuned, finetune_on
+from ..train.sampling import SAMPLERS
 from .comparing_predictions import read_predictions, write_predictions
 from .config import RunConfig
 from .provenance import SourceOptions
@@ -40,14 +47,23 @@ from .training_source import ManifestSource, decisive_settings
 
 log = logging.getLogger("mmaudit")
 
-_TRIAL_STEPS = 20  # of the training by which the time is estimated; ours
 _MAX_RESIDENT = 1 << 30  # bytes of features that are kept in memory between cells
 _CODE = ("audit", "rebalance", "train")  # packages that results depend on
 _STATISTICS = (  # computed anew from finished cells
     *("comparison.py", "comparison_arrays.py", "comparison_findings.py", "comparison_metrics.py"),
     *("difference.py", "metric_intervals.py", "agreement.py", "score_agreement.py"),
 )
-_CELL = RequiredKeys(made_by={"*": str}, status=str, message=str, seconds=float, test={}, samples_seen=int, epochs=int)
+_CELL = RequiredKeys(
+    made_by={"*": str},
+    status=str,
+    message=str,
+    seconds=float,
+    validation={"*": float},
+    test={},
+    samples_seen=int,
+    rows_read=int,
+    epochs=int,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +106,7 @@ class Cell:
     config: RunConfig
     budget: int
     is_first: bool  # of its condition, whose warnings are logged
+    setting: str = ""  # of a grid, by which it is one of the trainings that choose a setting, and is not tested
 
     @property
     def condition(self) -> Condition:
@@ -98,7 +115,19 @@ class Cell:
 
     def folder(self, comparison: Path) -> Path:
         """Return the folder of the cell."""
+        if self.setting:
+            return comparison / "grid" / self.manifest / self.method.folder / folder_name(self.setting)
         return comparison / "cells" / self.manifest / self.method.folder / f"seed-{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Text that is unique among the cells of a comparison."""
+        return "/".join((*self.condition, str(self.seed)))
+
+    @property
+    def label(self) -> str:
+        """Text of the cell for progress and messages."""
+        return f"{self.method.name} on {self.manifest}, {self.setting or f'seed {self.seed}'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,9 +259,11 @@ def made_by(cell: Cell, loaded: LoadedManifests) -> dict[str, str]:
     texts = [examples.sample_id, examples.content, examples.split, examples.label]
     preprocessing = json.dumps([scores.get("fingerprint"), scores.get("modalities")], sort_keys=True, default=str)
     settings = decisive_settings(plain(cell.config.training()))
-    shuffled, model = cell.method.shuffled, cell.config.finetune.model
+    shuffled, finetune = cell.method.shuffled, cell.config.finetune
+    code = [_code_digest(), SAMPLERS.source_digest(finetune.sampling), BALANCERS.source_digest(finetune.balancing)]
+    code += [] if finetune.model is None else [function_version(finetune.model)]
     return {
-        "code": _code_digest() if model is None else digest(f"{_code_digest()} {function_version(model)}".encode()),
+        "code": digest(" ".join(code).encode()),
         "data": digest(preprocessing.encode(), *("\0".join(map(str, column)).encode() for column in texts)),
         "settings": digest(json.dumps([settings, cell.seed, cell.budget, shuffled], sort_keys=True).encode()),
     }
@@ -259,7 +290,7 @@ def read_cell(folder: Path, cell: Cell, loaded: LoadedManifests) -> CellResult |
             f"{folder} was trained with other {' and '.join(differing)}: pass another --name, or remove "
             f"{folder.parents[3]}"
         )
-    if about["status"] != "finished":
+    if about["status"] != "finished" or cell.setting:
         return CellResult(about=about, correct=None, without={}, folder=folder)
     modalities = loaded.examples[cell.manifest].modalities
     names = ["correct", *(f"correct_without_{modality}" for modality in modalities)]
@@ -273,23 +304,29 @@ def train_cell(
 ) -> float:
     """Train and test a cell, write its folder whole, and return the seconds that it took."""
     loaded, started = load_manifests(loading), time.monotonic()
+    if (finished := read_cell(cell.folder(comparison), cell, loaded)) is not None:  # by another shard meanwhile
+        return float(finished.about["seconds"])
     about: dict[str, Any] = {
         "manifest": cell.manifest,
         "method": cell.method.name,
         "seed": cell.seed,
+        "setting": cell.setting,
         "made_by": made_by(cell, loaded),
         "config": plain(cell.config.training()),
         "status": "finished",
         "message": "",
+        "validation": {},
         "test": {},
         "samples_seen": 0,
+        "rows_read": 0,
         "epochs": 0,
     }
     with atomic_folder(cell.folder(comparison)) as target:
-        with tempfile.TemporaryDirectory(dir=target) as scratch, _quiet(not cell.is_first):
+        with quiet(not cell.is_first):
             try:
-                result = _train(cell, loaded, Path(scratch), device=device, progress=progress)
-                about |= write_predictions(result, loaded.examples[cell.manifest], target)
+                result = train(cell, loaded, device=device, progress=progress)
+                about |= _state_training(result)
+                about |= {} if cell.setting else write_predictions(result, loaded.examples[cell.manifest], target)
             except TrainError as error:
                 about |= {"status": "diverged", "message": str(error)}
         seconds = time.monotonic() - started
@@ -297,15 +334,10 @@ def train_cell(
     return seconds
 
 
-def _train(
-    cell: Cell,
-    loaded: LoadedManifests,
-    folder: Path,
-    *,
-    device: str,
-    progress: Progress,
-    max_samples: int | None = None,
+def train(
+    cell: Cell, loaded: LoadedManifests, *, device: str, progress: Progress, max_samples: int | None = None
 ) -> Finetuned:
+    """Train a cell without writing files: a cell is complete or absent, so that no state of it is resumed."""
     examples = loaded.examples[cell.manifest]
     if cell.method.only is not None:
         examples = examples.only(cell.method.only)
@@ -313,7 +345,7 @@ def _train(
         examples = shuffle_labels(examples, seed=cell.seed)
     return finetune_on(
         examples,
-        folder,
+        None,
         config=cell.config.training(),
         between=loaded.between,
         seed=cell.seed,
@@ -323,34 +355,20 @@ def _train(
     )
 
 
-def estimate_seconds(
-    missing: Sequence[Cell], finished: Sequence[float], *, loading: Loading, device: str, jobs: int
-) -> float:
-    """Estimate the time of the missing cells: by finished ones, or by some steps of the first missing one."""
-    if finished:
-        seconds = float(np.mean(finished))
-    else:
-        cell, loaded = missing[0], load_manifests(loading)
-        max_samples = min(cell.budget, _TRIAL_STEPS * cell.config.finetune.batch_size)
-        _time_training(cell, loaded, 1, device=device)  # the first one also loads libraries
-        fixed, total = (_time_training(cell, loaded, number, device=device) for number in (1, max_samples))
-        seconds = fixed + max(0.0, total - fixed) * cell.budget / max_samples
-    return seconds * -(-len(missing) // max(1, jobs))
-
-
-def _time_training(cell: Cell, loaded: LoadedManifests, max_samples: int, *, device: str) -> float:
-    """Train on some samples, test, and return the seconds that it took."""
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch, _quiet(True):
-        try:
-            _train(cell, loaded, Path(scratch), device=device, progress=no_progress, max_samples=max_samples)
-        except TrainError:
-            log.debug("%s diverged while the time was estimated", cell.method.name)
-    return time.monotonic() - started
+def _state_training(result: Finetuned) -> dict[str, Any]:
+    """Return what cell.json states of the training: its length, and the validation results of the tested epoch."""
+    epoch = result.history[result.metrics["best_epoch"] - 1]
+    names = {"accuracy": "validation_accuracy", "loss": "validation_loss"}
+    return {
+        "validation": {name: epoch[key] for name, key in names.items() if key in epoch},
+        "samples_seen": result.metrics["samples_seen"],
+        "rows_read": result.metrics["rows_read"],
+        "epochs": len(result.history),
+    }
 
 
 @contextmanager
-def _quiet(is_quiet: bool) -> Iterator[None]:
+def quiet(is_quiet: bool) -> Iterator[None]:
     """Log errors only, where the same lines were logged before."""
     level = log.level
     log.setLevel(logging.ERROR if is_quiet else level)
@@ -358,12 +376,3 @@ def _quiet(is_quiet: bool) -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-def epochs_reported(progress: Progress, cells: int, total: int, detail: str) -> Callable[..., None]:
-    """Return a progress callback for the epochs of a cell, which raises interrupts and shows the cell's name."""
-
-    def report(stage: str, done: int, num_epochs: int, *, detail: str = detail) -> None:
-        progress("compare", cells, total, detail=f"{detail}, epoch {done} of {num_epochs}")
-
-    return report

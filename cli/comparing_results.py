@@ -30,6 +30,7 @@ def collect_results(
     results: Mapping[tuple[Condition, int], CellResult],
     loaded: LoadedManifests,
     folder: Path,
+    warnings: Sequence[str] = (),
 ) -> Comparison:
     """Build the comparison of finished cells."""
     finished: dict[Condition, list[CellResult]] = defaultdict(list)
@@ -40,7 +41,9 @@ def collect_results(
         result = results[cell.condition, cell.seed]
         identity = {"manifest": cell.manifest, "method": cell.method.name, "seed": cell.seed}
         identity |= {"kind": "control" if cell.condition in design.controls else "method"}
-        trainings.append(identity | {key: result.about[key] for key in ("status", "epochs", "samples_seen")})
+        trainings.append(
+            identity | {key: result.about[key] for key in ("status", "epochs", "samples_seen", "rows_read")}
+        )
         if result.correct is None:
             diverged[cell.condition].append(cell.seed)
             continue
@@ -68,7 +71,7 @@ def collect_results(
             for condition, entries in finished.items()
         },
         design=study_design(design.cells, loaded),
-        warnings=_warnings(design, results, diverged, loaded),
+        warnings=[*_warnings(design, results, diverged, loaded), *warnings],
         folder=folder,
     )
 

@@ -425,7 +425,7 @@ def print_compare(summary: dict[str, Any]) -> None:
     for line in summary["verdicts"]:
         print_line(line)
     if not summary["verdicts"]:
-        print_line("no two methods were trained: there is nothing to compare")
+        print_line("no comparison of two methods is finished")
     for finding in summary["findings"]:
         print_line(f"{finding['name']} {finding['outcome']}: {finding['sentence']}")
     for row in summary["selection"] or ():

@@ -461,15 +461,16 @@ def _count_learned(run_dir: Run, metrics: dict[str, Any], sample_ids: Iterable[s
 
 def _finetune_name(manifest: str, config: RunConfig, preset: str | None) -> str:
     finetune_config = config.finetune
+    seed = [f"seed-{config.seed}"] if config.seed else []
     if preset is not None:
-        return f"{manifest}-{preset}"
+        return "-".join([manifest, preset, *seed])
     own = finetune_config.model
     parts = [manifest, finetune_config.fusion if own is None else own.partition(":")[2], finetune_config.sampling]
     parts += [finetune_config.balancing] if finetune_config.balancing != "joint" else []
     parts += [f"only-{finetune_config.only}"] if finetune_config.only else []
     parts += [f"p{finetune_config.keep_posterior:g}"] if finetune_config.keep_posterior is not None else []
     parts += [f"from-{Path(finetune_config.init).stem}"] if finetune_config.init else []
-    return "-".join(parts)
+    return "-".join([*parts, *seed])
 
 
 def _find_finetune(run_dir: Run, name: str) -> Path:

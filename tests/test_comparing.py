@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 import mmaudit
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
-from mmaudit.cli import comparing, comparing_cells
+from mmaudit.cli import comparing_cells, comparing_schedule
 from mmaudit.cli.comparing_cells import Cell, Loading, clear_loaded, load_manifests, train_cell
 from mmaudit.cli.comparing_results import study_design
 from mmaudit.cli.config import RunConfig
@@ -100,6 +104,8 @@ def test_every_cell_is_tested_on_one_test_set_with_equal_samples_seen(finished: 
     assert runs[runs["manifest"] == "few"]["epochs"].min() > 2
     accuracy = [finished.per_sample[f"{row.manifest}/{row.method}/{row.seed}"].mean() for row in runs.itertuples()]
     assert runs["accuracy"].tolist() == pytest.approx(accuracy)
+    modalities = np.where(runs["method"].str.endswith("alone"), 1, 2)
+    assert runs["rows_read"].tolist() == (modalities * runs["samples_seen"]).tolist()
     assert runs[["macro_f1", "map", "ece"]].notna().all(axis=None)
     classes = [name for name in finished.subsets if name.startswith("class:")]
     assert sum(finished.subsets[name].sum() for name in classes) == len(finished.per_sample)
@@ -262,7 +268,7 @@ def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
         trained.append(cell)
         return train_cell(cell, **options)
 
-    monkeypatch.setattr(comparing, "train_cell", recorded)
+    monkeypatch.setattr(comparing_schedule, "train_cell", recorded)
     compare(done)
     assert [(cell.manifest, cell.method.name, cell.seed) for cell in trained] == [("all", "joint", 1)]
     assert predictions.read_bytes() == before
@@ -272,7 +278,7 @@ def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
 def test_interrupt_loses_no_finished_cell(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"manifest": ["all"], "method": ["joint", "sum"], "controls": False, "name": "cut"}
     with monkeypatch.context() as patch:
-        patch.setattr(comparing_cells, "_train", _interrupted_after(3, comparing_cells._train))
+        patch.setattr(comparing_cells, "train", _interrupted_after(3, comparing_cells.train))
         with pytest.raises(KeyboardInterrupt):
             compare(run, **options)
     folder = run / "compare" / "cut"
@@ -299,6 +305,56 @@ def _interrupted_after(number: int, train: Callable[..., Any]) -> Callable[..., 
         return train(*values, **options)
 
     return interrupted
+
+
+GRID: dict[str, Any] = {"manifest": ["few"], "method": ["joint", "sum"], "grid": {"optim.lr": [1e-3, 1e-2]}}
+
+
+def test_grid_is_chosen_and_trained(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        comparison = compare(run, **GRID)
+    assert comparison.folder is not None
+    table = pd.read_parquet(comparison.folder / "grid.parquet")
+    assert table.groupby(["manifest", "method"])["chosen"].agg(["sum", "size"]).to_numpy().tolist() == [[1, 2]] * 4
+    assert set(table["seed"]) == {1000}
+    assert table["samples_seen"].min() >= comparison.runs["samples_seen"].min()
+    for row in table[table["chosen"]].to_dict("records"):
+        method, setting = str(row["method"]), str(row["setting"])
+        cells = [*comparison.folder.glob(f"cells/few/{method.replace(' ', '-')}*/seed-0/cell.json")]
+        assert f"optim.lr={json.loads(cells[0].read_text())['config']['optim']['lr']}" == setting
+        assert f"{method} on few: {setting}, validation accuracy" in caplog.text
+    assert any("optim.lr was chosen at the edge of its grid" in text for text in comparison.warnings)
+    before = {path: path.stat().st_mtime_ns for path in comparison.folder.glob("grid/*/*/*/cell.json")}
+    assert len(before) == len(table)
+    compare(run, **GRID)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_shards_leave_the_tables_to_the_last_one(run: Path) -> None:
+    options: dict[str, Any] = {"manifest": ["few"], "method": ["joint", "sum"], "name": "parts"}
+    first = compare(run, shard="1/2", **options)
+    assert first.summary.empty
+    assert first.warnings == (
+        "shard 1/2 is finished, and others are not: run them, then the same command without --shard",
+    )
+    assert first.folder is not None
+    assert not (first.folder / "runs.parquet").exists()
+    num_cells = len([*first.folder.glob("cells/*/*/*/cell.json")])
+    assert compare(run, shard="2/2", **options).summary["verdict"].any()
+    assert len([*first.folder.glob("cells/*/*/*/cell.json")]) in (2 * num_cells, 2 * num_cells - 1, 2 * num_cells + 1)
+    whole = compare(run, **{**options, "name": "whole"})
+    assert whole.folder is not None
+    assert file_bytes(first.folder) == file_bytes(whole.folder)
+
+
+def test_random_manifest_may_be_compared_with_every_method(done: Path) -> None:
+    comparison = compare(done, manifest=["few", "random-like-few"], method=["joint", "sum"], seeds=1)
+    overall = comparison.summary[comparison.summary["subset"] == "all"]
+    rows = overall[overall["manifest"] == "random-like-few"]
+    kinds = {(row.method, row.reference_manifest): row.kind for row in rows.itertuples()}
+    assert kinds["joint", "few"] == "control"
+    assert kinds["sum", "random-like-few"] == "method"
+    assert not comparison.runs.duplicated(["manifest", "method", "seed", "subset"]).any()
 
 
 def test_data_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +419,9 @@ def test_plan_states_what_options_override(run: Path, tmp_path: Path) -> None:
     [
         ({"method": ["joint", "ogm-gee"]}, "no method ogm-gee; did you mean ogm-ge"),
         ({"jobs": 0}, "--jobs 0: at least 1"),
+        ({"shard": "3/2"}, "--shard 3/2: not of the form i/n"),
+        ({"grid": ["optim.lrr=1,2"]}, r"no config key optim\.lrr; did you mean optim\.lr"),
+        ({"method": ["joint", "joint: optim.lrr=2"]}, r"no config key optim\.lrr; did you mean optim\.lr"),
         ({"name": "../elsewhere"}, "a name must not contain /"),
         ({"method": ["joint: optim.lrr=1"]}, "optim.lrr"),
     ],
@@ -375,11 +434,11 @@ def test_bad_options_are_refused(run: Path, options: dict[str, Any], words: str)
 def test_settings_without_effect_are_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     options: dict[str, Any] = {"manifest": ["all"], "controls": False, "seeds": 1}
     methods = ["sum: balancing.ogm.alpha=0.5", "ogm: balancing.ogm.alpha=0.5"]
-    compare(run, method=methods, settings={**QUICK, "optim.lr_step": 3}, **options)
+    compare(run, method=methods, settings={**QUICK, "optim.lr_step": 3, "finetune.save_steps": 2}, **options)
     lines = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
     assert lines == [
         "settings without effect in mmaudit compare, method sum: balancing.ogm.alpha=0.5: balancing.ogm.alpha (--set)",
-        "settings without effect in mmaudit compare: optim.lr_step (--set)",
+        "settings without effect in mmaudit compare: optim.lr_step, finetune.save_steps (--set)",
     ]
 
 
@@ -473,3 +532,62 @@ def test_two_processes_write_the_same_bytes(run: Path, finished: Comparison) -> 
     assert comparison.folder is not None
     assert file_bytes(comparison.folder) == file_bytes(finished.folder)
     assert np.array_equal(comparison.correct["all", "joint"], finished.correct["all", "joint"])
+
+
+WORDS = ["--manifest", "few", "--manifest", "all", "--method", "joint", "--method", "bss-h+sum", "--seeds", "2"]
+
+
+def start(run: Path, *words: str, settings: dict[str, Any] | None = None) -> subprocess.Popen[str]:
+    """Start `mmaudit compare` in a process of its own, in a group of its own."""
+    pairs = [word for key, value in (settings or QUICK).items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "mmaudit", "compare", "--run", str(run), *WORDS, *pairs, "--num-workers", "0"]
+    return subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def cells_of(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*/seed-*/cell.json")}
+
+
+@pytest.mark.slow
+def test_two_shards_at_the_same_time_write_what_one_process_writes(run: Path) -> None:
+    """The random control, which both need, is drawn by one of them; the last one to end, or a last call, collects."""
+    shards = [start(run, "--name", "parts", "--shard", f"{number}/2") for number in (1, 2)]
+    errors = [shard.communicate(timeout=300)[1] for shard in shards]
+    assert [shard.returncode for shard in shards] == [0, 0], errors
+    assert (run / "manifests" / "random-like-few.parquet").exists()
+    folder, before = run / "compare" / "parts", cells_of(run / "compare" / "parts")
+    options: dict[str, Any] = {"method": ["joint", "bss-h+sum"]}
+    whole = compare(run, name="whole", **options)
+    assert whole.folder is not None
+    assert len(before) == len(cells_of(whole.folder))
+    compare(run, name="parts", **options)
+    assert cells_of(folder) == before
+    assert file_bytes(folder) == file_bytes(whole.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [(signal.SIGKILL, signal.SIGINT), (signal.SIGTERM, signal.SIGKILL)])
+def test_killed_twice_and_finished_with_the_same_bytes(run: Path, signals: tuple[signal.Signals, ...]) -> None:
+    folder, settings = run / "compare" / "cut", {**QUICK, "finetune.epochs": 12}
+    for number in signals:
+        before = cells_of(folder)
+        process = start(run, "--name", "cut", "--jobs", "2", "--no-controls", settings=settings)
+        end = time.monotonic() + 200
+        while len(cells_of(folder)) < len(before) + 2 and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert process.poll() is None, "it ended before it was killed"
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+        assert before.items() <= cells_of(folder).items()
+    before = cells_of(folder)
+    process = start(run, "--name", "cut", "--jobs", "2", "--no-controls", settings=settings)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert before.items() <= cells_of(folder).items()
+    assert not [*folder.rglob(".mmaudit-*")]
+    options: dict[str, Any] = {"method": ["joint", "bss-h+sum"], "controls": False, "settings": settings}
+    whole = compare(run, name="whole", **options)
+    assert whole.folder is not None
+    assert file_bytes(folder) == file_bytes(whole.folder)

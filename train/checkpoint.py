@@ -28,7 +28,7 @@ from .training_data import TrainingData
 
 log = logging.getLogger("mmaudit")
 
-_STATE_VERSION = 5  # raised when the contents of a state change: an older state is not resumed
+_STATE_VERSION = 6  # raised when the contents of a state change: an older state is not resumed
 
 
 def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -> None:

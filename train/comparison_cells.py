@@ -48,13 +48,18 @@ class MethodSpec:
     @property
     def folder(self) -> str:
         """Name of its folder, unique among methods."""
-        plain = re.sub(r"[^A-Za-z0-9.+=-]+", "-", self.name)[:60].strip("-.")
-        return plain if plain == self.name else f"{plain}-{digest(self.name.encode())[:8]}"
+        return folder_name(self.name)
 
     def keywords(self) -> dict[str, str | None]:
         """Return the parts as settings."""
         parts = {name: getattr(self, name) for name in ("sampling", "balancing", "fusion", "only")}
         return {f"finetune.{name}": value for name, value in parts.items()}
+
+
+def folder_name(text: str) -> str:
+    """Return a name of a folder for a text: itself where it is plain, else made of its plain part and a digest."""
+    plain = re.sub(r"[^A-Za-z0-9.+=-]+", "-", text)[:60].strip("-.")
+    return plain if plain == text else f"{plain}-{digest(text.encode())[:8]}"
 
 
 def parse_method(text: str) -> MethodSpec:

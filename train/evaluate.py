@@ -30,7 +30,7 @@ from ..audit.metrics import (
     share_interval,
     wilson_interval,
 )
-from ..audit.workers import NETWORK_THREADS, fixed_threads
+from ..audit.workers import fixed_threads
 from ..rebalance.curriculum import RowIndex
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
@@ -317,7 +317,6 @@ def sets_without(net: FusionNet) -> list[ModalitySet]:
     return [frozenset(index for index in modalities if index != absent) for absent in modalities]
 
 
-@fixed_threads(NETWORK_THREADS)
 def evaluate_file(
     path: Path,
     examples: Examples,
@@ -351,12 +350,13 @@ def evaluate_file(
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
     net = _load_network(path, model_config)
-    store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
-    training_data = TrainingData.of(
-        examples, store, train=rows, config=config, seed=seed, device=device, distributed=SINGLE_PROCESS
-    )
-    metrics = evaluate_network(NetworkReader(training_data, net.to(device)), rows, examples, between=between, seed=seed)
-    return {"n": len(rows), **metrics}
+    with fixed_threads(examples.num_threads):
+        store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
+        training_data = TrainingData.of(
+            examples, store, train=rows, config=config, seed=seed, device=device, distributed=SINGLE_PROCESS
+        )
+        reader = NetworkReader(training_data, net.to(device))
+        return {"n": len(rows), **evaluate_network(reader, rows, examples, between=between, seed=seed)}
 
 
 def check_model_name(recorded: str | None, passed: str | None, *, of: str) -> None:
