@@ -18,21 +18,10 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
+from mmaudit.audit.figure_style import COLOURS, INK, canvas, fit_names, font_families, text_width
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.cli.report.drawing import (
-    COLOURS,
-    DPI,
-    INK,
-    WIDTH,
-    canvas,
-    fit_names,
-    font_families,
-    palette,
-    png,
-    text_colour,
-    text_width,
-)
+from mmaudit.cli.report.drawing import DPI, WIDTH, palette, png, text_colour
 from mmaudit.cli.report.figures import build_figures, coloured_names, draw
 from mmaudit.cli.report.findings import class_numbers, discrepancies, gaps, maps, training
 from mmaudit.cli.report.outcome_figures import draw_finetune, draw_manifest
@@ -376,7 +365,7 @@ def test_text_colours_have_the_contrast_of_text() -> None:
 @pytest.fixture
 def only_dejavu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that has the fonts of matplotlib and no others."""
-    monkeypatch.setattr("mmaudit.cli.report.drawing._installed", lambda: ["DejaVu Sans", "STIXGeneral"])
+    monkeypatch.setattr("mmaudit.audit.figure_style._installed", lambda: ["DejaVu Sans", "STIXGeneral"])
 
 
 @pytest.mark.usefixtures("only_dejavu")
@@ -402,8 +391,8 @@ def test_latin_greek_cyrillic_and_arabic_need_no_other_font(caplog: pytest.LogCa
 
 def test_a_font_that_covers_a_script_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     covered = {"DejaVu Sans": frozenset(map(ord, "audio")), "A": frozenset(map(ord, "数")), "B": frozenset()}
-    monkeypatch.setattr("mmaudit.cli.report.drawing._installed", lambda: ["B", "A", "DejaVu Sans"])
-    monkeypatch.setattr("mmaudit.cli.report.drawing._characters", covered.__getitem__)
+    monkeypatch.setattr("mmaudit.audit.figure_style._installed", lambda: ["B", "A", "DejaVu Sans"])
+    monkeypatch.setattr("mmaudit.audit.figure_style._characters", covered.__getitem__)
     assert font_families(["audio", "数"]) == ["DejaVu Sans", "A"]
     assert font_families(["audio"]) == ["DejaVu Sans"]  # no other font changes Latin labels
 
