@@ -1,4 +1,4 @@
-"""Style of figures: fonts for any script, texts measured and cut to fit, colours that are safe for colour-blind readers."""
+"""Style of figures: fonts for any script, texts measured and cut to fit, colours safe for colour-blind readers."""
 
 from __future__ import annotations
 

@@ -20,11 +20,14 @@ from .difference import LEVEL, MIN_TEST_SAMPLES, Difference, compare_correctness
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .comparison_figures import FigureTables
+
 Condition = tuple[str, str]  # manifest, "" without manifests, and method
 Correctness = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 NO_VERDICT = "no verdict"
+UNIMODAL = " alone"  # ends the name of a method of one modality
 _COLUMNS = ("manifest", "method", "accuracy", "difference", "95% interval", "p", "verdict")
 
 
@@ -65,6 +68,10 @@ class Comparison:
     group: tuple[str, ...] | None = None
     warnings: tuple[str, ...] = ()
     folder: Path | None = field(default=None)
+    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    missing: pd.DataFrame = field(default_factory=pd.DataFrame)
+    findings: tuple[Any, ...] = ()
+    selection: pd.DataFrame | None = None
 
     def difference(self, a: str, b: str, subset: str = "all") -> Difference:
         """Compute the difference of accuracy a - b of two methods, each METHOD or MANIFEST/METHOD.
@@ -127,27 +134,65 @@ class Comparison:
         top = [rf"\begin{{tabular}}{{ll{'r' * (len(_COLUMNS) - 3)}l}}", r"\toprule", lines[0], r"\midrule"]
         return "\n".join([*top, *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
-    def plot(self) -> Figure:
-        """Return a forest plot as a figure of matplotlib: the differences on all test samples with 95% intervals.
+    def against_unimodal(self) -> pd.DataFrame:
+        """Compare the methods with the best unimodal model of their manifest, in rows like those of `summary`.
+
+        Unimodal models are the methods named `MODALITY alone`. The best one is that of the highest accuracy on all test
+        samples: chosen on the samples that it is tested on, it is favoured a little, and the methods are not. The
+        verdicts are better, worse or no evidence, corrected for the methods of the manifest (Holm). The table has no
+        rows where no modality was trained alone.
 
         Example:
-            >>> comparison.plot().savefig("forest.pdf")
+            >>> comparison.against_unimodal()[["method", "reference", "difference"]]
         """
-        from matplotlib.figure import Figure
+        accuracy = {condition: float(values.mean()) for condition, values in self.correct.items()}
+        unimodal = [condition for condition in self.correct if is_unimodal(condition[1])]
+        controls = {
+            tuple(pair) for pair in self.summary[self.summary["kind"] == "control"][["manifest", "method"]].to_numpy()
+        }
+        rows = []
+        for condition in self.correct:
+            rivals = [rival for rival in unimodal if rival[0] == condition[0]]
+            if not rivals or condition in unimodal or condition in controls:
+                continue
+            best = max(rivals, key=accuracy.__getitem__)
+            rows += _rows("unimodal", condition, best, self.correct, subsets=self.subsets, group=self.group)
+        return _with_verdicts(pd.DataFrame(rows, columns=list(_ROW)))
 
-        rows = self.summary[self.summary["subset"] == "all"].to_dict("records")
-        figure = Figure(figsize=(6.4, 1.1 + 0.3 * max(len(rows), 1)), layout="constrained")
-        axes = figure.add_subplot()
-        for position, row in enumerate(rows):
-            colour = {"helps": "tab:green", "hurts": "tab:red"}.get(row["verdict"], "0.35")
-            axes.plot(100 * row["difference"], position, "o" if row["kind"] == "method" else "s", color=colour)
-            if not np.isnan(row["p"]):
-                axes.plot([100 * row["low"], 100 * row["high"]], [position, position], color=colour)
-        axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
-        axes.set_yticks(range(len(rows)), [printable(_label(row)).replace("$", r"\$") for row in rows])
-        axes.invert_yaxis()
-        axes.set_xlabel("difference of accuracy in points, 95% interval")
-        return figure
+    def plot(self, kind: str = "forest") -> Figure:
+        """Return a figure of matplotlib, 3.3 inches wide, the column of a paper.
+
+        Args:
+            kind: `forest` (differences from the baseline on all test samples), `forest-unimodal` (from the best
+                unimodal model), `subsets` (accuracy by subset), `threshold` (accuracy on the samples that a modality
+                dominates by more than T, over T), `missing` (accuracy over the share of test samples without a
+                modality) or `missing-MODALITY`. Kinds without data do not exist.
+
+        Raises:
+            ConfigError: There is no such kind.
+
+        Example:
+            >>> comparison.plot("threshold").savefig("threshold.pdf")
+        """
+        from .comparison_figures import build_figure, figure_kinds
+
+        tables = self.figure_tables()
+        if kind not in (kinds := figure_kinds(tables)):
+            raise ConfigError(f"no figure {kind}; {choices(kind, kinds)}")
+        return build_figure(tables, kind)
+
+    def figure_tables(self) -> FigureTables:
+        """Return what the figures are drawn from."""
+        from .comparison_figures import FigureTables
+
+        return FigureTables(
+            baseline=self.baseline,
+            summary=self.summary,
+            unimodal=self.against_unimodal(),
+            unimodal_methods=frozenset(method for _, method in self.correct if is_unimodal(method)),
+            metrics=self.metrics,
+            missing=self.missing,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return verdicts in words, warnings, the summary and the folder as JSON values."""
@@ -168,6 +213,11 @@ class Comparison:
             if name in (text, condition[1]):
                 return condition
         raise ConfigError(f"no method {name}; {choices(name, {*names.values(), *(key[1] for key in names)})}")
+
+
+def is_unimodal(method: str) -> bool:
+    """Return whether a method has one modality, by its name: `audio alone`."""
+    return method.endswith(UNIMODAL)
 
 
 def compare_predictions(
@@ -258,13 +308,7 @@ def build_comparison(
     ]
     pairs += [("control", control, reference) for control, reference in controls.items()]
     pairs = [(kind, a, b) for kind, a, b in pairs if a in correct and b in correct]
-    rows = [
-        _row(kind, a, b, subset=subset, difference=_difference(correct[a], correct[b], mask, group))
-        | {f"{key}accuracy": float(correct[c][:, mask].mean()) for key, c in (("", a), ("reference_", b))}
-        for kind, a, b in pairs
-        for subset, mask in subsets.items()
-        if mask.any()
-    ]
+    rows = [row for kind, a, b in pairs for row in _rows(kind, a, b, correct, subsets=subsets, group=group)]
     columns = {}
     for condition, values in correct.items():
         for position, seed in enumerate((seeds or {}).get(condition, range(len(values)))):
@@ -290,6 +334,24 @@ _ROW = (
 )
 
 
+def _rows(
+    kind: str,
+    a: Condition,
+    b: Condition,
+    correct: Mapping[Condition, Correctness],
+    *,
+    subsets: Mapping[str, Mask],
+    group: Sequence[str] | None,
+) -> list[dict[str, Any]]:
+    """Return one row per subset of two conditions."""
+    return [
+        _row(kind, a, b, subset=subset, difference=_difference(correct[a], correct[b], mask, group))
+        | {f"{key}accuracy": float(correct[c][:, mask].mean()) for key, c in (("", a), ("reference_", b))}
+        for subset, mask in subsets.items()
+        if mask.any()
+    ]
+
+
 def _row(kind: str, a: Condition, b: Condition, *, subset: str, difference: Difference) -> dict[str, Any]:
     values = {
         key: getattr(difference, key) for key in ("low", "high", "p", "smallest_effect", "num_samples", "num_seeds")
@@ -311,7 +373,7 @@ def _with_verdicts(summary: pd.DataFrame) -> pd.DataFrame:
             verdict = NO_VERDICT
         elif row["p_holm"] < LEVEL:
             verdict = "helps" if row["difference"] > 0 else "hurts"
-        if verdict in ("helps", "hurts") and row["kind"] == "control":
+        if verdict in ("helps", "hurts") and row["kind"] != "method":
             verdict = "better" if verdict == "helps" else "worse"
         summary.loc[index, "verdict"] = verdict
     return summary
