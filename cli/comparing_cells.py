@@ -28,8 +28,8 @@ from ..audit.storage import atomic_folder, read_json, read_table, write_json, wr
 from ..audit.workers import Progress, no_progress
 from ..rebalance.manifest import read_dropped
 from ..rebalance.score_tables import check_same_dataset
-from ..train.comparison import Condition
 from ..train.comparison_cells import MethodSpec, planned_epochs, shuffle_labels
+from ..train.difference import Condition
 from ..train.evaluate import evaluate, subsets_of_rows
 from ..train.examples import Examples
 from ..train.finetune import Finetuned, finetune_on
@@ -43,7 +43,10 @@ log = logging.getLogger("mmaudit")
 _TRIAL_STEPS = 20  # of the training by which the time is estimated; ours
 _MAX_RESIDENT = 1 << 30  # bytes of features that are kept in memory between cells
 _CODE = ("audit", "rebalance", "train")  # packages that results depend on
-_STATISTICS = ("comparison.py", "difference.py")  # which are computed anew from finished cells
+_STATISTICS = (  # computed anew from finished cells
+    *("comparison.py", "comparison_arrays.py", "comparison_findings.py", "comparison_metrics.py"),
+    *("difference.py", "metric_intervals.py"),
+)
 _CELL = RequiredKeys(made_by={"*": str}, status=str, message=str, seconds=float, test={}, samples_seen=int, epochs=int)
 
 
@@ -100,10 +103,15 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellResult:
-    """Content of cell.json, and correctness of the test samples (n,); None where training diverged."""
+    """Content of cell.json, and correctness of the test samples (n,); None where training diverged.
+
+    without: correctness (n,) with a modality absent, by modality. folder: that of the cell.
+    """
 
     about: Mapping[str, Any]
     correct: NDArray[np.float64] | None
+    without: Mapping[str, NDArray[np.float64]]
+    folder: Path
 
 
 def load_manifests(loading: Loading, progress: Progress = no_progress) -> LoadedManifests:
@@ -250,11 +258,20 @@ def read_cell(folder: Path, cell: Cell, loaded: LoadedManifests) -> CellResult |
             f"{folder.parents[3]}"
         )
     if about["status"] != "finished":
-        return CellResult(about=about, correct=None)
+        return CellResult(about=about, correct=None, without={}, folder=folder)
+    modalities = loaded.examples[cell.manifest].modalities
+    names = ["correct", *(f"correct_without_{modality}" for modality in modalities)]
+    table = read_predictions(folder, loaded, columns=names)
+    correct, *without = (np.array(table[name].to_pylist(), dtype=np.float64) for name in names)
+    return CellResult(about=about, correct=correct, without=dict(zip(modalities, without, strict=True)), folder=folder)
+
+
+def read_predictions(folder: Path, loaded: LoadedManifests, *, columns: Sequence[str]) -> pa.Table:
+    """Read columns of the predictions of a cell; RunError where the samples are others or a column is missing."""
     table = read_table(folder / "predictions.parquet", error=RunError)
-    if table["sample_id"].to_pylist() != loaded.test_ids.tolist():
-        raise RunError(f"{folder} is damaged, its test samples are others: remove it")
-    return CellResult(about=about, correct=np.array(table["correct"].to_pylist(), dtype=np.float64))
+    if {"sample_id", *columns} - set(table.column_names) or table["sample_id"].to_pylist() != loaded.test_ids.tolist():
+        raise RunError(f"{folder} is damaged, its test samples or columns are others: remove it")
+    return table.select(list(columns))
 
 
 def train_cell(
@@ -317,15 +334,33 @@ def _write_predictions(result: Finetuned, cell: Cell, loaded: LoadedManifests, f
     examples = loaded.examples[cell.manifest]
     label = examples.label[examples.rows("test")]
     predicted = result.predictions.argmax(axis=1)
-    columns = {"sample_id": loaded.test_ids, "label": label, "predicted": predicted, "correct": predicted == label}
-    write_parquet(pa.table(columns), folder / "predictions.parquet", provenance={})
-    tested = evaluate({"fused": result.predictions}, label, loaded.subsets)
+    table = pa.table(
+        {
+            "sample_id": loaded.test_ids,
+            "label": label,
+            "predicted": predicted,
+            "correct": predicted == label,
+            **_correct_without(result, predicted == label, examples.modalities),
+            "probabilities": pa.FixedSizeListArray.from_arrays(
+                pa.array(result.predictions.ravel(), pa.float32()), result.predictions.shape[1]
+            ),
+        }
+    )
+    write_parquet(table, folder / "predictions.parquet", provenance={})
+    tested = evaluate({"fused": result.predictions}, label, {"all": loaded.subsets["all"]})["all"]
     measures = ("accuracy", "macro_f1", "map", "ece")
-    test = {
-        name: {"n": subset["n"], **{key: subset["branches"]["fused"][key] for key in measures if subset["n"]}}
-        for name, subset in tested.items()
-    }
+    test = {"n": tested["n"], **{key: tested["branches"]["fused"][key] for key in measures}}
     return {"test": test, "samples_seen": result.metrics["samples_seen"], "epochs": len(result.history)}
+
+
+def _correct_without(
+    result: Finetuned, correct: NDArray[np.bool_], modalities: Sequence[str]
+) -> dict[str, NDArray[np.bool_]]:
+    """Return the columns of correctness with a modality absent; one that the network does not read changes nothing."""
+    return {
+        f"correct_without_{name}": result.without[name] > 0.5 if name in result.without else correct
+        for name in modalities
+    }
 
 
 def estimate_seconds(

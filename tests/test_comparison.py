@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.train.comparison import Comparison, build_comparison, compare_predictions
+from mmaudit.train.comparison import Comparison, build_comparison
+from mmaudit.train.comparison_arrays import compare_predictions
 from mmaudit.train.difference import compare_correctness, holm
 
 
@@ -45,7 +45,7 @@ def test_p_is_corrected_for_the_methods_of_a_manifest_and_not_for_controls() -> 
         baseline="joint",
         subsets={"all": np.ones(900, dtype=bool)},
         group=None,
-        runs=pd.DataFrame(),
+        trainings=[],
         sample_id=np.arange(900),
         controls={("a", "audio alone"): ("a", "joint")},
     )

@@ -22,11 +22,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..audit.figure_style import COLOURS, INK, PALE, SOFT, canvas, fit_names, text_width
+from .comparison_metrics import CLASS_PREFIX
 
 WIDTH = 3.3  # inches, a column of a paper of two columns
 SIZE = 7  # points, of all text
 MAX_CURVES = 8  # of a plot; more cannot be told apart by colour and marker
-CLASS_PREFIX = "class:"  # of the subset of a class's samples
 _SIDE = re.compile(r"(?P<side>.+)-(?:preferred|dominated-(?P<threshold>[\d.]+))")
 _ROW_HEIGHT = 0.155  # inches, of a line of a forest plot
 _LABEL_WIDTH = 1.3  # inches, of the names beside a plot
@@ -173,7 +173,7 @@ class _Curves:
         if len(self.styles) == self.num_methods:
             return ""
         return (
-            f"{len(self.styles)} of {self.num_methods} methods: the baseline, unimodal models where there are some, and "
+            f"{len(self.styles)} of {self.num_methods} methods: the baseline, unimodal models if any, and "
             "the best and worst others on all test samples; the tables have all."
         )
 
