@@ -26,7 +26,7 @@ from .comparing_cells import (
     read_cell,
     train_cell,
 )
-from .comparing_plan import design_cells, method_config, read_plan
+from .comparing_plan import design_cells, method_config, read_plan, repeat_command
 from .comparing_results import collect_results, write_tables
 from .config import Given, RunConfig, load_settings
 from .effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect
@@ -111,6 +111,8 @@ def compare(
         num_workers=default_workers() if num_workers is None else num_workers,
     )
     folder = run_dir.comparison(chosen.name)
+    from .report.comparison_page import write_comparison_page  # jinja2 and matplotlib, of which errors above need none
+
     clear_loaded()
     with ExitStack() as stack:
         stack.callback(clear_loaded)
@@ -126,6 +128,7 @@ def compare(
                 results[cell.condition, cell.seed] = result
         comparison = collect_results(chosen, design, results, loaded, folder)
         write_tables(comparison, folder)
+        write_comparison_page(comparison, folder, command=repeat_command(chosen, given, seed=base.seed))
     return comparison
 
 

@@ -45,7 +45,8 @@ _MAX_RESIDENT = 1 << 30  # bytes of features that are kept in memory between cel
 _CODE = ("audit", "rebalance", "train")  # packages that results depend on
 _STATISTICS = (  # computed anew from finished cells
     *("comparison.py", "comparison_arrays.py", "comparison_findings.py", "comparison_metrics.py"),
-    *("comparison_figures.py", "difference.py", "figure_style.py", "metric_intervals.py"),
+    *("column_figure.py", "comparison_curves.py", "comparison_figures.py", "comparison_forest.py"),
+    *("difference.py", "figure_style.py", "metric_intervals.py"),
 )
 _CELL = RequiredKeys(made_by={"*": str}, status=str, message=str, seconds=float, test={}, samples_seen=int, epochs=int)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +80,20 @@ def read_plan(
         name=name or content.get("name") or "-".join(stems),
         controls=controls and content.get("controls", True),
     )
+
+
+def repeat_command(plan: Plan, given: Given, *, seed: int) -> str:
+    """Return the command that makes a comparison, with all settings that were made, for a shell in the run's folder."""
+    words = [word for name in plan.manifests for word in ("--manifest", name)]
+    words += [word for spec in plan.methods for word in ("--method", spec.name)]
+    words += ["--seeds", str(plan.seeds), "--name", plan.name, *([] if plan.controls else ["--no-controls"])]
+    words += ["--seed", str(seed)] if seed else []
+    for key, setting in given.items():
+        text = f"{key}={setting.value}"
+        if not isinstance(setting.value, str) or parse_setting(text)[1] != setting.value:
+            text = f"{key}={json.dumps(setting.value, ensure_ascii=False)}"
+        words += ["--set", text]
+    return shlex.join(["mmaudit", "compare", *words])
 
 
 def method_config(

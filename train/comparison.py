@@ -28,7 +28,7 @@ from .difference import LEVEL, MIN_TEST_SAMPLES, Condition, Difference, Mask, co
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .comparison_figures import FigureTables
+    from .column_figure import FigureTables
 
 Correctness = NDArray[np.float64]
 
@@ -205,7 +205,7 @@ class Comparison:
 
     def figure_tables(self) -> FigureTables:
         """Return what the figures are drawn from."""
-        from .comparison_figures import FigureTables
+        from .column_figure import FigureTables
 
         return FigureTables(
             baseline=self.baseline,

@@ -11,12 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 
+from ...audit.errors import RunError
 from ...audit.parsing import RequiredKeys
-from ...audit.storage import atomic_write, write_json, write_text
+from ...audit.storage import atomic_write, read_json, write_json, write_text
 from ...train.comparison import NO_VERDICT, Comparison
 from ...train.comparison_metrics import CLASS_PREFIX
 from .findings import Numbers
@@ -55,6 +57,16 @@ def write_comparison_page(comparison: Comparison, folder: Path, *, command: str)
     return folder / PAGE
 
 
+def stated_of_comparison(path: Path) -> Numbers:
+    """Return what compare.json states, for the report of the run, with the name of its folder and the page's address.
+
+    The page itself is not part of the report: with its figures it is as large as the report, and it stands alone.
+    """
+    stated = read_json(path, error=RunError, shape=STATED_KEYS)
+    folder = path.parent.name
+    return {**{key: stated[key] for key in STATED_KEYS}, "name": folder, "href": f"compare/{quote(folder)}/{PAGE}"}
+
+
 def _file_name(name: str) -> str:
     """Return the name of a figure's file; modalities may have characters that names of files lack."""
     return re.sub(r"[/\\\0]", "_", name)
@@ -69,7 +81,7 @@ def render_comparison(numbers: Numbers, images: Mapping[str, bytes]) -> str:
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"breakable": breakable, "breakable_sentence": breakable_sentence}
     environment.filters |= {"points": points, "points_interval": points_interval, "share": share}
-    environment.filters |= {"share_interval": share_interval, "thousands": "{:,}".format, "p": _p}
+    environment.filters |= {"share_interval": share_interval, "thousands": "{:,}".format, "p": _p, "minus": minus}
     template = environment.get_template(_TEMPLATE)
     return template.render(**numbers, images={name: _image(svg) for name, svg in images.items()}) + "\n"
 
@@ -108,7 +120,15 @@ def share_interval(row: Mapping[str, Any]) -> str:
 
 
 def _p(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.3f}"
+    """Format a corrected p value; nothing where there is none."""
+    if np.isnan(value):
+        return ""
+    return "<0.001" if value < 0.0005 else f"{value:.3f}"
+
+
+def minus(sentence: str) -> str:
+    """Return a sentence with minus signs in place of hyphens before numbers."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", sentence)
 
 
 def comparison_numbers(comparison: Comparison, *, command: str) -> Numbers:
@@ -118,20 +138,20 @@ def comparison_numbers(comparison: Comparison, *, command: str) -> Numbers:
     unimodal = unimodal[unimodal["subset"] == "all"]
     trainings = _trainings(comparison)
     sentences = dict(zip(rows.index, comparison.sentences(), strict=True))
-    told = [sentences[index] for index in methods.index]
+    in_words = [sentences[index] for index in methods.index]
     clear = [sentences[index] for index in methods.index if methods.loc[index, "verdict"] in ("helps", "hurts")]
     return {
         "name": comparison.name,
         "baseline": comparison.baseline,
         "headline": headline(methods, comparison.baseline),
         "sentences": _summary_sentences(methods, comparison),
-        "verdicts": told if len(told) <= MAX_SENTENCES else clear[:MAX_SENTENCES],
-        "num_verdicts": len(told),
+        "verdicts": in_words if len(in_words) <= MAX_SENTENCES else clear[:MAX_SENTENCES],
+        "num_verdicts": len(in_words),
         "warnings": list(comparison.warnings),
-        "findings": [finding.to_dict() for finding in comparison.findings],
+        "findings": _findings(comparison),
         "manifests": [
             _manifest_numbers(comparison, manifest, rows=rows, unimodal=unimodal)
-            for manifest in dict.fromkeys(condition[0] for condition in comparison.correct)
+            for manifest in _manifests(comparison, rows)
         ],
         "selection": None if comparison.selection is None else comparison.selection.to_dict("records"),
         "diverged": [row for row in trainings if row["diverged"]],
@@ -190,11 +210,11 @@ def _summary_sentences(methods: pd.DataFrame, comparison: Comparison) -> list[st
 
 
 def _manifest_numbers(comparison: Comparison, manifest: str, *, rows: pd.DataFrame, unimodal: pd.DataFrame) -> Numbers:
-    """Return the tables of a manifest; one of controls alone has no verdicts of its own."""
-    metrics = comparison.metrics[comparison.metrics["manifest"] == manifest]
+    """Return the tables of a manifest."""
+    metrics = _with_controls(comparison.metrics, rows, manifest)
     accuracy = metrics[metrics["metric"] == "accuracy"]
     is_class = accuracy["subset"].str.startswith(CLASS_PREFIX)
-    missing = comparison.missing[comparison.missing["manifest"] == manifest]
+    missing = _with_controls(comparison.missing, rows, manifest)
     own = rows[rows["reference_manifest"] == manifest]
     baseline = comparison.correct.get((manifest, comparison.baseline))
     return {
@@ -212,6 +232,20 @@ def _manifest_numbers(comparison: Comparison, manifest: str, *, rows: pd.DataFra
             for name in missing["modality"].unique()
         ],
     }
+
+
+def _manifests(comparison: Comparison, rows: pd.DataFrame) -> list[str]:
+    """Return the manifests, without those that only control another one."""
+    controlling = rows[rows["manifest"] != rows["reference_manifest"]]["manifest"].tolist()
+    return [name for name in dict.fromkeys(manifest for manifest, _ in comparison.correct) if name not in controlling]
+
+
+def _with_controls(table: pd.DataFrame, rows: pd.DataFrame, manifest: str) -> pd.DataFrame:
+    """Return the rows of a manifest, then those of controls on other manifests, such as a random one."""
+    others = rows[(rows["reference_manifest"] == manifest) & (rows["manifest"] != manifest)]["manifest"].unique()
+    control = table[table["manifest"].isin(others)]
+    renamed = control.assign(method=control["method"] + " on " + control["manifest"])
+    return pd.concat([table[table["manifest"] == manifest], renamed])
 
 
 def _first_classes(accuracy: pd.DataFrame) -> pd.DataFrame:
@@ -260,6 +294,14 @@ def _span(values: pd.Series) -> str:
         return ""
     low, high = int(values.min()), int(values.max())
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _findings(comparison: Comparison) -> list[Numbers]:
+    """Return the findings by name and claim, each with its outcomes."""
+    outcomes: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for finding in comparison.findings:
+        outcomes.setdefault((finding.name, finding.claim), []).append(finding.to_dict())
+    return [{"name": name, "claim": claim, "outcomes": rows} for (name, claim), rows in outcomes.items()]
 
 
 def _dicts(table: pd.DataFrame) -> list[dict[str, Any]]:
