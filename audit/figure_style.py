@@ -156,7 +156,7 @@ def _warn_of(missing: set[int]) -> None:
     listed = ", ".join(f"{name} ({number} character{'s' * (number > 1)})" for name, number in sorted(scripts.items()))
     fonts = sorted({_font_for(script) for script in scripts})
     log.warning(
-        "figures: no installed font covers %s, drawn as boxes; install %s (Debian, Ubuntu: %s) and run mmaudit report",
+        "figures: no installed font covers %s, drawn as boxes; install %s (Debian, Ubuntu: %s) and write them again",
         listed,
         ", ".join(fonts),
         ", ".join(sorted({_PACKAGES.get(font, "fonts-noto-core") for font in fonts})),

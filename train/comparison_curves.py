@@ -147,7 +147,7 @@ def draw_thresholds(tables: FigureTables) -> Figure:
     sides, ticks = accuracy["side"].unique().tolist(), sorted(accuracy["threshold"].unique())
     manifests = accuracy["manifest"].unique().tolist()
     figure = Figure(figsize=(WIDTH, _legend_height(curves) + 0.25 + 1.75 * len(manifests)))
-    panels = figure.subplots(len(manifests), len(sides), sharey=True, sharex=True, squeeze=False)
+    panels = figure.subplots(len(manifests), len(sides), sharey=True, squeeze=False)  # counts differ by side
     spread = 0.5 * float(np.diff(ticks).min()) if len(ticks) > 1 else 0.1
     for (row, manifest), (column, side) in ((a, b) for a in enumerate(manifests) for b in enumerate(sides)):
         axes = panels[row, column]
@@ -161,7 +161,7 @@ def draw_thresholds(tables: FigureTables) -> Figure:
             )
         counts = part.groupby("threshold")["num_samples"].max()
         axes.set_xticks(ticks, [f"{tick:g}\n{counts.get(tick, 0):,}" for tick in ticks])
-        axes.tick_params(labelbottom=True)
+        axes.set_xlim(ticks[0] - 0.75 * spread, ticks[-1] + 0.75 * spread)
         title = f"{manifest}: {side}" if len(manifests) > 1 else str(side)
         _title(axes, title, width=(WIDTH - 0.5) / len(sides))
     figure.supylabel("accuracy, 95% interval", fontsize=SIZE)

@@ -6,6 +6,7 @@ Text remains text, in SVG and in PDF.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -24,9 +25,10 @@ def figure_kinds(tables: FigureTables) -> list[str]:
         "forest-unimodal": len(_overall(tables.unimodal)),
         "subsets": len(accuracy),
         "threshold": has_sides,
-        "missing": len(tables.missing),
+        "missing": len(tables.missing) and len(accuracy),
     }
-    return [kind for kind, number in kinds.items() if number] + [f"missing-{name}" for name in _modalities(tables)]
+    modalities = _modalities(tables) if kinds["missing"] else []
+    return [kind for kind, number in kinds.items() if number] + [f"missing-{name}" for name in modalities]
 
 
 def build_figure(tables: FigureTables, kind: str) -> Figure:
@@ -47,17 +49,18 @@ def _build(tables: FigureTables, kind: str) -> Figure:
     return draw_missing(tables, _modalities(tables) if kind == "missing" else [kind.removeprefix("missing-")])
 
 
-def draw_files(tables: FigureTables) -> dict[str, bytes]:
-    """Draw all figures, by file name: NAME.svg and NAME.pdf, without dates and versions."""
+def draw_files(tables: FigureTables, kinds: Sequence[str] | None = None) -> dict[str, bytes]:
+    """Draw figures, by default all, by file name: KIND.svg and KIND.pdf, without dates and versions.
+
+    Of a missing modality there is a figure per modality, and none of all modalities.
+    """
     metadata: dict[str, dict[str, None]] = {
         "svg": {"Date": None, "Creator": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     }
     files = {}
     with column_canvas(tables):
-        for kind in figure_kinds(tables):
-            if kind == "missing":
-                continue  # that of each modality is a file
+        for kind in [name for name in figure_kinds(tables) if name != "missing"] if kinds is None else kinds:
             figure = _build(tables, kind)
             figure.draw_without_rendering()  # lays out; each file would do so again, for half of the time
             figure.set_layout_engine("none")

@@ -68,8 +68,8 @@ def stated_of_comparison(path: Path) -> Numbers:
 
 
 def _file_name(name: str) -> str:
-    """Return the name of a figure's file; modalities may have characters that names of files lack."""
-    return re.sub(r"[/\\\0]", "_", name)
+    """Return the name of a figure's file; names of modalities may have characters that names of files lack."""
+    return re.sub(r"[^\w.+=-]", "_", name)
 
 
 def render_comparison(numbers: Numbers, images: Mapping[str, bytes]) -> str:
