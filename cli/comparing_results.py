@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from ..rebalance.manifest import read_dropped
 from ..train.comparison import Comparison, build_comparison
 from ..train.comparison_findings import Filtering, StudyDesign
 from ..train.difference import Condition
-from .comparing_cells import Cell, CellResult, LoadedManifests, read_predictions
+from .comparing_cells import Cell, CellResult, LoadedManifests
 from .comparing_plan import Design, Plan
+from .comparing_predictions import CellProbabilities
 from .training_source import ManifestSource
 
 _KEEPS = "finetune.keep_posterior"  # setting of a method that trains on the balanced side of the mixture only
@@ -33,6 +33,7 @@ def collect_results(
 ) -> Comparison:
     """Build the comparison of finished cells."""
     finished: dict[Condition, list[CellResult]] = defaultdict(list)
+    correct: dict[Condition, list[NDArray[np.float64]]] = defaultdict(list)
     seeds: dict[Condition, list[int]] = defaultdict(list)
     trainings, diverged = [], defaultdict(list)
     for cell in design.cells:
@@ -44,10 +45,11 @@ def collect_results(
             diverged[cell.condition].append(cell.seed)
             continue
         finished[cell.condition].append(result)
+        correct[cell.condition].append(result.correct)
         seeds[cell.condition].append(cell.seed)
     examples = next(iter(loaded.examples.values()))
     return build_comparison(
-        {condition: np.stack([entry.correct for entry in entries]) for condition, entries in finished.items()},
+        {condition: np.stack(values) for condition, values in correct.items()},
         name=plan.name,
         baseline=plan.methods[0].name,
         subsets=loaded.subsets,
@@ -58,7 +60,8 @@ def collect_results(
         seeds=seeds,
         label=examples.label[examples.rows("test")],
         probabilities=CellProbabilities(
-            {condition: [entry.folder for entry in entries] for condition, entries in finished.items()}, loaded
+            {condition: [entry.folder for entry in entries] for condition, entries in finished.items()},
+            loaded.test_ids,
         ),
         without={
             condition: {name: np.stack([entry.without[name] for entry in entries]) for name in examples.modalities}
@@ -68,30 +71,6 @@ def collect_results(
         warnings=_warnings(design, results, diverged, loaded),
         folder=folder,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class CellProbabilities(Mapping[Condition, NDArray[np.float32]]):
-    """Probabilities (S, n, k) of the finished cells of each condition, read from their files when they are used."""
-
-    folders: Mapping[Condition, Sequence[Path]]
-    loaded: LoadedManifests
-
-    def __getitem__(self, condition: Condition) -> NDArray[np.float32]:
-        """Read the cells of a condition."""
-        columns = [
-            read_predictions(folder, self.loaded, columns=["probabilities"])["probabilities"].combine_chunks()
-            for folder in self.folders[condition]
-        ]
-        return np.stack([column.flatten().to_numpy().reshape(len(column), -1) for column in columns])
-
-    def __iter__(self) -> Iterator[Condition]:
-        """Iterate over the conditions."""
-        return iter(self.folders)
-
-    def __len__(self) -> int:
-        """Return the number of conditions."""
-        return len(self.folders)
 
 
 def study_design(cells: Sequence[Cell], loaded: LoadedManifests) -> StudyDesign:

@@ -23,7 +23,8 @@ from .comparison_metrics import (
     tabulate_missing,
     tabulate_runs,
 )
-from .difference import LEVEL, MIN_TEST_SAMPLES, Condition, Difference, Mask, compare_on, holm
+from .comparison_rows import tabulate_differences, tabulate_unimodal
+from .difference import MIN_TEST_SAMPLES, Condition, Difference, Mask, compare_on
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 Correctness = NDArray[np.float64]
 
-NO_VERDICT = "no verdict"
 _UNIMODAL = " alone"  # ends the name of a method of one modality
 _COLUMNS = ("manifest", "method", "accuracy", "difference", "95% interval", "p", "verdict")
 
@@ -167,19 +167,14 @@ class Comparison:
         Example:
             >>> comparison.against_unimodal()[["method", "reference", "difference"]]
         """
-        accuracy = {condition: float(values.mean()) for condition, values in self.correct.items()}
-        unimodal = self._unimodal()
-        controls = {
-            tuple(pair) for pair in self.summary[self.summary["kind"] == "control"][["manifest", "method"]].to_numpy()
-        }
-        rows = []
-        for condition in self.correct:
-            rivals = [rival for rival in unimodal if rival[0] == condition[0]]
-            if not rivals or condition in unimodal or condition in controls:
-                continue
-            best = max(rivals, key=accuracy.__getitem__)
-            rows += _rows("unimodal", condition, best, self.correct, subsets=self.subsets, group=self.group)
-        return _with_verdicts(pd.DataFrame(rows, columns=list(_ROW)))
+        table = self.summary[self.summary["kind"] == "control"]
+        return tabulate_unimodal(
+            self.correct,
+            unimodal=self._unimodal(),
+            controls=[*zip(table["manifest"], table["method"], strict=True)],
+            subsets=self.subsets,
+            group=self.group,
+        )
 
     def plot(self, kind: str = "forest") -> Figure:
         """Return a figure of matplotlib, 3.3 inches wide, the column of a paper.
@@ -279,20 +274,12 @@ def build_comparison(
         probabilities=probabilities or {},
         without=without or {},
     )
-    pairs: list[tuple[str, Condition, Condition]] = [
-        ("method", condition, (condition[0], baseline))
-        for condition in correct
-        if condition not in controls and condition[1] != baseline
-    ]
-    pairs += [("control", control, reference) for control, reference in controls.items()]
-    pairs = [(kind, a, b) for kind, a, b in pairs if a in correct and b in correct]
-    rows = [row for kind, a, b in pairs for row in _rows(kind, a, b, correct, subsets=subsets, group=group)]
     metrics, measured = tabulate_metrics(tested)
     num_samples = len(next(iter(subsets.values())))
     return Comparison(
         name=name,
         baseline=baseline,
-        summary=_with_verdicts(pd.DataFrame(rows, columns=list(_ROW))),
+        summary=tabulate_differences(correct, baseline=baseline, controls=controls, subsets=subsets, group=group),
         metrics=metrics,
         missing=tabulate_missing(tested),
         findings=check_findings(
@@ -317,57 +304,6 @@ def _per_sample(tested: TestPredictions, sample_id: Sequence[Any] | NDArray[Any]
         for position, seed in enumerate(tested.seeds[condition])
     }
     return pd.DataFrame({"sample_id": sample_id, **columns})
-
-
-_ROW = (
-    *("manifest", "method", "reference_manifest", "reference", "kind", "subset", "accuracy", "reference_accuracy"),
-    *("difference", "low", "high", "p", "smallest_effect", "num_samples", "num_seeds"),
-)
-
-
-def _rows(
-    kind: str,
-    a: Condition,
-    b: Condition,
-    correct: Mapping[Condition, Correctness],
-    *,
-    subsets: Mapping[str, Mask],
-    group: Sequence[str] | None,
-) -> list[dict[str, Any]]:
-    """Return one row per subset of two conditions."""
-    return [
-        _row(kind, a, b, subset=subset, difference=compare_on(mask, correct[a], correct[b], group=group))
-        | {f"{key}accuracy": float(correct[c][:, mask].mean()) for key, c in (("", a), ("reference_", b))}
-        for subset, mask in subsets.items()
-        if mask.any()
-    ]
-
-
-def _row(kind: str, a: Condition, b: Condition, *, subset: str, difference: Difference) -> dict[str, Any]:
-    values = {
-        key: getattr(difference, key) for key in ("low", "high", "p", "smallest_effect", "num_samples", "num_seeds")
-    }
-    names = {"manifest": a[0], "method": a[1], "reference_manifest": b[0], "reference": b[1]}
-    return {**names, "kind": kind, "subset": subset, "difference": difference.mean, **values}
-
-
-def _with_verdicts(summary: pd.DataFrame) -> pd.DataFrame:
-    """Add p_holm and verdict: Holm over the methods of a manifest, and over its controls, on all test samples."""
-    summary = summary.assign(p_holm=np.nan, verdict="")
-    overall = summary[summary["subset"] == "all"]
-    for _, rows in overall.groupby(["reference_manifest", "kind"], sort=False):
-        summary.loc[rows.index, "p_holm"] = holm(rows["p"].tolist())
-    for index in overall.index:
-        row = summary.loc[index]
-        verdict = "no evidence"
-        if row["num_seeds"] < 2 or row["num_samples"] < MIN_TEST_SAMPLES:
-            verdict = NO_VERDICT
-        elif row["p_holm"] < LEVEL:
-            verdict = "helps" if row["difference"] > 0 else "hurts"
-        if verdict in ("helps", "hurts") and row["kind"] != "method":
-            verdict = "better" if verdict == "helps" else "worse"
-        summary.loc[index, "verdict"] = verdict
-    return summary
 
 
 def _limits(correct: Mapping[Condition, Correctness], n: int) -> list[str]:

@@ -21,6 +21,7 @@ from ..audit.metrics import Groups, group_codes, jackknife
 LEVEL = 0.05
 POWER = 0.8
 MIN_TEST_SAMPLES = 30  # of fewer, nothing can be shown; ours
+NO_VERDICT = "no verdict"  # in the place of evidence, of one training or too few test samples
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]

@@ -87,7 +87,7 @@ def _sample_variance(values: list[MetricValue], mean: float, pseudo: Array, grou
     if groups is None:
         standard_error, df = jackknife(pseudo.mean(axis=0), None)
         return standard_error**2, float(df)
-    without = np.mean([value.without_group for value in values], axis=0)
+    without = np.mean([value.without_group for value in values if value.without_group is not None], axis=0)
     sizes = np.bincount(groups)
     sizes = sizes[sizes > 0].astype(np.float64)
     num_groups = len(sizes)

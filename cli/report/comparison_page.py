@@ -19,8 +19,9 @@ import pandas as pd
 from ...audit.errors import RunError
 from ...audit.parsing import RequiredKeys
 from ...audit.storage import atomic_write, read_json, write_json, write_text
-from ...train.comparison import NO_VERDICT, Comparison
+from ...train.comparison import Comparison
 from ...train.comparison_metrics import CLASS_PREFIX
+from ...train.difference import NO_VERDICT
 from .findings import Numbers
 from .verdict import breakable, breakable_sentence, signed
 
