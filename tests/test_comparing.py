@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import shlex
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,10 @@ from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.cli import comparing, comparing_cells
 from mmaudit.cli.comparing_cells import Cell, train_cell
 from mmaudit.cli.main import app
+from mmaudit.cli.report.page import render, report_numbers
+from mmaudit.cli.run import Run
 from mmaudit.cli.training_source import EncodedSource, ManifestSource
+from mmaudit.train import comparison_figures
 from mmaudit.train.comparison import Comparison
 
 torch.set_num_threads(1)
@@ -43,6 +50,15 @@ def compare(run: Path, **options: Any) -> Comparison:
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TABLES}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawing_only_the_forest_plot() -> Iterator[None]:
+    """Draw one figure per comparison: all of them take seconds, and test_comparison_figures.py tests them."""
+    draw = comparison_figures.draw_files
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison_figures, "draw_files", lambda tables: draw(tables, ["forest"], formats=("svg",)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +143,26 @@ def test_files_hold_the_result(finished: Comparison) -> None:
         pd.testing.assert_frame_equal(pd.read_parquet(finished.folder / f"{name}.parquet"), getattr(finished, name))
     assert (finished.folder / "table.tex").read_text() == finished.to_latex()
     assert (finished.folder / "table.md").read_text() == finished.to_markdown()
+
+
+def test_page_states_the_verdicts_and_the_command_and_the_report_leads_to_it(done: Path) -> None:
+    folder = done / "compare" / "few-all"
+    page, stated = (folder / "compare.html").read_text(), json.loads((folder / "compare.json").read_text())
+    assert stated["headline"] in page
+    assert "data:image/svg+xml;base64," in page
+    assert (folder / "figures" / "forest.svg").exists()
+    command = re.search(r"<pre>(.*)</pre>", page)
+    assert command is not None
+    words = shlex.split(html.unescape(command[1]))[2:]
+    rerun = mmaudit_cli("compare", *words, "--run", done, "--num-workers", "0")
+    assert rerun.exit_code == 0, rerun.output
+    assert (folder / "compare.html").read_text() == page
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">IIII", 13, 0, 2, 2)
+    report = render(
+        report_numbers(Run(done)), dict.fromkeys(("discrepancy", "classes", "gap", "maps", "training"), png)
+    )
+    assert 'href="compare/few-all/compare.html"' in report
+    assert stated["headline"] in report
 
 
 def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(

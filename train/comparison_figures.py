@@ -49,7 +49,9 @@ def _build(tables: FigureTables, kind: str) -> Figure:
     return draw_missing(tables, _modalities(tables) if kind == "missing" else [kind.removeprefix("missing-")])
 
 
-def draw_files(tables: FigureTables, kinds: Sequence[str] | None = None) -> dict[str, bytes]:
+def draw_files(
+    tables: FigureTables, kinds: Sequence[str] | None = None, *, formats: Sequence[str] = ("svg", "pdf")
+) -> dict[str, bytes]:
     """Draw figures, by default all, by file name: KIND.svg and KIND.pdf, without dates and versions.
 
     Of a missing modality there is a figure per modality, and none of all modalities.
@@ -64,9 +66,9 @@ def draw_files(tables: FigureTables, kinds: Sequence[str] | None = None) -> dict
             figure = _build(tables, kind)
             figure.draw_without_rendering()  # lays out; each file would do so again, for half of the time
             figure.set_layout_engine("none")
-            for suffix, absent in metadata.items():
+            for suffix in formats:
                 file = io.BytesIO()
-                figure.savefig(file, format=suffix, metadata=absent)
+                figure.savefig(file, format=suffix, metadata=metadata[suffix])
                 files[f"{kind}.{suffix}"] = file.getvalue()
     return files
 
