@@ -31,12 +31,14 @@ from mmaudit.cli.run import Run
 from mmaudit.cli.training_source import EncodedSource, ManifestSource
 from mmaudit.train import comparison_figures
 from mmaudit.train.comparison import Comparison
+from mmaudit.train.evaluate import compute_metrics
 
 torch.set_num_threads(1)
 
 METHODS = ["joint", "bss-h+sum", "ogm-ge: balancing.ogm.alpha=0.8"]
 QUICK = {"finetune.epochs": 2, "finetune.hidden": 8, "finetune.batch_size": 32}
-TABLES = ("runs.parquet", "per_sample.parquet", "summary.parquet", "table.md", "table.csv", "table.tex")
+FRAMES = ("runs", "per_sample", "summary", "metrics", "missing")
+TABLES = (*(f"{name}.parquet" for name in FRAMES), "findings.json", "table.md", "table.csv", "table.tex")
 
 
 def mmaudit_cli(*words: str | Path) -> Result:
@@ -109,6 +111,8 @@ def test_every_cell_is_tested_on_one_test_set_with_equal_samples_seen(finished: 
     accuracy = [finished.per_sample[f"{row.manifest}/{row.method}/{row.seed}"].mean() for row in runs.itertuples()]
     assert runs["accuracy"].tolist() == pytest.approx(accuracy)
     assert runs[["macro_f1", "map", "ece"]].notna().all(axis=None)
+    classes = [name for name in finished.subsets if name.startswith("class:")]
+    assert sum(finished.subsets[name].sum() for name in classes) == len(finished.per_sample)
     assert {"all", "audio-preferred", "visual-dominated-0.4"} <= set(finished.runs["subset"])
 
 
@@ -139,8 +143,11 @@ def test_random_control_has_as_many_samples_of_each_class_and_split(finished: Co
 
 def test_files_hold_the_result(finished: Comparison) -> None:
     assert finished.folder is not None
-    for name in ("runs", "per_sample", "summary"):
+    for name in FRAMES:
         pd.testing.assert_frame_equal(pd.read_parquet(finished.folder / f"{name}.parquet"), getattr(finished, name))
+    content = json.loads((finished.folder / "findings.json").read_text())["findings"]
+    assert content == [finding.to_dict() for finding in finished.findings]
+    assert not (finished.folder / "selection.parquet").exists()
     assert (finished.folder / "table.tex").read_text() == finished.to_latex()
     assert (finished.folder / "table.md").read_text() == finished.to_markdown()
 
@@ -163,6 +170,55 @@ def test_page_states_the_verdicts_and_the_command_and_the_report_leads_to_it(don
     )
     assert 'href="compare/few-all/compare.html"' in report
     assert stated["headline"] in report
+
+
+def cell_predictions(comparison: Comparison, manifest: str, method: str, seed: int) -> pd.DataFrame:
+    assert comparison.folder is not None
+    return pd.read_parquet(comparison.folder / "cells" / manifest / method / f"seed-{seed}" / "predictions.parquet")
+
+
+def test_metrics_are_those_of_the_stored_probabilities(finished: Comparison) -> None:
+    tables = [cell_predictions(finished, "all", "joint", seed) for seed in (0, 1)]
+    mask = finished.subsets["audio-preferred"]
+    computed = [
+        compute_metrics(np.stack(table["probabilities"].tolist())[mask], table["label"].to_numpy()[mask])
+        for table in tables
+    ]
+    rows = finished.metrics.query("manifest == 'all' and method == 'joint' and subset == 'audio-preferred'")
+    assert rows["metric"].tolist() == ["accuracy", "macro_f1", "map", "ece"]
+    for row in rows.to_dict("records"):
+        assert row["value"] == pytest.approx(np.mean([metrics[str(row["metric"])] for metrics in computed]))
+        assert 0 <= row["low"] < row["value"] < row["high"] <= 1
+        assert (row["num_samples"], row["num_seeds"], row["kind"]) == (mask.sum(), 2, "method")
+    assert set(finished.metrics[finished.metrics["method"] == "audio alone"]["kind"]) == {"control"}
+    of_class = finished.metrics[finished.metrics["subset"].str.startswith("class:")]
+    assert set(of_class["metric"]) == {"accuracy", "ece"}
+
+
+def test_missing_modality_is_linear_between_both_predictions(finished: Comparison) -> None:
+    tables = [cell_predictions(finished, "all", "joint", seed) for seed in (0, 1)]
+    curves = {key: rows for key, rows in finished.missing.groupby(["manifest", "method", "modality"])}
+    curve = curves["all", "joint", "audio"].set_index("rate")["accuracy"]
+    assert curve.index.tolist() == [step / 10 for step in range(11)]
+    full, without = (np.mean([table[name].mean() for table in tables]) for name in ("correct", "correct_without_audio"))
+    assert curve.to_numpy() == pytest.approx(np.linspace(full, without, 11))
+    assert full > without
+    assert curves["all", "audio alone", "visual"]["accuracy"].nunique() == 1  # it reads no visual
+    assert finished.missing["low"].le(finished.missing["accuracy"]).all()
+
+
+def test_findings_of_modalities_trained_alone_are_reported(finished: Comparison) -> None:
+    names = [finding.name for finding in finished.findings]
+    assert names == ["F1"] * 4 + ["F3"] * 2  # two methods on two manifests, neither of which is balanced
+    assert {finding.outcome for finding in finished.findings} <= {"seen here", "not seen here", "cannot tell"}
+    assert finished.unimodal["all", "audio alone"] == "audio"
+
+
+def test_damaged_predictions_are_refused(done: Path) -> None:
+    path = done / "compare" / "few-all" / "cells" / "all" / "joint" / "seed-0" / "predictions.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("probabilities"), path)
+    with pytest.raises(RunError, match="seed-0 is damaged, its test samples or columns are others: remove it"):
+        compare(done)
 
 
 def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
@@ -295,6 +351,22 @@ def test_settings_without_effect_are_named(run: Path, caplog: pytest.LogCaptureF
         "settings without effect in mmaudit compare, method sum: balancing.ogm.alpha=0.5: balancing.ogm.alpha (--set)",
         "settings without effect in mmaudit compare: optim.lr_step (--set)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--manifest", "all", "--method", "ogm-gee"], "no method ogm-gee; did you mean ogm-ge"),
+        (["--manifest", "all", "--method", "preset:ogm-ge-cremed"], "no preset ogm-ge-cremed; did you mean"),
+        (["--manifest", "al", "--method", "joint"], "did you mean all"),
+        (["--manifest", "all", "--method", "joint", "--seeds", "0"], "--seeds 0: at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(scored: Path, words: list[str], message: str) -> None:
+    result = mmaudit_cli("compare", "--run", scored, *words, "--num-workers", "0")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
 
 
 def test_manifest_of_another_dataset_is_refused(run: Path, tmp_path: Path) -> None:

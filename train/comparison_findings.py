@@ -40,6 +40,7 @@ CLAIMS = {
     "F3": "on samples that one modality dominates (T >= 0.2), every multimodal method is below that modality alone",
 }
 SELECTION_COLUMNS = ("comparison", "difference", "low", "high", "p", "p_holm", "verdict")
+_NO_WEAK = "no two modalities were trained alone of which the weaker is preferred by some test samples"
 _AGAINST = {"all": "all data", "random": "the random control", "balance-score": "filtering by the balance score"}
 
 
@@ -159,7 +160,7 @@ def _check_biased(manifest: _Manifest) -> list[Finding]:
     """Check F1 for each method: above the best modality on all samples, and below the weak one on its own."""
     modalities = manifest.best_and_weak()
     if modalities is None:
-        return []
+        return [_untold("F1", manifest, _NO_WEAK)] if manifest.others() else []
     best, weak = modalities
     subset, others = dominated_name(weak, 0), manifest.others()
     overall = [manifest.compare(manifest.methods[name], manifest.unimodal[best], "all") for name in others]
@@ -181,7 +182,8 @@ def _check_balanced(manifest: _Manifest) -> list[Finding]:
     """Check F2 for each method: above the baseline on the weak side; of greedy also below it on the strong side."""
     modalities = manifest.best_and_weak()
     if modalities is None or manifest.baseline not in manifest.methods:
-        return []
+        reason = _NO_WEAK if modalities is None else f"no training of {manifest.baseline} is finished"
+        return [_untold("F2", manifest, reason)] if manifest.others() else []
     strong, weak = (dominated_name(name, 0) for name in modalities)
     others, reference = manifest.others(), manifest.methods[manifest.baseline]
     on_weak, on_strong = (
@@ -212,7 +214,8 @@ def _check_dominated(manifest: _Manifest) -> list[Finding]:
         for method, values in manifest.methods.items()
     }
     if not compared:
-        return []
+        reason = f"no modality that was trained alone dominates {MIN_TEST_SAMPLES} test samples"
+        return [_untold("F3", manifest, reason)] if manifest.methods else []
     differences = list(compared.values())
     corrected = _corrected(differences)
     num_below = sum(row.mean < 0 and row.p < LEVEL for row in differences)
@@ -225,6 +228,11 @@ def _check_dominated(manifest: _Manifest) -> list[Finding]:
         f"in {num_above} (Holm); from {lowest} to {highest}"
     )
     return [Finding(name="F3", claim=CLAIMS["F3"], outcome=outcome, sentence=sentence)]
+
+
+def _untold(name: str, manifest: _Manifest, reason: str) -> Finding:
+    """Return a finding that nothing can be said of, with the reason."""
+    return Finding(name=name, claim=CLAIMS[name], outcome="cannot tell", sentence=f"{manifest.name}: {reason}")
 
 
 def _outcome(parts: Sequence[tuple[Difference, float, int]]) -> Outcome:
