@@ -75,32 +75,33 @@ def collect_results(
 
 def study_design(cells: Sequence[Cell], loaded: LoadedManifests) -> StudyDesign:
     """Return which conditions train one modality, which manifests are balanced, and how samples were chosen."""
-    filtering = {}
-    for cell in cells:
-        if (choice := _filtering(cell, loaded.sources[cell.manifest])) is not None:
-            filtering[cell.condition] = choice
+    recipes = {name: _recipe(source) for name, source in loaded.sources.items()}
+    filtering = {
+        cell.condition: choice for cell in cells if (choice := _filtering(cell, recipes[cell.manifest])) is not None
+    }
     return StudyDesign(
         unimodal={cell.condition: cell.method.only for cell in cells if cell.method.only is not None},
-        balanced=frozenset(name for name, source in loaded.sources.items() if _recipe(source).get("balanced")),
+        balanced=frozenset(name for name, recipe in recipes.items() if recipe.get("balanced")),
         greedy=frozenset(cell.method.name for cell in cells if cell.config.finetune.balancing == "greedy"),
         filtering=filtering,
     )
 
 
-def _recipe(source: ManifestSource) -> Mapping[str, Any]:
-    """Return the recipe of a manifest, {} if it records none."""
-    return dict(source.manifest.provenance.get("recipe", {}))
+def _recipe(source: ManifestSource) -> dict[str, Any]:
+    """Return the recipe of a manifest, and whether it leaves samples out (`drops`)."""
+    dropped = read_dropped(source.path, source.manifest)
+    drops = dropped is not None and dropped.num_rows > 0
+    return {**source.manifest.provenance.get("recipe", {}), "drops": drops}
 
 
-def _filtering(cell: Cell, source: ManifestSource) -> Filtering | None:
+def _filtering(cell: Cell, recipe: Mapping[str, Any]) -> Filtering | None:
     """Return how the training samples of a cell were chosen, with the method that is the same without it."""
     if cell.method.only is not None or cell.method.shuffled:
         return None
-    recipe, dropped = _recipe(source), read_dropped(source.path, source.manifest)
     settings = tuple(text for text in cell.method.settings if text.partition("=")[0].strip() != _KEEPS)
     method = cell.method.name
     if len(settings) < len(cell.method.settings):
-        method = " ".join([method.partition(":")[0] + (":" if settings else ""), *settings])
+        method = " ".join([_head(method) + (":" if settings else ""), *settings])
     if recipe.get("gmm") == "balanced":
         return Filtering(role="gmm", method=method, manifest=cell.manifest)
     if cell.config.finetune.keep_posterior is not None:
@@ -108,9 +109,15 @@ def _filtering(cell: Cell, source: ManifestSource) -> Filtering | None:
     subset = str(recipe.get("subset") or "")
     if subset.startswith("random") and recipe.get("like"):
         return Filtering(role="random", method=method, manifest=Path(str(recipe["like"])).stem)
-    if dropped is None or not dropped.num_rows:
+    if not recipe["drops"]:
         return Filtering(role="all", method=method)
     return Filtering(role="balance-score", method=method) if subset.startswith("most-balanced") else None
+
+
+def _head(method: str) -> str:
+    """Return the name of a method without its settings."""
+    prefix = "preset:" if method.startswith("preset:") else ""
+    return prefix + method.removeprefix(prefix).partition(":")[0]
 
 
 def _warnings(

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,18 @@ from typer.testing import CliRunner, Result
 import mmaudit
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.cli import comparing, comparing_cells
-from mmaudit.cli.comparing_cells import Cell, train_cell
+from mmaudit.cli.comparing_cells import Cell, Loading, clear_loaded, load_manifests, train_cell
+from mmaudit.cli.comparing_results import study_design
+from mmaudit.cli.config import RunConfig
 from mmaudit.cli.main import app
+from mmaudit.cli.provenance import SourceOptions
 from mmaudit.cli.report.page import render, report_numbers
 from mmaudit.cli.run import Run
 from mmaudit.cli.training_source import EncodedSource, ManifestSource
 from mmaudit.train import comparison_figures
 from mmaudit.train.comparison import Comparison
+from mmaudit.train.comparison_cells import MethodSpec, parse_method
+from mmaudit.train.comparison_findings import Filtering
 from mmaudit.train.evaluate import compute_metrics
 
 torch.set_num_threads(1)
@@ -214,6 +220,63 @@ def test_findings_of_modalities_trained_alone_are_reported(finished: Comparison)
     assert finished.unimodal["all", "audio alone"] == "audio"
 
 
+def test_manifests_and_methods_have_their_role_in_findings_and_filters(run: Path) -> None:
+    mmaudit.split(run=run, gmm="balanced", name="gmm")
+    mmaudit.split(run=run, balanced=True, tolerance=0.0, name="even")
+    mmaudit.split(run=run, subset="random", like="gmm", name="drawn")
+    names = ["all", "few", "gmm", "even", "drawn"]
+    loading = Loading(
+        run=run,
+        manifests=tuple(run / "manifests" / f"{name}.parquet" for name in names),
+        options=SourceOptions(),
+        config=RunConfig(),
+        num_workers=0,
+    )
+    kept = replace(RunConfig(), finetune=replace(RunConfig().finetune, keep_posterior=0.5))
+    greedy = replace(RunConfig(), finetune=replace(RunConfig().finetune, balancing="greedy"))
+    texts = {"joint: optim.lr=0.1 finetune.keep_posterior=0.5": kept, "greedy": greedy, "joint": RunConfig()}
+    specs = [(parse_method(text), config) for text, config in texts.items()]
+    specs.append((MethodSpec(name="audio alone", only="audio"), RunConfig()))
+    cells = [
+        Cell(manifest=name, method=spec, seed=0, config=config, budget=1, is_first=True)
+        for name in names
+        for spec, config in specs
+    ]
+    design = study_design(cells, load_manifests(loading))
+    clear_loaded()
+    assert design.balanced == {"even"}
+    assert design.greedy == {"greedy"}
+    assert design.unimodal == {(name, "audio alone"): "audio" for name in names}
+    roles = {name: design.filtering.get((name, "joint")) for name in names}
+    assert roles == {
+        "all": Filtering(role="all", method="joint"),
+        "few": Filtering(role="balance-score", method="joint"),
+        "gmm": Filtering(role="gmm", method="joint", manifest="gmm"),
+        "even": None,
+        "drawn": Filtering(role="random", method="joint", manifest="gmm"),
+    }
+    kept_on_all = design.filtering["all", "joint: optim.lr=0.1 finetune.keep_posterior=0.5"]
+    assert kept_on_all == Filtering(role="gmm", method="joint: optim.lr=0.1")
+
+
+@pytest.mark.slow
+def test_filters_have_a_table_of_their_own(run: Path) -> None:
+    mmaudit.split(run=run, gmm="balanced", name="gmm")
+    options: dict[str, Any] = {"manifest": ["all", "few", "gmm"], "method": ["joint"], "name": "filters"}
+    comparison = compare(run, **options)
+    assert comparison.selection is not None
+    assert comparison.selection["comparison"].tolist() == [
+        "joint on gmm against joint on all (all data)",
+        "joint on gmm against joint on few (filtering by the balance score)",
+        "joint on gmm against joint on random-like-gmm (the random control)",
+    ]
+    assert comparison.folder is not None
+    pd.testing.assert_frame_equal(pd.read_parquet(comparison.folder / "selection.parquet"), comparison.selection)
+    assert len(comparison.to_dict()["selection"]) == 3
+    compare(run, **{**options, "manifest": ["all", "few"]})
+    assert not (comparison.folder / "selection.parquet").exists()
+
+
 def test_damaged_predictions_are_refused(done: Path) -> None:
     path = done / "compare" / "few-all" / "cells" / "all" / "joint" / "seed-0" / "predictions.parquet"
     pq.write_table(pq.read_table(path).drop_columns("probabilities"), path)
@@ -226,7 +289,9 @@ def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
 ) -> None:
     assert finished.folder is not None
     folder = done / "compare" / "few-all"
-    shutil.rmtree(folder / "cells" / "all" / "joint" / "seed-1")
+    predictions = folder / "cells" / "all" / "joint" / "seed-1" / "predictions.parquet"
+    before = predictions.read_bytes()
+    shutil.rmtree(predictions.parent)
     trained: list[Cell] = []
 
     def recorded(cell: Cell, **options: Any) -> float:
@@ -236,6 +301,7 @@ def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
     monkeypatch.setattr(comparing, "train_cell", recorded)
     compare(done)
     assert [(cell.manifest, cell.method.name, cell.seed) for cell in trained] == [("all", "joint", 1)]
+    assert predictions.read_bytes() == before
     assert file_bytes(folder) == file_bytes(finished.folder)
 
 
