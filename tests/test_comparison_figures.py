@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from comparisons import METHODS, made_comparison
 from matplotlib.text import Text
@@ -64,7 +65,7 @@ def test_figures_are_as_wide_as_a_column_with_text_of_at_least_7_points(
         assert figure.get_figwidth() == pytest.approx(3.3)
         figure.draw_without_rendering()
         shown = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
-        assert min(text.get_fontsize() for text in shown) >= 7
+        assert min(float(text.get_fontsize()) for text in shown) >= 7
         ticks = {text for axes in figure.axes for text in axes.get_xticklabels()}  # some beyond the axis are not drawn
         for text in set(shown) - ticks:
             box = text.get_window_extent()
@@ -124,9 +125,9 @@ def test_figures_without_intervals_of_one_seed(comparison: Comparison) -> None:
     single = made_comparison(num_seeds=1, num_samples=60)
     for kind in KINDS:
         single.plot(kind).draw_without_rendering()
-    lines = [line for line in comparison.plot().axes[0].lines if len(line.get_xdata()) == 2]
+    lines = [line for line in comparison.plot().axes[0].lines if np.size(line.get_xdata()) == 2]
     axes = single.plot().axes[0]
     assert (
-        len(lines) == len([line for line in axes.lines if len(line.get_xdata()) == 2]) + 6
+        len(lines) == len([line for line in axes.lines if np.size(line.get_xdata()) == 2]) + 6
     )  # all but the clipped ones
     assert METHODS[2] in {text.get_text() for text in axes.get_yticklabels()}

@@ -90,10 +90,6 @@ class Comparison:
     group: tuple[str, ...] | None = None
     warnings: tuple[str, ...] = ()
     folder: Path | None = field(default=None)
-    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
-    missing: pd.DataFrame = field(default_factory=pd.DataFrame)
-    findings: tuple[Any, ...] = ()
-    selection: pd.DataFrame | None = None
 
     def difference(self, a: str, b: str, subset: str = "all") -> Difference:
         """Compute the difference of accuracy a - b of two methods, each METHOD or MANIFEST/METHOD.

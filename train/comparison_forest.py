@@ -84,7 +84,8 @@ def _draw_difference(axes: Axes, row: Mapping[Any, Any], *, position: int, limit
 def _forest_lines(rows: pd.DataFrame, *, names_reference: bool) -> Iterator[str | dict[Any, Any]]:
     """Yield headings and rows; a heading names the manifest where there are several, and the reference if asked."""
     several = rows["reference_manifest"].nunique() > 1
-    for manifest, group in rows.groupby("reference_manifest", sort=False):
+    for manifest in rows["reference_manifest"].unique().tolist():
+        group = rows[rows["reference_manifest"] == manifest]
         is_control = (group["kind"] == "control").to_numpy()
         if names_reference:
             yield f"{manifest}: against {group['reference'].iloc[0]}" if manifest else str(group["reference"].iloc[0])
