@@ -94,7 +94,7 @@ def test_methods_beat_the_best_modality_and_lose_to_the_weak_one(method: tuple[f
 def test_on_a_balanced_manifest_methods_help_the_weak_modality(
     name: str, method: tuple[float, float], outcome: str
 ) -> None:
-    comparison = compared(balanced=True, joint=(0.7, 0.5), **{name: method})
+    comparison = compared(balanced=True, joint=(0.7, 0.5), **{name: method})  # type: ignore[arg-type]
     assert outcomes(comparison, "F2") == [outcome]
     assert not outcomes(comparison, "F1")
 
@@ -113,7 +113,7 @@ def test_methods_are_below_the_dominant_modality(method: tuple[float, float], ou
 def test_findings_are_corrected_for_the_number_of_methods() -> None:
     """Of many methods without any gain, each at p just below .05, none is seen to help."""
     methods = {f"m{index}": (0.7, 0.5 + 0.022 * (index == 0)) for index in range(12)}
-    comparison = compared(balanced=True, joint=(0.7, 0.5), **methods)
+    comparison = compared(balanced=True, joint=(0.7, 0.5), **methods)  # type: ignore[arg-type]
     p = [comparison.difference(name, "joint", subset="visual-preferred").p for name in methods]
     corrected = holm(p)
     for finding, value in zip(comparison.findings, corrected, strict=False):

@@ -163,7 +163,7 @@ def draw_thresholds(tables: FigureTables) -> Figure:
         axes.set_xticks(ticks, [f"{tick:g}\n{counts.get(tick, 0):,}" for tick in ticks])
         axes.set_xlim(ticks[0] - 0.75 * spread, ticks[-1] + 0.75 * spread)
         title = f"{manifest}: {side}" if len(manifests) > 1 else str(side)
-        _title(axes, title, width=(WIDTH - 0.5) / len(sides))
+        _title(axes, title, width=(WIDTH - 0.8) / len(sides))
     figure.supylabel("accuracy, 95% interval", fontsize=SIZE)
     for axes in panels[-1]:
         axes.set_xlabel("dominated by more than T\nand test samples")
@@ -198,7 +198,7 @@ def draw_missing(tables: FigureTables, modalities: Sequence[str]) -> Figure:
         axes.set_xticks([0, 50, 100], ["0%", "50%", "100%"])
         axes.tick_params(labelbottom=True)
         words = [str(manifest)] * (len(manifests) > 1) + [str(modality)] * (len(modalities) > 1)
-        _title(axes, ": ".join(words), is_needed=bool(words), width=(WIDTH - 0.5) / columns)
+        _title(axes, ": ".join(words), is_needed=bool(words), width=(WIDTH - 0.8) / columns)
     what = modalities[0] if len(modalities) == 1 else "the modality"
     figure.supylabel("accuracy, 95% interval", fontsize=SIZE)
     for axes in all_axes[len(panels) - columns : len(panels)]:
