@@ -65,7 +65,12 @@ def drawing_only_the_forest_plot() -> Iterator[None]:
     """Draw one figure per comparison: all of them take seconds, and test_comparison_figures.py tests them."""
     draw = comparison_figures.draw_files
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison_figures, "draw_files", lambda tables: draw(tables, ["forest"], formats=("svg",)))
+        kinds = comparison_figures.figure_kinds
+        patch.setattr(
+            comparison_figures,
+            "draw_files",
+            lambda tables: draw(tables, [kind for kind in kinds(tables) if kind == "forest"], formats=("svg",)),
+        )
         yield
 
 
