@@ -334,7 +334,8 @@ def check_target(label: Tensor, config: ModelConfig) -> Tensor:
         wanted = "a number per sample, (b,) or (b, 1)"
         if label.ndim == 1 or (label.ndim == 2 and label.shape[1] == 1):
             return label.float().view(-1, 1)
-    raise ConfigError(f"label has shape {tuple(label.shape)} and type {label.dtype}; the task {config.task} has {wanted}")
+    got = f"label has shape {tuple(label.shape)} and type {label.dtype}"
+    raise ConfigError(f"{got}; the task {config.task} has {wanted}")
 
 
 def check_whole_numbers(net: FusionNet, outputs: Outputs) -> None:
