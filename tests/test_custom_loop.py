@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from processes import run_in_processes
 from torch import Tensor, nn
 
 import mmaudit
 from mmaudit.audit.errors import ConfigError, TrainError
+from mmaudit.train import custom_loop
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.balancing.agm import AgmConfig
 from mmaudit.train.balancing.balancer import Balancer
 from mmaudit.train.batches import Batch, Step, to_batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
-from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
 SIZES = {"audio": 4, "image": 5}
@@ -395,3 +401,90 @@ def test_wrong_batches_raise() -> None:
         balanced.set_epoch(-1)
     with pytest.raises(ConfigError, match="yielded no batch"):
         build("pmr", Net(), train=iter(())).set_epoch(0)
+
+
+PARALLEL = ["sum", "ogm-ge", "agm", "mmpareto", "gmm", "inforeg"]
+
+
+def part_of(batch: tuple[dict[str, Tensor], Tensor], rank: int, size: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return a process's rows of a batch: of two processes 10 and 6 of 16, as loaders do not split evenly either."""
+    rows = slice(0, None) if size == 1 else (slice(0, 10), slice(10, None))[rank]
+    return {name: x[rows] for name, x in batch[0].items()}, batch[1][rows]
+
+
+def trained_part(name: str, *, rank: int = 0, size: int = 1) -> list[list[float]]:
+    """Train three epochs on this process's parts; return loss and metrics of each step, then the weights."""
+    torch.manual_seed(0)
+    return run_part(build(name, Net(), settings=_active(name), epochs=3), rank=rank, size=size)
+
+
+def _active(name: str) -> dict[str, Any]:
+    return {"balancing.gmm.warmup_epochs": 1} if name == "gmm" else {}
+
+
+def run_part(balanced: mmaudit.Balanced, *, rank: int, size: int) -> list[list[float]]:
+    results = []
+    for epoch in range(3):
+        balanced.set_epoch(epoch)
+        for batch in data():
+            loss = balanced.step(*part_of(batch, rank, size))
+            results.append([float(loss), *balanced.metrics().values()])
+    return [*results, *(p.detach().flatten().tolist() for p in balanced._net.parameters())]
+
+
+PROCESSES = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_custom_loop import PARALLEL, trained_part
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+print(json.dumps([trained_part(name, rank=rank, size=2) for name in PARALLEL]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def assert_same_training(results: list[list[list[float]]], name: str) -> None:
+    """Both processes have the same numbers, which are those of one process up to the order of sums."""
+    first, second = results
+    assert first == second
+    for row, expected in zip(first, trained_part(name), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow  # test_two_threads_train_as_one_process is quick
+def test_two_processes_train_as_one() -> None:
+    """Without dropout and batch normalisation, whose random numbers and batches are each process's own."""
+    script = PROCESSES.format(tests=str(Path(__file__).parent))
+    ranks = run_in_processes(script, size=2)
+    for index, name in enumerate(PARALLEL):
+        assert_same_training([rank[index] for rank in ranks], name)
+
+
+class ThreadContext(DistributedContext):
+    """One of two threads in place of two processes: sums in the order of ranks."""
+
+    barrier = threading.Barrier(2, timeout=60)
+    parts: ClassVar[list[list[Tensor]]] = [[], []]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        self.parts[self.rank] = [tensor.detach().clone() for tensor in tensors]
+        self.barrier.wait()
+        with torch.no_grad():
+            for tensor, first, second in zip(tensors, *self.parts, strict=True):
+                tensor.copy_(first + second)
+        self.barrier.wait()
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_two_threads_train_as_one_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings = []
+    for rank in range(2):
+        monkeypatch.setattr(custom_loop, "_context", lambda rank=rank: ThreadContext(rank=rank, world_size=2))
+        torch.manual_seed(0)
+        trainings.append(build(name, Net(), settings=_active(name), epochs=3))
+    monkeypatch.undo()
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(run_part, training, rank=rank, size=2) for rank, training in enumerate(trainings)]
+        assert_same_training([future.result(timeout=60) for future in futures], name)
