@@ -30,6 +30,7 @@ from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimiza
 torch.set_num_threads(1)
 SIZES = {"audio": 4, "image": 5}
 REFUSED = {  # with batches for train and validation
+    "aug": "adds classifiers to a modality",
     "greedy": "cross-modal path",
     "mla": "one classifier that all modalities share",
     "mmcosine": "scaled cosines",

@@ -290,7 +290,7 @@ def test_parts_of_a_number_are_no_unimodal_predictions(nets: str, tmp_path: Path
     fine_tune(make_numbers(60), tmp_path, of_model(f"{nets}:Concat", epochs=1, own_heads=True))
 
 
-@pytest.mark.parametrize("balancing", sorted({"greedy", "mla", "mmcosine", "reconboost"}))
+@pytest.mark.parametrize("balancing", sorted({"aug", "greedy", "mla", "mmcosine", "reconboost"}))
 def test_methods_with_a_fusion_of_their_own_are_refused(balancing: str) -> None:
     with pytest.raises(ConfigError, match=f"balancing {balancing} does not work with a network of your own: "):
         resolve(of_model("nets:build", balancing=balancing))

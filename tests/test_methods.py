@@ -33,6 +33,7 @@ ACTIVE = replace(
         "gmm": {"warmup_epochs": 1},
         "gblend": {"super_epoch": 1},
         "mses": {"patience": 1},
+        "aug": {"every_epochs": 1, "tolerance": 0.0},
         "reconboost": {"stage_epochs": 1, "rectify_epochs": 1},
         "relearning": {"every_epochs": 1, "strength": 1.0},
     },

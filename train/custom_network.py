@@ -322,20 +322,20 @@ def build_custom(config: ModelConfig) -> CustomNet:
 
 def check_target(label: Tensor, config: ModelConfig) -> Tensor:
     """Return the target of a batch as `FusionNet.loss_of` has it; ConfigError where it is none of the task."""
-    num_outputs, wanted = len(config.classes), "a class per sample (b,), as int64"
+    num_outputs, expected = len(config.classes), "a class per sample (b,), as int64"
     if config.task == "classification":
         if label.ndim == 1 and label.dtype == torch.int64:
             return label
     elif config.task == "multilabel":
-        wanted = f"0 or 1 for each label (b, {num_outputs})"
+        expected = f"0 or 1 for each label (b, {num_outputs})"
         if label.ndim == 2 and label.shape[1] == num_outputs:
             return label.float()
     else:
-        wanted = "a number per sample, (b,) or (b, 1)"
+        expected = "a number per sample, (b,) or (b, 1)"
         if label.ndim == 1 or (label.ndim == 2 and label.shape[1] == 1):
             return label.float().view(-1, 1)
-    got = f"label has shape {tuple(label.shape)} and type {label.dtype}"
-    raise ConfigError(f"{got}; the task {config.task} has {wanted}")
+    received = f"label has shape {tuple(label.shape)} and type {label.dtype}"
+    raise ConfigError(f"{received}; the task {config.task} has {expected}")
 
 
 def check_whole_numbers(net: FusionNet, outputs: Outputs) -> None:

@@ -23,6 +23,7 @@ BALANCERS = Registry(
         "relearning": Entry("relearning:Relearning", "encoders that overfit move back towards their initial weights"),
         "dgl": Entry("dgl:Dgl", "encoders by unimodal losses only, the fusion by detached features"),
         "inforeg": Entry("inforeg:InfoReg", "the modality ahead is kept near its weights, while it learns quickly"),
+        "aug": Entry("aug:Aug", "further classifiers for the modality that classifies worse"),
         "mla": Entry("mla:Mla", "a shared classifier, trained on one modality after another"),
     },
     package=__name__,
