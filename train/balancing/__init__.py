@@ -13,7 +13,7 @@ BALANCERS = Registry(
         "gblend": Entry("gblend:Gblend", "loss weights by overfitting-to-generalisation ratios"),
         "greedy": Entry("greedy:Greedy", "extra steps of the modality that is learned slowly"),
         "pmr": Entry("pmr:Pmr", "a prototype loss for the weaker modality"),
-        "agm": Entry("agm:Agm", "gradients scaled by the lead of this step against the usual one"),
+        "agm": Entry("agm:Agm", "gradients scaled by how far a modality leads in this step, against its mean lead"),
         "mmpareto": Entry("mmpareto:MmPareto", "Pareto combination of unimodal and fused gradients"),
         "mses": Entry("mses:Mses", "early stopping by modality"),
         "mslr": Entry("mslr:Mslr", "learning rates by modality"),
