@@ -230,7 +230,7 @@ class Mmtm(Fusion):
     all training steps (its code also counts evaluations, and the second modality gets the mean of the first).
 
     Ours: one module, on the features. Theirs are three, on the feature maps of two ResNets after their stages 2, 3 and
-    4: squeezed by the mean over pixels, Z with half as many outputs as the two have maps, each map times its excitation.
+    4: squeezed by the mean over pixels, Z with half as many outputs as the two have maps.
     That does not fit a network whose features are of one modality alone, on which its unimodal logits, the evaluation
     without a modality, and every other fusion rest: with m modalities each would have other features in every set of
     them. The factor 2 is that of Vaezi Joze et al., which Greedy's code leaves out.
