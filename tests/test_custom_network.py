@@ -247,7 +247,8 @@ def test_other_targets_are_trained_as_by_a_network_of_ours(
 ) -> None:
     """Numbers far from 0: their mean and scale are those of the training samples in both."""
     options = {"offset": 300.0, "unit": 40.0} if task == "regression" else {}
-    examples, settings = TASKS[task](**options), {"balancing": balancing, "epochs": 3}
+    examples = TASKS[task](**options)
+    settings: dict[str, Any] = {"balancing": balancing, "epochs": 3}
     ours = fine_tune(examples, tmp_path / "ours", with_options(**settings))
     model = f"{nets}:{'Fused' if task == 'regression' else 'Concat'}"
     users = fine_tune(examples, tmp_path / "users", of_model(model, **settings))

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Boosted(Fusion):
     def last_and_earlier_logits(self, modality: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the logits (b, k) of a modality's last classifier, and the sum of the earlier ones' if it has any."""
         num_added = int(self.num_classifiers[modality]) - 1
-        layers: list[nn.Module] = [self.first[modality], *list(self.added[modality])[:num_added]]  # type: ignore[arg-type]
+        layers = [self.first[modality], *list(cast("nn.ModuleList", self.added[modality]))[:num_added]]
         logits: list[Tensor] = [self.head(layer(features).relu()) for layer in layers]
         return logits[-1], torch.stack(logits[:-1]).sum(dim=0) if num_added else None
 
