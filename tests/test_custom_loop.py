@@ -109,8 +109,8 @@ def test_every_method_trains_or_is_refused_before_any_step(name: str, kind: type
 def test_what_a_method_evaluates_is_declared() -> None:
     """Without the batches it is refused at once, not in the epoch that needs them."""
     for name, key in (("gmm", "train"), ("pmr", "train"), ("relearning", "train"), ("mses", "validation")):
+        missing: dict[str, Any] = {key: None}
         with pytest.raises(ConfigError, match=f"balancing {name} evaluates {key} samples between epochs: pass {key}"):
-            missing: dict[str, Any] = {key: None}
             build(name, Net(), **missing)
     for name in set(BALANCERS) - {*REFUSED, "gmm", "pmr", "relearning", "mses"}:
         balanced = build(name, Net(), train=None, validation=None)
