@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import pyarrow as pa
-
 from ..audit.errors import ConfigError, RunError
 from ..audit.locks import write_lock
-from ..audit.storage import write_parquet, write_text
 from ..audit.workers import Progress, default_workers, format_duration, run_tasks
 from ..rebalance.manifest import read_dropped, read_manifest
-from ..train.comparison import Comparison, Condition, build_comparison
+from ..train.comparison import Comparison
 from ..train.optimizer import local_device
 from .comparing_cells import (
     Cell,
-    CellResult,
     LoadedManifests,
     Loading,
     clear_loaded,
@@ -33,7 +26,8 @@ from .comparing_cells import (
     read_cell,
     train_cell,
 )
-from .comparing_plan import Design, Plan, design_cells, method_config, read_plan
+from .comparing_plan import design_cells, method_config, read_plan
+from .comparing_results import collect_results, write_tables
 from .config import Given, RunConfig, load_settings
 from .effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect
 from .progress import progress_bars
@@ -130,8 +124,8 @@ def compare(
         for cell in design.cells:
             if (result := read_cell(cell.folder(folder), cell, loaded)) is not None:
                 results[cell.condition, cell.seed] = result
-        comparison = _collect(chosen, design, results, loaded, folder)
-        _write_tables(comparison, folder)
+        comparison = collect_results(chosen, design, results, loaded, folder)
+        write_tables(comparison, folder)
     return comparison
 
 
@@ -198,82 +192,3 @@ def _train_missing(
         of_epochs = epochs_reported(progress, number, total, f"{cell.method.name} on {cell.manifest}, seed {cell.seed}")
         train_cell(cell, loading=loading, comparison=folder, device=device, progress=of_epochs)
         progress("compare", number + 1, total)
-
-
-def _collect(
-    plan: Plan,
-    design: Design,
-    results: Mapping[tuple[Condition, int], CellResult],
-    loaded: LoadedManifests,
-    folder: Path,
-) -> Comparison:
-    """Build the comparison of finished cells."""
-    correct: dict[Condition, list[Any]] = defaultdict(list)
-    seeds: dict[Condition, list[int]] = defaultdict(list)
-    rows, diverged = [], defaultdict(list)
-    for cell in design.cells:
-        result = results[cell.condition, cell.seed]
-        identity = {"manifest": cell.manifest, "method": cell.method.name, "seed": cell.seed}
-        identity |= {"kind": "control" if cell.condition in design.controls else "method"}
-        counts = {key: result.about[key] for key in ("status", "epochs", "samples_seen")}
-        if result.correct is None:
-            diverged[cell.condition].append(cell.seed)
-            rows.append({**identity, **counts, "subset": "all", "n": len(loaded.test_ids)})
-            continue
-        correct[cell.condition].append(result.correct)
-        seeds[cell.condition].append(cell.seed)
-        rows += [{**identity, **counts, "subset": name, **values} for name, values in result.about["test"].items()]
-    columns = [*identity, *counts, "subset", "n", "accuracy", "macro_f1", "map", "ece"]
-    return build_comparison(
-        {condition: np.stack(values) for condition, values in correct.items()},
-        name=plan.name,
-        baseline=plan.methods[0].name,
-        subsets=loaded.subsets,
-        group=loaded.group,
-        runs=pd.DataFrame(rows, columns=columns),
-        sample_id=loaded.test_ids,
-        controls=design.controls,
-        seeds=seeds,
-        warnings=_warnings(design, results, diverged, loaded),
-        folder=folder,
-    )
-
-
-def _warnings(
-    design: Design,
-    results: Mapping[tuple[Condition, int], CellResult],
-    diverged: Mapping[Condition, Sequence[int]],
-    loaded: LoadedManifests,
-) -> list[str]:
-    """Return what limits the comparison: diverged trainings, unequal samples seen, scores that saw test labels."""
-    warnings = [
-        f"{method} on {manifest} diverged with {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}: "
-        "left out of the differences"
-        for (manifest, method), seeds in diverged.items()
-    ]
-    fewer = {
-        cell.condition: result.about["samples_seen"] / cell.budget
-        for cell in design.cells
-        if (result := results[cell.condition, cell.seed]).correct is not None
-        and result.about["samples_seen"] < 0.99 * cell.budget
-    }
-    warnings += [
-        f"{method} on {manifest} read {share:.0%} of the samples of the others"
-        for (manifest, method), share in fewer.items()
-    ]
-    if loaded.saw_test_labels:
-        warnings.append(
-            f"the probes behind {', '.join(loaded.saw_test_labels)} were fitted on test labels too: score with "
-            "--learn-from train"
-        )
-    return warnings
-
-
-def _write_tables(comparison: Comparison, folder: Path) -> None:
-    """Write runs, correctness by sample, the summary, and the table as Markdown, CSV and LaTeX."""
-    for name in ("runs", "per_sample", "summary"):
-        table = pa.Table.from_pandas(getattr(comparison, name), preserve_index=False)
-        write_parquet(table, folder / f"{name}.parquet", provenance={})
-    write_text(comparison.to_markdown(), folder / "table.md")
-    write_text(comparison.table().to_csv(index=False, lineterminator="\n"), folder / "table.csv")
-    write_text(comparison.to_latex(), folder / "table.tex")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError, RunError, TrainError
@@ -24,15 +23,16 @@ from ..audit.features.encoders import function_version
 from ..audit.features.matrix import MatrixInputs
 from ..audit.hashing import digest
 from ..audit.parsing import RequiredKeys, plain
-from ..audit.storage import atomic_folder, read_json, read_table, write_json, write_parquet
+from ..audit.storage import atomic_folder, read_json, write_json
 from ..audit.workers import Progress, no_progress
 from ..rebalance.manifest import read_dropped
 from ..rebalance.score_tables import check_same_dataset
-from ..train.comparison import Condition
-from ..train.comparison_cells import MethodSpec, planned_epochs, shuffle_labels
-from ..train.evaluate import evaluate, subsets_of_rows
+from ..train.comparison_cells import MethodSpec, class_and_missing_subsets, planned_epochs, shuffle_labels
+from ..train.difference import Condition
+from ..train.evaluate import subsets_of_rows
 from ..train.examples import Examples
 from ..train.finetune import Finetuned, finetune_on
+from .comparing_predictions import read_predictions, write_predictions
 from .config import RunConfig
 from .provenance import SourceOptions
 from .run import Run
@@ -43,7 +43,10 @@ log = logging.getLogger("mmaudit")
 _TRIAL_STEPS = 20  # of the training by which the time is estimated; ours
 _MAX_RESIDENT = 1 << 30  # bytes of features that are kept in memory between cells
 _CODE = ("audit", "rebalance", "train")  # packages that results depend on
-_STATISTICS = ("comparison.py", "difference.py")  # which are computed anew from finished cells
+_STATISTICS = (  # computed anew from finished cells
+    *("comparison.py", "comparison_arrays.py", "comparison_findings.py", "comparison_metrics.py"),
+    *("difference.py", "metric_intervals.py"),
+)
 _CELL = RequiredKeys(made_by={"*": str}, status=str, message=str, seconds=float, test={}, samples_seen=int, epochs=int)
 
 
@@ -100,10 +103,15 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellResult:
-    """Content of cell.json, and correctness of the test samples (n,); None where training diverged."""
+    """Content of cell.json, and correctness of the test samples (n,); None where training diverged.
+
+    without: correctness (n,) with a modality absent, by modality. folder: that of the cell.
+    """
 
     about: Mapping[str, Any]
     correct: NDArray[np.float64] | None
+    without: Mapping[str, NDArray[np.float64]]
+    folder: Path
 
 
 def load_manifests(loading: Loading, progress: Progress = no_progress) -> LoadedManifests:
@@ -142,11 +150,13 @@ def _load(loading: Loading, progress: Progress) -> LoadedManifests:
     examples, test_ids = _with_common_test({name: entry.examples for name, entry in loaded.items()})
     examples = {name: _in_memory(entry, len(examples)) for name, entry in examples.items()}
     first_examples, between = examples[next(iter(examples))], next(iter(loaded.values())).between
+    test = first_examples.rows("test")
     return LoadedManifests(
         examples=examples,
         sources=sources,
         between=between,
-        subsets=subsets_of_rows(first_examples, first_examples.rows("test"), between=between),
+        subsets=subsets_of_rows(first_examples, test, between=between)
+        | class_and_missing_subsets(first_examples, test),
         test_ids=test_ids,
         group=_groups(first, test_ids),
         saw_test_labels=tuple(name for name, entry in loaded.items() if entry.saw_test_labels),
@@ -250,11 +260,12 @@ def read_cell(folder: Path, cell: Cell, loaded: LoadedManifests) -> CellResult |
             f"{folder.parents[3]}"
         )
     if about["status"] != "finished":
-        return CellResult(about=about, correct=None)
-    table = read_table(folder / "predictions.parquet", error=RunError)
-    if table["sample_id"].to_pylist() != loaded.test_ids.tolist():
-        raise RunError(f"{folder} is damaged, its test samples are others: remove it")
-    return CellResult(about=about, correct=np.array(table["correct"].to_pylist(), dtype=np.float64))
+        return CellResult(about=about, correct=None, without={}, folder=folder)
+    modalities = loaded.examples[cell.manifest].modalities
+    names = ["correct", *(f"correct_without_{modality}" for modality in modalities)]
+    table = read_predictions(folder, loaded.test_ids, columns=names)
+    correct, *without = (np.array(table[name].to_pylist(), dtype=np.float64) for name in names)
+    return CellResult(about=about, correct=correct, without=dict(zip(modalities, without, strict=True)), folder=folder)
 
 
 def train_cell(
@@ -278,7 +289,7 @@ def train_cell(
         with tempfile.TemporaryDirectory(dir=target) as scratch, _quiet(not cell.is_first):
             try:
                 result = _train(cell, loaded, Path(scratch), device=device, progress=progress)
-                about |= _write_predictions(result, cell, loaded, target)
+                about |= write_predictions(result, loaded.examples[cell.manifest], target)
             except TrainError as error:
                 about |= {"status": "diverged", "message": str(error)}
         seconds = time.monotonic() - started
@@ -310,22 +321,6 @@ def _train(
         progress=progress,
         max_samples=cell.budget if max_samples is None else max_samples,
     )
-
-
-def _write_predictions(result: Finetuned, cell: Cell, loaded: LoadedManifests, folder: Path) -> dict[str, Any]:
-    """Write the predictions of the test samples, and return what cell.json states of the training."""
-    examples = loaded.examples[cell.manifest]
-    label = examples.label[examples.rows("test")]
-    predicted = result.predictions.argmax(axis=1)
-    columns = {"sample_id": loaded.test_ids, "label": label, "predicted": predicted, "correct": predicted == label}
-    write_parquet(pa.table(columns), folder / "predictions.parquet", provenance={})
-    tested = evaluate({"fused": result.predictions}, label, loaded.subsets)
-    measures = ("accuracy", "macro_f1", "map", "ece")
-    test = {
-        name: {"n": subset["n"], **{key: subset["branches"]["fused"][key] for key in measures if subset["n"]}}
-        for name, subset in tested.items()
-    }
-    return {"test": test, "samples_seen": result.metrics["samples_seen"], "epochs": len(result.history)}
 
 
 def estimate_seconds(

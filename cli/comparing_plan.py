@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ConfigError, choices
-from ..train.comparison import Condition
 from ..train.comparison_cells import MethodSpec, anti_curriculum, parse_method
+from ..train.difference import Condition
 from .comparing_cells import Cell, LoadedManifests, with_epochs
 from .config import Given, RunConfig, load_settings, parse_setting, read_toml
 from .training_source import resolve_methods

@@ -421,11 +421,16 @@ def _print_contribution(analysis: dict[str, Any], *, name: str) -> None:
 
 
 def print_compare(summary: dict[str, Any]) -> None:
-    """Print the verdicts of a comparison in words, what limits them, and its folder."""
+    """Print the verdicts of a comparison in words, its findings, what limits them, and its folder."""
     for line in summary["verdicts"]:
         print_line(line)
     if not summary["verdicts"]:
         print_line("no two methods were trained: there is nothing to compare")
+    for finding in summary["findings"]:
+        print_line(f"{finding['name']} {finding['outcome']}: {finding['sentence']}")
+    for row in summary["selection"] or ():
+        points = [f"{100 * row[key]:+.1f}" for key in ("difference", "low", "high")]
+        print_line(f"{row['comparison']}: {row['verdict']}, {points[0]} points, 95% [{points[1]}, {points[2]}]")
     for warning in summary["warnings"]:
         print_line(f"warning: {warning}")
     print_line(f"tables and correctness by sample: {summary['folder']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,23 @@ from typer.testing import CliRunner, Result
 import mmaudit
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.cli import comparing, comparing_cells
-from mmaudit.cli.comparing_cells import Cell, train_cell
+from mmaudit.cli.comparing_cells import Cell, Loading, clear_loaded, load_manifests, train_cell
+from mmaudit.cli.comparing_results import study_design
+from mmaudit.cli.config import RunConfig
 from mmaudit.cli.main import app
+from mmaudit.cli.provenance import SourceOptions
 from mmaudit.cli.training_source import EncodedSource, ManifestSource
 from mmaudit.train.comparison import Comparison
+from mmaudit.train.comparison_cells import MethodSpec, parse_method
+from mmaudit.train.comparison_findings import Filtering
+from mmaudit.train.evaluate import compute_metrics
 
 torch.set_num_threads(1)
 
 METHODS = ["joint", "bss-h+sum", "ogm-ge: balancing.ogm.alpha=0.8"]
 QUICK = {"finetune.epochs": 2, "finetune.hidden": 8, "finetune.batch_size": 32}
-TABLES = ("runs.parquet", "per_sample.parquet", "summary.parquet", "table.md", "table.csv", "table.tex")
+FRAMES = ("runs", "per_sample", "summary", "metrics", "missing")
+TABLES = (*(f"{name}.parquet" for name in FRAMES), "findings.json", "table.md", "table.csv", "table.tex")
 
 
 def mmaudit_cli(*words: str | Path) -> Result:
@@ -93,6 +101,8 @@ def test_every_cell_is_tested_on_one_test_set_with_equal_samples_seen(finished: 
     accuracy = [finished.per_sample[f"{row.manifest}/{row.method}/{row.seed}"].mean() for row in runs.itertuples()]
     assert runs["accuracy"].tolist() == pytest.approx(accuracy)
     assert runs[["macro_f1", "map", "ece"]].notna().all(axis=None)
+    classes = [name for name in finished.subsets if name.startswith("class:")]
+    assert sum(finished.subsets[name].sum() for name in classes) == len(finished.per_sample)
     assert {"all", "audio-preferred", "visual-dominated-0.4"} <= set(finished.runs["subset"])
 
 
@@ -123,10 +133,119 @@ def test_random_control_has_as_many_samples_of_each_class_and_split(finished: Co
 
 def test_files_hold_the_result(finished: Comparison) -> None:
     assert finished.folder is not None
-    for name in ("runs", "per_sample", "summary"):
+    for name in FRAMES:
         pd.testing.assert_frame_equal(pd.read_parquet(finished.folder / f"{name}.parquet"), getattr(finished, name))
+    content = json.loads((finished.folder / "findings.json").read_text())["findings"]
+    assert content == [finding.to_dict() for finding in finished.findings]
+    assert not (finished.folder / "selection.parquet").exists()
     assert (finished.folder / "table.tex").read_text() == finished.to_latex()
     assert (finished.folder / "table.md").read_text() == finished.to_markdown()
+
+
+def cell_predictions(comparison: Comparison, manifest: str, method: str, seed: int) -> pd.DataFrame:
+    assert comparison.folder is not None
+    return pd.read_parquet(comparison.folder / "cells" / manifest / method / f"seed-{seed}" / "predictions.parquet")
+
+
+def test_metrics_are_those_of_the_stored_probabilities(finished: Comparison) -> None:
+    tables = [cell_predictions(finished, "all", "joint", seed) for seed in (0, 1)]
+    mask = finished.subsets["audio-preferred"]
+    computed = [
+        compute_metrics(np.stack(table["probabilities"].tolist())[mask], table["label"].to_numpy()[mask])
+        for table in tables
+    ]
+    rows = finished.metrics.query("manifest == 'all' and method == 'joint' and subset == 'audio-preferred'")
+    assert rows["metric"].tolist() == ["accuracy", "macro_f1", "map", "ece"]
+    for row in rows.to_dict("records"):
+        assert row["value"] == pytest.approx(np.mean([metrics[str(row["metric"])] for metrics in computed]))
+        assert 0 <= row["low"] < row["value"] < row["high"] <= 1
+        assert (row["num_samples"], row["num_seeds"], row["kind"]) == (mask.sum(), 2, "method")
+    assert set(finished.metrics[finished.metrics["method"] == "audio alone"]["kind"]) == {"control"}
+    of_class = finished.metrics[finished.metrics["subset"].str.startswith("class:")]
+    assert set(of_class["metric"]) == {"accuracy", "ece"}
+
+
+def test_missing_modality_is_linear_between_both_predictions(finished: Comparison) -> None:
+    tables = [cell_predictions(finished, "all", "joint", seed) for seed in (0, 1)]
+    curves = {key: rows for key, rows in finished.missing.groupby(["manifest", "method", "modality"])}
+    curve = curves["all", "joint", "audio"].set_index("rate")["accuracy"]
+    assert curve.index.tolist() == [step / 10 for step in range(11)]
+    full, without = (np.mean([table[name].mean() for table in tables]) for name in ("correct", "correct_without_audio"))
+    assert curve.to_numpy() == pytest.approx(np.linspace(full, without, 11))
+    assert full > without
+    assert curves["all", "audio alone", "visual"]["accuracy"].nunique() == 1  # it reads no visual
+    assert finished.missing["low"].le(finished.missing["accuracy"]).all()
+
+
+def test_findings_of_modalities_trained_alone_are_reported(finished: Comparison) -> None:
+    names = [finding.name for finding in finished.findings]
+    assert names == ["F1"] * 4 + ["F3"] * 2  # two methods on two manifests, neither of which is balanced
+    assert {finding.outcome for finding in finished.findings} <= {"seen here", "not seen here", "cannot tell"}
+    assert finished.unimodal["all", "audio alone"] == "audio"
+
+
+def test_manifests_and_methods_have_their_role_in_findings_and_filters(run: Path) -> None:
+    mmaudit.split(run=run, gmm="balanced", name="gmm")
+    mmaudit.split(run=run, balanced=True, tolerance=0.0, name="even")
+    mmaudit.split(run=run, subset="random", like="gmm", name="drawn")
+    names = ["all", "few", "gmm", "even", "drawn"]
+    loading = Loading(
+        run=run,
+        manifests=tuple(run / "manifests" / f"{name}.parquet" for name in names),
+        options=SourceOptions(),
+        config=RunConfig(),
+        num_workers=0,
+    )
+    kept = replace(RunConfig(), finetune=replace(RunConfig().finetune, keep_posterior=0.5))
+    greedy = replace(RunConfig(), finetune=replace(RunConfig().finetune, balancing="greedy"))
+    texts = {"joint: optim.lr=0.1 finetune.keep_posterior=0.5": kept, "greedy": greedy, "joint": RunConfig()}
+    specs = [(parse_method(text), config) for text, config in texts.items()]
+    specs.append((MethodSpec(name="audio alone", only="audio"), RunConfig()))
+    cells = [
+        Cell(manifest=name, method=spec, seed=0, config=config, budget=1, is_first=True)
+        for name in names
+        for spec, config in specs
+    ]
+    design = study_design(cells, load_manifests(loading))
+    clear_loaded()
+    assert design.balanced == {"even"}
+    assert design.greedy == {"greedy"}
+    assert design.unimodal == {(name, "audio alone"): "audio" for name in names}
+    roles = {name: design.filtering.get((name, "joint")) for name in names}
+    assert roles == {
+        "all": Filtering(role="all", method="joint"),
+        "few": Filtering(role="balance-score", method="joint"),
+        "gmm": Filtering(role="gmm", method="joint", manifest="gmm"),
+        "even": None,
+        "drawn": Filtering(role="random", method="joint", manifest="gmm"),
+    }
+    kept_on_all = design.filtering["all", "joint: optim.lr=0.1 finetune.keep_posterior=0.5"]
+    assert kept_on_all == Filtering(role="gmm", method="joint: optim.lr=0.1")
+
+
+@pytest.mark.slow
+def test_filters_have_a_table_of_their_own(run: Path) -> None:
+    mmaudit.split(run=run, gmm="balanced", name="gmm")
+    options: dict[str, Any] = {"manifest": ["all", "few", "gmm"], "method": ["joint"], "name": "filters"}
+    comparison = compare(run, **options)
+    assert comparison.selection is not None
+    assert comparison.selection["comparison"].tolist() == [
+        "joint on gmm against joint on all (all data)",
+        "joint on gmm against joint on few (filtering by the balance score)",
+        "joint on gmm against joint on random-like-gmm (the random control)",
+    ]
+    assert comparison.folder is not None
+    pd.testing.assert_frame_equal(pd.read_parquet(comparison.folder / "selection.parquet"), comparison.selection)
+    assert len(comparison.to_dict()["selection"]) == 3
+    compare(run, **{**options, "manifest": ["all", "few"]})
+    assert not (comparison.folder / "selection.parquet").exists()
+
+
+def test_damaged_predictions_are_refused(done: Path) -> None:
+    path = done / "compare" / "few-all" / "cells" / "all" / "joint" / "seed-0" / "predictions.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("probabilities"), path)
+    with pytest.raises(RunError, match="seed-0 is damaged, its test samples or columns are others: remove it"):
+        compare(done)
 
 
 def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
@@ -134,7 +253,9 @@ def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
 ) -> None:
     assert finished.folder is not None
     folder = done / "compare" / "few-all"
-    shutil.rmtree(folder / "cells" / "all" / "joint" / "seed-1")
+    predictions = folder / "cells" / "all" / "joint" / "seed-1" / "predictions.parquet"
+    before = predictions.read_bytes()
+    shutil.rmtree(predictions.parent)
     trained: list[Cell] = []
 
     def recorded(cell: Cell, **options: Any) -> float:
@@ -144,6 +265,7 @@ def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
     monkeypatch.setattr(comparing, "train_cell", recorded)
     compare(done)
     assert [(cell.manifest, cell.method.name, cell.seed) for cell in trained] == [("all", "joint", 1)]
+    assert predictions.read_bytes() == before
     assert file_bytes(folder) == file_bytes(finished.folder)
 
 
@@ -259,6 +381,22 @@ def test_settings_without_effect_are_named(run: Path, caplog: pytest.LogCaptureF
         "settings without effect in mmaudit compare, method sum: balancing.ogm.alpha=0.5: balancing.ogm.alpha (--set)",
         "settings without effect in mmaudit compare: optim.lr_step (--set)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--manifest", "all", "--method", "ogm-gee"], "no method ogm-gee; did you mean ogm-ge"),
+        (["--manifest", "all", "--method", "preset:ogm-ge-cremed"], "no preset ogm-ge-cremed; did you mean"),
+        (["--manifest", "al", "--method", "joint"], "did you mean all"),
+        (["--manifest", "all", "--method", "joint", "--seeds", "0"], "--seeds 0: at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(scored: Path, words: list[str], message: str) -> None:
+    result = mmaudit_cli("compare", "--run", scored, *words, "--num-workers", "0")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
 
 
 def test_manifest_of_another_dataset_is_refused(run: Path, tmp_path: Path) -> None:

@@ -261,6 +261,7 @@ def evaluate_network(
     between: str,
     seed: int,
     predictions: Mapping[str, Probabilities] | None = None,
+    values: Mapping[ModalitySet, NDArray[np.float32]] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the reader's network on some rows: {task, answer, test, test_by_class, contribution}.
 
@@ -268,7 +269,7 @@ def evaluate_network(
     overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
     modality's contribution and the confused samples, see `measure_contribution`. Label sets and numbers have the
     metrics of `task_metrics`, and no confused samples; test_by_class has the labels, and nothing of numbers.
-    predictions: those of `predict`, where they are known.
+    predictions: those of `predict`, where they are known; values: those of `values_by_set`.
     """
     task, target = examples.task, examples.target[rows]
     subset_masks = subsets_of_rows(examples, rows, between=between)
@@ -277,14 +278,13 @@ def evaluate_network(
     if predictions is None:
         predictions = predict(reader, rows, examples.modalities)
     sets = shapley_sets(len(examples.modalities), seed=seed)
-    values = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy()
+    values = values_by_set(reader, rows, seed=seed) if values is None else values
     about = {"task": task, "answer": reader.net.config.answer}
     if task != "classification":
         measure = compute_multilabel_metrics
         if task == "regression":
             measure = partial(compute_regression_metrics, signed=is_signed(examples.target))
-        value_by_set = dict(zip(sets, values, strict=True))
-        shares = contribution(value_by_set, examples.modalities, seed=seed, task=task)
+        shares = contribution({key: values[key] for key in sets}, examples.modalities, seed=seed, task=task)
         return {
             **about,
             "test": evaluate(predictions, target, subset_masks, measure=measure),
@@ -292,13 +292,29 @@ def evaluate_network(
             "contribution": {"n": len(rows), "contribution": shares},
         }
     unimodal_correct = np.stack([predictions[name].argmax(axis=1) == target for name in examples.modalities], axis=1)
-    correct_by_modalities = dict(zip(sets, values > 0.5, strict=True))
+    correct_by_modalities = {key: values[key] > 0.5 for key in sets}
     return {
         **about,
         "test": evaluate(predictions, target, subset_masks),
         "test_by_class": evaluate_classes(predictions, target, examples.class_names),
         "contribution": measure_contribution(correct_by_modalities, unimodal_correct, examples.modalities, seed=seed),
     }
+
+
+def values_by_set(reader: NetworkReader, rows: RowIndex, *, seed: int) -> dict[ModalitySet, NDArray[np.float32]]:
+    """Compute the value of the tested prediction (n,) with only a set of modalities present, see `correct_by_set`.
+
+    The sets are those of `shapley_sets`, and all modalities but one.
+    """
+    sets = list(dict.fromkeys([*shapley_sets(reader.net.num_modalities, seed=seed), *sets_without(reader.net)]))
+    values = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy()
+    return dict(zip(sets, values, strict=True))
+
+
+def sets_without(net: FusionNet) -> list[ModalitySet]:
+    """Return the set of all other modalities for each modality."""
+    modalities = range(net.num_modalities)
+    return [frozenset(index for index in modalities if index != absent) for absent in modalities]
 
 
 @fixed_threads(NETWORK_THREADS)

@@ -23,7 +23,7 @@ from ..audit.workers import NETWORK_THREADS, Progress, fixed_threads
 from .checkpoint import common_state, resume, run_identity, save_model, save_state, warm_start
 from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
 from .custom_network import check_first_pass
-from .evaluate import evaluate_network, predict
+from .evaluate import evaluate_network, predict, sets_without, values_by_set
 from .examples import Examples
 from .methods import resolve
 from .network import FusionNet
@@ -37,11 +37,15 @@ log = logging.getLogger("mmaudit")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finetuned:
-    """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions."""
+    """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions.
+
+    without: per modality, the value of each test prediction with that modality absent, (n,): whether a class is right.
+    """
 
     metrics: dict[str, Any]
     history: list[dict[str, float]]
     predictions: NDArray[np.float32]
+    without: dict[str, NDArray[np.float32]]
 
 
 @fixed_threads(NETWORK_THREADS)
@@ -214,6 +218,7 @@ def finetune_on(
     if distributed.is_first:
         save_model(best_weights, folder / "model.safetensors", about=asdict(net.config))
     predictions = predict(reader, training_data.test, examples.modalities)
+    values = values_by_set(reader, training_data.test, seed=seed)
     metrics = {
         "counts": {name: len(getattr(training_data, name)) for name in ("train", "validation", "test")},
         "chance": chance_levels(
@@ -233,9 +238,11 @@ def finetune_on(
             between=between,
             seed=seed,
             predictions=predictions,
+            values=values,
         ),
     }
-    return Finetuned(metrics=metrics, history=history, predictions=predictions["fused"])
+    without = {name: values[rest] for name, rest in zip(examples.modalities, sets_without(net), strict=True)}
+    return Finetuned(metrics=metrics, history=history, predictions=predictions["fused"], without=without)
 
 
 def _samples_seen(history: list[dict[str, float]]) -> int:
