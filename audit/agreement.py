@@ -23,7 +23,7 @@ MIN_SAMPLES = 20  # of fewer no agreement is stated; ours
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
-Names = Sequence[object] | NDArray[np.object_] | None
+Names = Sequence[object] | NDArray[Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

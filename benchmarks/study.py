@@ -86,10 +86,10 @@ def lopsided_set(file: Path, scratch: Path) -> StudySet:
     table = pd.read_parquet(file)
     data, truth = folder / "lopsided.parquet", folder / "truth.parquet"
     if not data.exists():
-        audio = np.stack(table["audio"].to_numpy())
+        audio = np.array(table["audio"].tolist())
         strength, audio = degrade(table["id"].tolist(), audio, table["split"] + table["speaker"], seed=0)
         columns = {name: table[name].tolist() for name in ("id", "label", "split", "speaker")}
-        columns |= {"audio": list(audio), "image": list(np.stack(table["image"].to_numpy()))}
+        columns |= {"audio": list(audio), "image": table["image"].tolist()}
         planted = {"sample_id": table["id"].tolist(), "discrepancy": (0.0 - strength).tolist()}
         write_parquet(pa.table(planted), truth, provenance={})
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from .comparing_cells import (
     load_manifests,
 )
 from .comparing_grid import check_grid, search_grid
-from .comparing_plan import Design, Plan, design_cells, method_config, read_plan
+from .comparing_plan import Design, Plan, design_cells, method_config, read_plan, repeat_command
 from .comparing_results import collect_results, write_tables
 from .comparing_schedule import Schedule, Shard
 from .config import Given, RunConfig, load_settings
@@ -122,6 +122,8 @@ def compare(
         config=base,
         num_workers=default_workers() if num_workers is None else num_workers,
     )
+    from .report.comparison_page import write_comparison_page  # jinja2 and matplotlib, of which errors above need none
+
     clear_loaded()
     with ExitStack() as stack:
         stack.callback(clear_loaded)
@@ -138,6 +140,7 @@ def compare(
         comparison = collect_results(chosen, design, results, loaded, folder, warnings)
         with nullcontext() if part is None else _lock(run_dir, chosen.name, None, "tables"):
             write_tables(comparison, folder)
+            write_comparison_page(comparison, folder, command=repeat_command(chosen, given, seed=base.seed))
     return comparison
 
 

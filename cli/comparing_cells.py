@@ -51,7 +51,9 @@ _MAX_RESIDENT = 1 << 30  # bytes of features that are kept in memory between cel
 _CODE = ("audit", "rebalance", "train")  # packages that results depend on
 _STATISTICS = (  # computed anew from finished cells
     *("comparison.py", "comparison_arrays.py", "comparison_findings.py", "comparison_metrics.py"),
-    *("difference.py", "metric_intervals.py", "agreement.py", "score_agreement.py"),
+    *("column_figure.py", "comparison_curves.py", "comparison_figures.py", "comparison_forest.py"),
+    "comparison_rows.py",
+    *("difference.py", "figure_style.py", "metric_intervals.py", "agreement.py", "score_agreement.py"),
 )
 _CELL = RequiredKeys(
     made_by={"*": str},

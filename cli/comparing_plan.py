@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,6 +152,22 @@ def check_own_key(key: str, *, where: str) -> None:
         raise ConfigError(f"{where}: {_OF_ALL[key]}")
     if key in _PARTS:
         raise ConfigError(f"{where}: it is a part of a method; pass another --method")
+
+
+def repeat_command(plan: Plan, given: Given, *, seed: int) -> str:
+    """Return the command that makes a comparison, with all settings that were made, for a shell in the run's folder."""
+    words = [word for name in plan.manifests for word in ("--manifest", name)]
+    words += [word for spec in plan.methods for word in ("--method", spec.name)]
+    words += ["--seeds", str(plan.seeds), "--name", plan.name, *([] if plan.controls else ["--no-controls"])]
+    words += ["--seed", str(seed)] if seed else []
+    for key, values in plan.grid:
+        words += ["--grid", f"{key}={','.join(map(value_text, values))}"]
+    for key, setting in given.items():
+        text = f"{key}={setting.value}"
+        if not isinstance(setting.value, str) or parse_setting(text)[1] != setting.value:
+            text = f"{key}={json.dumps(setting.value, ensure_ascii=False)}"
+        words += ["--set", text]
+    return shlex.join(["mmaudit", "compare", *words])
 
 
 def method_config(

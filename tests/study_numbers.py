@@ -64,10 +64,10 @@ def agreement(value: float | None) -> dict[str, Any]:
 
 def dataset(methods: dict[str, Any], subsets: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """Make the numbers of a dataset."""
-    measure = {"measure": "discrepancy", "between": "audio:image", "rank": agreement(0.6)}
+    measure: dict[str, Any] = {"measure": "discrepancy", "between": "audio:image", "rank": agreement(0.6)}
     measure |= {"ceiling_features": 0.7, "ceiling_folds": 0.95}
     side = {"between": "audio:image", "threshold": 0, "kappa": agreement(0.5)}
-    probe = {"name": "mlp", "kind": "probe", "accuracy": {"audio": 0.6, "image": 0.7}}
+    probe: dict[str, Any] = {"name": "mlp", "kind": "probe", "accuracy": {"audio": 0.6, "image": 0.7}}
     made = {
         "num_samples": 1500,
         "num_test": 300,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,10 @@ from mmaudit.cli.comparing_results import study_design
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.main import app
 from mmaudit.cli.provenance import SourceOptions
+from mmaudit.cli.report.page import render, report_numbers
+from mmaudit.cli.run import Run
 from mmaudit.cli.training_source import EncodedSource, ManifestSource
+from mmaudit.train import comparison_figures
 from mmaudit.train.comparison import Comparison
 from mmaudit.train.comparison_cells import MethodSpec, parse_method
 from mmaudit.train.comparison_findings import Filtering
@@ -55,6 +62,20 @@ def compare(run: Path, **options: Any) -> Comparison:
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TABLES}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawing_only_the_forest_plot() -> Iterator[None]:
+    """Draw one figure per comparison: all of them take seconds, and test_comparison_figures.py tests them."""
+    draw = comparison_figures.draw_files
+    with pytest.MonkeyPatch.context() as patch:
+        kinds = comparison_figures.figure_kinds
+        patch.setattr(
+            comparison_figures,
+            "draw_files",
+            lambda tables: draw(tables, [kind for kind in kinds(tables) if kind == "forest"], formats=("svg",)),
+        )
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +167,26 @@ def test_files_hold_the_result(finished: Comparison) -> None:
     assert not (finished.folder / "selection.parquet").exists()
     assert (finished.folder / "table.tex").read_text() == finished.to_latex()
     assert (finished.folder / "table.md").read_text() == finished.to_markdown()
+
+
+def test_page_states_the_verdicts_and_the_command_and_the_report_leads_to_it(done: Path) -> None:
+    folder = done / "compare" / "few-all"
+    page, stated = (folder / "compare.html").read_text(), json.loads((folder / "compare.json").read_text())
+    assert stated["headline"] in page
+    assert "data:image/svg+xml;base64," in page
+    assert (folder / "figures" / "forest.svg").exists()
+    command = re.search(r"<pre>(.*)</pre>", page)
+    assert command is not None
+    words = shlex.split(html.unescape(command[1]))[2:]
+    rerun = mmaudit_cli("compare", *words, "--run", done, "--num-workers", "0")
+    assert rerun.exit_code == 0, rerun.output
+    assert (folder / "compare.html").read_text() == page
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">IIII", 13, 0, 2, 2)
+    report = render(
+        report_numbers(Run(done)), dict.fromkeys(("discrepancy", "classes", "gap", "maps", "training"), png)
+    )
+    assert 'href="compare/few-all/compare.html"' in report
+    assert stated["headline"] in report
 
 
 def cell_predictions(comparison: Comparison, manifest: str, method: str, seed: int) -> pd.DataFrame:

@@ -185,7 +185,7 @@ def test_latex_escapes_names() -> None:
 def test_forest_plot_has_a_point_and_an_interval_per_comparison() -> None:
     axes = planted().plot().axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["ours", "worse", "same"]
-    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]  # type: ignore[index]
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in ("^", "v", "o")]  # type: ignore[index]
     assert points == pytest.approx((100 * planted().summary["difference"]).tolist())
     assert len(axes.lines) == 7  # and zero
 

@@ -23,13 +23,17 @@ from .comparison_metrics import (
     tabulate_missing,
     tabulate_runs,
 )
-from .difference import LEVEL, MIN_TEST_SAMPLES, NO_VERDICT, Condition, Difference, Mask, compare_on, holm
+from .comparison_rows import tabulate_differences, tabulate_unimodal
+from .difference import MIN_TEST_SAMPLES, Condition, Difference, Mask, compare_on
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .column_figure import FigureTables
+
 Correctness = NDArray[np.float64]
 
+_UNIMODAL = " alone"  # ends the name of a method of one modality
 _COLUMNS = ("manifest", "method", "accuracy", "difference", "95% interval", "p", "verdict")
 
 
@@ -148,27 +152,60 @@ class Comparison:
         top = [rf"\begin{{tabular}}{{ll{'r' * (len(_COLUMNS) - 3)}l}}", r"\toprule", lines[0], r"\midrule"]
         return "\n".join([*top, *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
-    def plot(self) -> Figure:
-        """Return a forest plot as a figure of matplotlib: the differences on all test samples with 95% intervals.
+    def against_unimodal(self) -> pd.DataFrame:
+        """Compare the methods with the best unimodal model of their manifest, in rows like those of `summary`.
+
+        Unimodal models are the controls of one modality, or methods named `MODALITY alone`. The best one is that of the
+        highest accuracy on all test samples: chosen on the samples that it is tested on, it is favoured a little, and
+        the methods are not. The verdicts are better, worse or no evidence, corrected for the methods of the manifest
+        (Holm). The table has no rows where no modality was trained alone.
 
         Example:
-            >>> comparison.plot().savefig("forest.pdf")
+            >>> comparison.against_unimodal()[["method", "reference", "difference"]]
         """
-        from matplotlib.figure import Figure
+        table = self.summary[self.summary["kind"] == "control"]
+        return tabulate_unimodal(
+            self.correct,
+            unimodal=self._unimodal(),
+            controls=[*zip(table["manifest"], table["method"], strict=True)],
+            subsets=self.subsets,
+            group=self.group,
+        )
 
-        rows = self.summary[self.summary["subset"] == "all"].to_dict("records")
-        figure = Figure(figsize=(6.4, 1.1 + 0.3 * max(len(rows), 1)), layout="constrained")
-        axes = figure.add_subplot()
-        for position, row in enumerate(rows):
-            colour = {"helps": "tab:green", "hurts": "tab:red"}.get(row["verdict"], "0.35")
-            axes.plot(100 * row["difference"], position, "o" if row["kind"] == "method" else "s", color=colour)
-            if not np.isnan(row["p"]):
-                axes.plot([100 * row["low"], 100 * row["high"]], [position, position], color=colour)
-        axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
-        axes.set_yticks(range(len(rows)), [printable(_label(row)).replace("$", r"\$") for row in rows])
-        axes.invert_yaxis()
-        axes.set_xlabel("difference of accuracy in points, 95% interval")
-        return figure
+    def plot(self, kind: str = "forest") -> Figure:
+        """Return a figure of matplotlib, 3.3 inches wide, the column of a paper.
+
+        Args:
+            kind: `forest` (differences from the baseline on all test samples), `forest-unimodal` (from the best
+                unimodal model), `subsets` (accuracy by subset), `threshold` (accuracy on the samples that a modality
+                dominates by more than T, over T), `missing` (accuracy over the share of test samples without a
+                modality) or `missing-MODALITY`. Kinds without data do not exist.
+
+        Raises:
+            ConfigError: There is no such kind.
+
+        Example:
+            >>> comparison.plot("threshold").savefig("threshold.pdf")
+        """
+        from .comparison_figures import build_figure, figure_kinds
+
+        tables = self.figure_tables()
+        if kind not in (kinds := figure_kinds(tables)):
+            raise ConfigError(f"no figure {kind}; {choices(kind, kinds)}")
+        return build_figure(tables, kind)
+
+    def figure_tables(self) -> FigureTables:
+        """Return what the figures are drawn from."""
+        from .column_figure import FigureTables
+
+        return FigureTables(
+            baseline=self.baseline,
+            summary=self.summary,
+            unimodal=self.against_unimodal(),
+            unimodal_methods=frozenset(method for _, method in self._unimodal()),
+            metrics=self.metrics,
+            missing=self.missing,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return verdicts in words, findings, warnings, the tables and the folder as JSON values."""
@@ -184,6 +221,10 @@ class Comparison:
             "selection": None if self.selection is None else _records(self.selection),
             "folder": None if self.folder is None else str(self.folder),
         }
+
+    def _unimodal(self) -> list[Condition]:
+        """Return the conditions of one modality, by their names where that is not recorded."""
+        return [c for c in self.correct if c in self.unimodal or (not self.unimodal and c[1].endswith(_UNIMODAL))]
 
     def _find(self, name: str) -> Condition:
         """Return the condition of METHOD or MANIFEST/METHOD."""
@@ -229,26 +270,12 @@ def build_comparison(
         probabilities=probabilities or {},
         without=without or {},
     )
-    pairs: list[tuple[str, Condition, Condition]] = [
-        ("method", condition, (condition[0], baseline))
-        for condition in correct
-        if condition not in controls and condition[1] != baseline
-    ]
-    pairs += [("control", control, reference) for control, reference in controls.items()]
-    pairs = [(kind, a, b) for kind, a, b in pairs if a in correct and b in correct]
-    rows = [
-        _row(kind, a, b, subset=subset, difference=compare_on(mask, correct[a], correct[b], group=group))
-        | {f"{key}accuracy": float(correct[c][:, mask].mean()) for key, c in (("", a), ("reference_", b))}
-        for kind, a, b in pairs
-        for subset, mask in subsets.items()
-        if mask.any()
-    ]
     metrics, measured = tabulate_metrics(tested)
     num_samples = len(next(iter(subsets.values())))
     return Comparison(
         name=name,
         baseline=baseline,
-        summary=_with_verdicts(pd.DataFrame(rows, columns=list(_ROW))),
+        summary=tabulate_differences(correct, baseline=baseline, controls=controls, subsets=subsets, group=group),
         metrics=metrics,
         missing=tabulate_missing(tested),
         findings=check_findings(
@@ -273,39 +300,6 @@ def _per_sample(tested: TestPredictions, sample_id: Sequence[Any] | NDArray[Any]
         for position, seed in enumerate(tested.seeds[condition])
     }
     return pd.DataFrame({"sample_id": sample_id, **columns})
-
-
-_ROW = (
-    *("manifest", "method", "reference_manifest", "reference", "kind", "subset", "accuracy", "reference_accuracy"),
-    *("difference", "low", "high", "p", "smallest_effect", "num_samples", "num_seeds"),
-)
-
-
-def _row(kind: str, a: Condition, b: Condition, *, subset: str, difference: Difference) -> dict[str, Any]:
-    values = {
-        key: getattr(difference, key) for key in ("low", "high", "p", "smallest_effect", "num_samples", "num_seeds")
-    }
-    names = {"manifest": a[0], "method": a[1], "reference_manifest": b[0], "reference": b[1]}
-    return {**names, "kind": kind, "subset": subset, "difference": difference.mean, **values}
-
-
-def _with_verdicts(summary: pd.DataFrame) -> pd.DataFrame:
-    """Add p_holm and verdict: Holm over the methods of a manifest, and over its controls, on all test samples."""
-    summary = summary.assign(p_holm=np.nan, verdict="")
-    overall = summary[summary["subset"] == "all"]
-    for _, rows in overall.groupby(["reference_manifest", "kind"], sort=False):
-        summary.loc[rows.index, "p_holm"] = holm(rows["p"].tolist())
-    for index in overall.index:
-        row = summary.loc[index]
-        verdict = "no evidence"
-        if row["num_seeds"] < 2 or row["num_samples"] < MIN_TEST_SAMPLES:
-            verdict = NO_VERDICT
-        elif row["p_holm"] < LEVEL:
-            verdict = "helps" if row["difference"] > 0 else "hurts"
-        if verdict in ("helps", "hurts") and row["kind"] == "control":
-            verdict = "better" if verdict == "helps" else "worse"
-        summary.loc[index, "verdict"] = verdict
-    return summary
 
 
 def _limits(correct: Mapping[Condition, Correctness], n: int) -> list[str]:

@@ -99,8 +99,6 @@ def check_task(methods: Methods, task: str) -> None:
     settings = methods.config.finetune
     if task == "classification":
         return
-    if settings.model is not None:
-        raise ConfigError(f"--model {settings.model}: a network of your own learns classes, and the task is {task}")
     for option, method, config in (
         (f"--sampling {settings.sampling}", methods.sampler, methods.sampler_config),
         (f"--balancing {settings.balancing}", methods.balancer, methods.balancer_config),

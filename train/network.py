@@ -117,6 +117,11 @@ class Outputs:
     _losses: Tensor | None = None  # computed once: the loss and the confidences use them
 
     @property
+    def is_fused_only(self) -> bool:
+        """Whether the unimodal logits were not computed."""
+        return self._unimodal is None
+
+    @property
     def unimodal(self) -> Tensor:
         """The unimodal logits; RuntimeError where they were not computed."""
         if self._unimodal is None:
@@ -201,9 +206,13 @@ class FusionNet(nn.Module):
         head_sizes = sizes if self.has_own_heads else []
         self.heads = nn.ModuleList(nn.Linear(size, len(config.classes)) for size in head_sizes)
         self._frozen: frozenset[int] = frozenset()
-        if config.task == "regression":
-            self.register_buffer("target_mean", torch.zeros(len(config.classes)))
-            self.register_buffer("target_scale", torch.ones(len(config.classes)))
+        self._register_target_moments()
+
+    def _register_target_moments(self, device: torch.device | None = None) -> None:
+        """Register mean 0 and scale 1 of a regression's target, and nothing for other tasks."""
+        if self.config.task == "regression":
+            self.register_buffer("target_mean", torch.zeros(len(self.config.classes), device=device))
+            self.register_buffer("target_scale", torch.ones(len(self.config.classes), device=device))
 
     def standardise_target(self, values: Tensor) -> None:
         """Set mean and scale of a regression's target from the training samples' values (n, 1)."""

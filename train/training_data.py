@@ -370,8 +370,7 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         fusion=settings.fusion,
         task=examples.task,
         regression_loss=settings.regression_loss,
-        # The parts of a sum each predict a part of the number: only a head of its own predicts all of it.
-        own_heads=methods.has_own_heads or (examples.task == "regression" and len(examples.modalities) > 1),
+        own_heads=methods.has_own_heads or _predicts_parts(examples, settings),
         answer=settings.answer,
         hidden=settings.hidden,
         dropout=settings.dropout,
@@ -382,6 +381,14 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         return build_custom(config)
     net = FusionNet(config, fusion=methods.fusion)
     return net.apply(initialise_xavier) if settings.initialisation == "xavier" else net
+
+
+def _predicts_parts(examples: Examples, settings: FinetuneConfig) -> bool:
+    """Return whether unimodal logits of the fusion may be parts of a number, of which only a head predicts the whole.
+
+    Those of a network of the user's are checked instead, see `check_whole_numbers`.
+    """
+    return examples.task == "regression" and len(examples.modalities) > 1 and settings.model is None
 
 
 def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.int64]:
