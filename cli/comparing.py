@@ -107,6 +107,10 @@ def compare(
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: at least 1")
     configs = {spec.name: method_config(spec, config, settings, seed) for spec in chosen.methods}
+    if any(made.finetune.end_to_end for made in (base, *(made for made, _ in configs.values()))):
+        raise ConfigError(
+            "finetune.end_to_end: compare trains on cached vectors; train pretrained models with mmaudit finetune"
+        )
     paths = [run_dir.find_manifest(entry) for entry in chosen.manifests]
     random_of = _random_controls(run_dir, paths, seed=base.seed) if chosen.controls else {}
     loading = Loading(

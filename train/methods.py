@@ -76,6 +76,10 @@ def resolve(config: TrainConfig) -> Methods:
     config = replace(config, finetune=resolved, sampling=sampling, balancing=balancing_sections)
     sampler.check(sampler_config, config)
     balancer.check(balancer_config, config)
+    if settings.accumulate > 1 and (reason := balancer.accumulation_reason):
+        raise ConfigError(
+            f"--balancing {balancing} does not train with finetune.accumulate = {settings.accumulate}: {reason}"
+        )
     methods = Methods(
         config=config,
         sampler=sampler,

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..audit.features.backbone_inputs import Backbone
 from ..audit.metrics import Floats, shapley
 from ..audit.probes.crops import to_pictures
 from ..audit.probes.network import build_trunk
 from . import FUSIONS
-from .config import REGRESSION_LOSSES
+from .backbones import PretrainedEncoder
+from .config import REGRESSION_LOSSES, LoraConfig
 from .fusion import Fusion
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -92,7 +94,7 @@ class PictureEncoder(nn.Module):
         return features
 
 
-Encoder = VectorEncoder | PictureEncoder
+Encoder = VectorEncoder | PictureEncoder | PretrainedEncoder
 
 
 def build_encoder(shape: Sequence[int], *, hidden: int, dropout: float, width: float) -> Encoder:
@@ -100,6 +102,17 @@ def build_encoder(shape: Sequence[int], *, hidden: int, dropout: float, width: f
     if len(shape) == 1:
         return VectorEncoder(shape[0], hidden=hidden, dropout=dropout)
     return PictureEncoder(tuple(shape), width=width, dropout=dropout)
+
+
+def _build_encoders(config: ModelConfig) -> list[Encoder]:
+    """Build the encoder of each modality; a pretrained model for the rows that are its inputs."""
+    backbones = config.backbones or (None,) * len(config.shapes)
+    return [
+        build_encoder(shape, hidden=config.hidden, dropout=config.dropout, width=config.width)
+        if backbone is None
+        else PretrainedEncoder(backbone, lora=config.lora, dropout=config.dropout)
+        for shape, backbone in zip(config.shapes, backbones, strict=True)
+    ]
 
 
 @dataclass(slots=True)
@@ -115,6 +128,24 @@ class Outputs:
     features: tuple[Tensor, ...]
     loss_of: LossFunction = field(default_factory=lambda: cross_entropy)
     _losses: Tensor | None = None  # computed once: the loss and the confidences use them
+
+    def detached(self) -> Outputs:
+        """Return the same outputs without their graph."""
+        unimodal = None if self._unimodal is None else self._unimodal.detach()
+        return Outputs(self.fused.detach(), unimodal, tuple(f.detach() for f in self.features), self.loss_of)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Outputs]) -> Outputs:
+        """Return the outputs for a batch from those for its parts."""
+        if len(parts) == 1:
+            return parts[0]
+        unimodal = [part._unimodal for part in parts if part._unimodal is not None]
+        return cls(
+            torch.cat([part.fused for part in parts]),
+            torch.cat(unimodal, dim=1) if unimodal else None,
+            tuple(torch.cat(features) for features in zip(*(part.features for part in parts), strict=True)),
+            parts[0].loss_of,
+        )
 
     @property
     def unimodal(self) -> Tensor:
@@ -152,7 +183,8 @@ class ModelConfig:
     modality even where the fusion decomposes. answer: the logits that are the prediction of all modalities, one of
     config.ANSWERS. classes: names of the k outputs, of labels or of the number where the task is multilabel or
     regression. regression_loss: one of REGRESSION_LOSSES. model: name of the factory of a network of the user's, None
-    for mmaudit's own.
+    for mmaudit's own. backbones: pretrained model of each modality that is trained end to end, with adapters `lora`;
+    () or None: it has an encoder of mmaudit's.
     """
 
     modalities: tuple[str, ...]
@@ -167,6 +199,8 @@ class ModelConfig:
     dropout: float = 0.3
     width: float = 1.0
     model: str | None = None
+    backbones: tuple[Backbone | None, ...] = ()
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ModelConfig:
@@ -174,7 +208,10 @@ class ModelConfig:
         fields = {name: values[name] for name in cls.__dataclass_fields__}
         for name in ("modalities", "classes"):
             fields[name] = tuple(fields[name])
-        return cls(**{**fields, "shapes": tuple(tuple(shape) for shape in fields["shapes"])})
+        fields["shapes"] = tuple(tuple(shape) for shape in fields["shapes"])
+        fields["backbones"] = tuple(entry and Backbone.from_values(entry) for entry in fields["backbones"])
+        lora = {**fields["lora"], "target_modules": tuple(fields["lora"]["target_modules"])}
+        return cls(**{**fields, "lora": LoraConfig(**lora)})
 
 
 class FusionNet(nn.Module):
@@ -189,10 +226,7 @@ class FusionNet(nn.Module):
     def __init__(self, config: ModelConfig, *, fusion: type[Fusion] | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoders = nn.ModuleList(
-            build_encoder(shape, hidden=config.hidden, dropout=config.dropout, width=config.width)
-            for shape in config.shapes
-        )
+        self.encoders = nn.ModuleList(_build_encoders(config))
         sizes = [int(encoder.num_features) for encoder in self.encoders]  # type: ignore[arg-type]
         fusion_type: type[Fusion] = fusion or FUSIONS.load(config.fusion)
         self.fusion = fusion_type(sizes, num_classes=len(config.classes), hidden=config.hidden)
@@ -333,8 +367,17 @@ class FusionNet(nn.Module):
             yield from self.heads[modality].parameters()
 
 
+def apply_outside_pretrained(module: nn.Module, function: Callable[[nn.Module], None]) -> None:
+    """Call a function on a module and all modules in it, as nn.Module.apply does, but not on pretrained encoders."""
+    if isinstance(module, PretrainedEncoder):
+        return
+    for child in module.children():
+        apply_outside_pretrained(child, function)
+    function(module)
+
+
 def initialise_xavier(module: nn.Module) -> None:
-    """Draw new weights for a layer, as the code of OGM-GE and BSS does: `net.apply(initialise_xavier)`.
+    """Draw new weights for a layer, as the code of OGM-GE and BSS does; see `apply_outside_pretrained`.
 
     Linear layers: normal by Xavier's rule, biases 0. Convolutions: normal by He's rule, fan out. Batch normalisation:
     scale 1 and shift 0.
