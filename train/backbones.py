@@ -20,8 +20,8 @@ class PretrainedEncoder(nn.Module):
     """A pretrained model on rows (b, d) of its inputs; features (b, num_features), the vectors of `hf:MODEL`.
 
     What does not reach the features, such as the other tower of CLIP, is removed or not trained. The model's own
-    masking of its input in training (SpecAugment of wav2vec2 and Whisper), which draws from NumPy, is off. With adapters
-    only these are trained, and the state has no other parameters.
+    masking of its input in training (SpecAugment of wav2vec2 and Whisper), which draws from NumPy, is off. With
+    adapters only these are trained, and the state has no other parameters.
     """
 
     inputs_standardized = False  # NaN stands for an absent input
@@ -87,7 +87,11 @@ class PretrainedEncoder(nn.Module):
             raise ConfigError(
                 f"finetune.gradient_checkpointing: {self.backbone.model} ({type(model).__name__}) does not support it"
             )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}  # the other form needs an input with a gradient, which adapters do not give
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:  # before transformers 5.23
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Complete a state without frozen parameters by those of the pretrained model."""

@@ -82,7 +82,7 @@ class FinetuneConfig:
             the model; that of the others is frozen, and its vectors are read.
         lora: Low-rank adapters of these encoders, of which nothing else is trained then.
         gradient_checkpointing: Compute the activations of these encoders again in the backward pass instead of keeping
-            them: less memory, about a third more time, the same gradients.
+            them: less memory, more time, the same gradients.
         epochs: Number of epochs, at least 1.
         batch_size: Samples per step, over all processes; with `accumulate`, of each of its parts.
         accumulate: Parts of `batch_size` samples whose gradients are summed for one step of the optimiser: as one

@@ -108,8 +108,8 @@ class Examples:
 
     inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is available. shapes: shape
     of a row of each modality, (d_j,) for vectors, or that of a network's input. views: how each modality's rows become
-    a network's input; None, also for all of them: rows have the shape. backbones: the pretrained model that each modality's
-    rows are inputs of; None, also for all of them: rows are no such inputs. content: digests of each sample's media. label:
+    a network's input; None, also for all of them: rows have the shape. backbones: the pretrained model that each
+    modality's rows are inputs of; None, also for all of them: of none. content: digests of each sample's media. label:
     int64 in [0, k), indexing `class_names`. task: classification, multilabel or regression; of the last two, label is
     a stratum, values (n, k) float32 is the target, 0 and 1 or a number in the units of the data, and class_names are
     the names of its k columns. split: train, validation, test. rank: 0 = most balanced, -1 outside the

@@ -17,22 +17,15 @@ from ..audit.hashing import digest
 from ..audit.probes.config import fixed_moments
 from ..rebalance.curriculum import RowIndex, id_keys, training_rows
 from .augment import InputForm, augment, local_rows
+from .backbones import PretrainedEncoder
 from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, to_batch, whole_batches
-from .config import REGRESSION_LOSSES, FinetuneConfig, LoraConfig, TrainConfig
+from .config import FinetuneConfig, LoraConfig, TrainConfig
 from .custom_network import PictureStandardization, build_custom
 from .examples import NUM_READERS, Examples, Store
-from .methods import Methods, check_schedule, check_task, list_unused
-from .backbones import PretrainedEncoder, check_lora
-from .network import (
-    FusionNet,
-    ModelConfig,
-    Outputs,
-    PictureEncoder,
-    VectorStandardization,
-    apply_outside_pretrained,
-    initialise_xavier,
-)
+from .methods import Methods, check_schedule, check_task, list_ineffective, list_unused
+from .network import FusionNet, ModelConfig, Outputs
+from .network_encoders import PictureEncoder, VectorStandardization, apply_outside_pretrained, initialise_xavier
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
 from .task_metrics import mean_average_precision
@@ -272,9 +265,7 @@ class NetworkReader:
         return net
 
 
-def _part_losses(
-    net: FusionNet, parts: Sequence[Batch], loss: Loss, optimization: Optimization
-) -> Iterator[Tensor]:
+def _part_losses(net: FusionNet, parts: Sequence[Batch], loss: Loss, optimization: Optimization) -> Iterator[Tensor]:
     """Yield the loss of each part of a step."""
     for part in parts:
         with optimization.autocast():
@@ -333,7 +324,7 @@ def set_up(
     unknown = sorted({*config.optim.freeze, *config.optim.modality_lr_factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
-    warnings = (*check_schedule(methods), *list_unused(methods), *_without_effect(methods, task=examples.task))
+    warnings = (*check_schedule(methods), *list_unused(methods), *list_ineffective(methods, task=examples.task))
     for warning in warnings if distributed.is_first else ():
         log.warning("%s", warning)
     random = sorted({*config.optim.freeze} - {*config.finetune.end_to_end})
@@ -364,21 +355,6 @@ def _check_unvalidated(methods: Methods) -> None:
             f"--balancing {settings.balancing} follows validation losses, and there are no validation samples: cut "
             "some with --set finetune.validation_fraction=0.1"
         )
-
-
-def _without_effect(methods: Methods, *, task: str) -> list[str]:
-    """Return one warning for each setting that another one makes ineffective."""
-    settings = methods.config.finetune
-    warnings = []
-    if settings.regression_loss != REGRESSION_LOSSES[0] and task != "regression":
-        warnings.append(f"finetune.regression_loss has no effect: the task is {task}")
-    if settings.drop_last and methods.sampler.adaptive:
-        warnings.append(
-            f"finetune.drop_last has no effect: --sampling {settings.sampling} chooses the size of every step"
-        )
-    if settings.initialisation != "default" and settings.init is not None:
-        warnings.append(f"finetune.initialisation has no effect: --init {settings.init} replaces all weights")
-    return warnings
 
 
 def build_network(examples: Examples, methods: Methods) -> FusionNet:

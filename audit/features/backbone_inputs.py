@@ -92,8 +92,8 @@ def with_backbone_inputs(dataset: Dataset, names: Sequence[str]) -> Dataset:
             raise ConfigError(f"finetune.end_to_end: no modality {name}; the modalities are {', '.join(known)}")
         if not known[name].encoder.startswith("hf:"):
             raise ConfigError(
-                f"finetune.end_to_end: {name} is encoded by {known[name].encoder}, and only models hf:MODEL are trained "
-                f"end to end this way; pass --encoder {name}=hf:MODEL, where a manifest is used to mmaudit score"
+                f"finetune.end_to_end: {name} is encoded by {known[name].encoder}, and only models hf:MODEL are "
+                f"trained end to end this way; pass --encoder {name}=hf:MODEL, where a manifest is used to mmaudit score"
             )
     modalities = tuple(
         replace(modality, encoder=f"{_PREFIX}{modality.encoder[3:]}") if modality.name in names else modality
@@ -133,7 +133,9 @@ def input_layout(name: str, kind: str, media: MediaConfig) -> InputLayout:
     inputs = processor.from_pictures(noise)
     key = _main_input(inputs, name)
     by_frame = kind in ("video", "frames") and processor.num_frames is None
-    return _with_pixels(InputLayout(name=key, shape=inputs[key].shape, by_frame=by_frame), processor, noise, inputs[key])
+    return _with_pixels(
+        InputLayout(name=key, shape=inputs[key].shape, by_frame=by_frame), processor, noise, inputs[key]
+    )
 
 
 def _num_samples(processor: InputProcessor, media: MediaConfig) -> int:
@@ -187,9 +189,10 @@ def _raw_pixels(processor: InputProcessor, pictures: NDArray[np.uint8], key: str
 
 
 def decode_input(loaded: Any, name: str, kind: str, media: MediaConfig) -> NDArray[Any]:
-    """Decode a loaded cell and return the row (d,) of its model's input. Waveforms last `media.max_seconds`.
+    """Decode a loaded cell and return the row (d,) of its model's input.
 
-    A shorter sound is repeated where the model reads waveforms of any length: padding changes what many of them compute.
+    Where the model reads waveforms of any length a row lasts `media.max_seconds`, and a shorter sound is repeated:
+    padding changes what many of these models compute.
     """
     processor, layout = open_processor(name, kind), input_layout(name, kind, media)
     if kind == "text":

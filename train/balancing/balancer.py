@@ -59,8 +59,8 @@ class Balancer(Method):
         own_heads: Its unimodal losses need heads that the fused prediction does not share.
         sets_rates: It sets one learning rate per modality.
         needs_unimodal_logits: Its steps compute the unimodal logits, not the fused ones only.
-        accumulation_reason: Why it does not train with gradients accumulated over the parts of a step; "" where it does.
-            `step` gets the whole batch, `forward` its parts one after another, `modulate` the sum of their gradients.
+        accumulation_reason: Why it does not train with gradients accumulated over the parts of a step; "" where it
+            does. `step` and `modulate` get the whole batch, `forward` its parts one after another.
         evaluates: What it evaluates between epochs: "train" or "validation" samples, or "copies" that it trains. A loop
             of the user's has these only where they are passed.
 
