@@ -93,7 +93,7 @@ def with_backbone_inputs(dataset: Dataset, names: Sequence[str]) -> Dataset:
         if not known[name].encoder.startswith("hf:"):
             raise ConfigError(
                 f"finetune.end_to_end: {name} is encoded by {known[name].encoder}, and only models hf:MODEL are "
-                f"trained end to end this way; pass --encoder {name}=hf:MODEL, where a manifest is used to mmaudit score"
+                f"trained end to end this way; pass --encoder {name}=hf:MODEL, of a manifest's data to mmaudit score"
             )
     modalities = tuple(
         replace(modality, encoder=f"{_PREFIX}{modality.encoder[3:]}") if modality.name in names else modality
