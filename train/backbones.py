@@ -38,7 +38,7 @@ class PretrainedEncoder(nn.Module):
         self._has_adapters = bool(lora.rank)
         if lora.rank:
             _add_adapters(self.model, lora, name=backbone.model)
-        self._register_state_dict_hook(_without_frozen)
+        self._register_state_dict_hook(_without_frozen)  # type: ignore[no-untyped-call]
         self.train()
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class PretrainedEncoder(nn.Module):
         layout, kind = self.backbone.layout, self.backbone.kind
         inputs = to_inputs(rows, layout, kind=kind)
         features: Tensor = pooled_output(self.model, inputs, kind=kind, has_pooler=self._has_pooler)
-        return features.unflatten(0, (len(rows), -1)).mean(dim=1) if layout.by_frame else features
+        return features.view(len(rows), -1, features.shape[1]).mean(dim=1) if layout.by_frame else features
 
     def _remove_unused(self) -> int:
         """Remove parts that are not called, freeze parameters that the features do not depend on; return their number.
@@ -62,8 +62,7 @@ class PretrainedEncoder(nn.Module):
         called: set[str] = set()
         children = dict(self.model.named_children())
         hooks = [
-            module.register_forward_hook(lambda *_, name=name: called.add(name))  # type: ignore[misc]
-            for name, module in children.items()
+            module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in children.items()
         ]
         self.model.eval().requires_grad_(True)
         parameters = list(self.model.parameters())
@@ -98,7 +97,7 @@ class PretrainedEncoder(nn.Module):
         for name, parameter in self.named_parameters() if self._has_adapters else ():
             if not _is_adapter(name):
                 state_dict.setdefault(prefix + name, parameter.detach())
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _without_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -149,9 +148,8 @@ def _add_adapters(model: nn.Module, lora: LoraConfig, *, name: str) -> None:
     targets: Any = list(lora.target_modules) or [
         key for key, module in model.named_modules() if isinstance(module, nn.Linear)
     ]
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
-    )
+    options: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
+    config = peft.LoraConfig(r=lora.rank, bias="none", **options)
     try:
         peft.inject_adapter_in_model(config, model)
     except ValueError as error:

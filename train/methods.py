@@ -76,7 +76,7 @@ def resolve(config: TrainConfig) -> Methods:
     config = replace(config, finetune=resolved, sampling=sampling, balancing=balancing_sections)
     sampler.check(sampler_config, config)
     balancer.check(balancer_config, config)
-    if settings.accumulate > 1 and (reason := balancer.accumulation_reason):
+    if settings.accumulate > 1 and (reason := _accumulation_reason(balancing, balancer)):
         raise ConfigError(
             f"--balancing {balancing} does not train with finetune.accumulate = {settings.accumulate}: {reason}"
         )
@@ -153,6 +153,13 @@ def list_unused(methods: Methods) -> list[str]:
             if (value := getattr(config, name)) != getattr(default, name):
                 warnings.append(f"{config.section}.{name} = {value} has no effect: {reason}")
     return warnings
+
+
+def _accumulation_reason(name: str, balancer: type[Balancer]) -> str:
+    """Return why a balancer does not accumulate gradients; one of a package must state that it does."""
+    if name not in BALANCERS and "accumulation_reason" not in vars(balancer):
+        return 'it does not state that it may, accumulation_reason = ""'
+    return balancer.accumulation_reason
 
 
 def list_ineffective(methods: Methods, *, task: str) -> list[str]:

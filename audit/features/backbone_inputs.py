@@ -71,7 +71,9 @@ class Backbone:
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Backbone:
         """Build a backbone from plain values; KeyError or TypeError where one is missing."""
-        layout = {key: tuple(value) if isinstance(value, list) else value for key, value in values["layout"].items()}
+        layout: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values["layout"].items()
+        }
         return cls(**{**values, "layout": InputLayout(**layout)})
 
     def same_but_place(self, other: Backbone) -> bool:
