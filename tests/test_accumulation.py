@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from torch import Tensor
 from training import QUICK, draw_batch, fine_tune, make_examples, make_label_sets, model_bytes, stop_after, with_options
 
 from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.registry import Registry
 from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.balancing.balancer import Joint
 from mmaudit.train.config import TrainConfig
 from mmaudit.train.examples import Examples
 from mmaudit.train.methods import resolve
@@ -93,6 +96,22 @@ def test_methods_that_need_the_whole_step_refuse(balancing: str) -> None:
 def test_refusing_methods_would_differ() -> None:
     """What is refused is what has a statistic of the whole step; others have no reason."""
     assert {name for name in BALANCERS if BALANCERS.load(name).accumulation_reason} == REFUSING
+
+
+def test_balancers_of_packages_must_state_that_they_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Installed(Joint):
+        pass
+
+    load = Registry.load
+
+    def load_any(registry: Registry, name: str) -> Any:
+        return Installed if name == "installed" else load(registry, name)
+
+    monkeypatch.setattr(Registry, "load", load_any)
+    with pytest.raises(ConfigError, match=r"installed does not train with finetune.accumulate = 2: it does not state"):
+        resolve(with_options(balancing="installed", accumulate=2))
+    Installed.accumulation_reason = ""
+    resolve(with_options(balancing="installed", accumulate=2))
 
 
 @pytest.mark.parametrize(("size", "num_parts"), [(None, 1), (7, 1), (4, 2), (3, 3), (1, 7)])
