@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..audit.dataset.samples import Samples
 from ..audit.errors import ConfigError, ManifestError, choices
+from ..audit.features.backbone_inputs import Backbone
 from ..audit.features.cached_matrix import FeatureMatrix
 from ..audit.features.encode import EncodeTask
 from ..audit.features.encoded_samples import Status, missing_in_source, row_content
@@ -110,7 +111,8 @@ class Examples:
 
     inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is available. shapes: shape
     of a row of each modality, (d_j,) for vectors, or that of a network's input. views: how each modality's rows become
-    a network's input; None, also for all of them: rows have the shape. content: digests of each sample's media. label:
+    a network's input; None, also for all of them: rows have the shape. backbones: the pretrained model that each
+    modality's rows are inputs of; None, also for all of them: of none. content: digests of each sample's media. label:
     int64 in [0, k), indexing `class_names`. task: classification, multilabel or regression; of the last two, label is
     a stratum, values (n, k) float32 is the target, 0 and 1 or a number in the units of the data, and class_names are
     the names of its k columns. split: train, validation, test. rank: 0 = most balanced, -1 outside the
@@ -133,6 +135,7 @@ class Examples:
     p_balanced: NDArray[np.float64]
     in_manifest: NDArray[np.bool_]
     views: tuple[PictureView | None, ...] = ()
+    backbones: tuple[Backbone | None, ...] = ()
     task: str = "classification"
     values: NDArray[np.float32] | None = None
 
@@ -171,6 +174,7 @@ class Examples:
             shapes=(self.shapes[index],),
             modalities=(self.modalities[index],),
             views=self.views[index : index + 1],
+            backbones=self.backbones[index : index + 1],
         )
 
 
@@ -241,6 +245,7 @@ def load_examples(
         p_balanced=np.array(table["p_balanced"].to_pandas(), dtype=np.float64),
         in_manifest=in_manifest,
         views=tuple(_view_of(matrix, tasks) for matrix in inputs),
+        backbones=tuple(Backbone.of(status.modality, tasks[0].media) for status in statuses),
         task=samples.task,
         values=values,
     )
