@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test test-all test-oldest check bench methods real docs docs-serve clean
+.PHONY: install demo test test-all test-oldest check bench study real docs docs-serve clean
 
 install: $(READY)
 
@@ -57,9 +57,10 @@ bench: $(READY)
 real: $(READY)
 	$(BIN)/python benchmarks/real.py $(DATA)
 
-# Every method of training on two of them, three seeds each: a quarter of an hour.
-methods: $(READY)
-	$(BIN)/python benchmarks/methods.py $(DATA)
+# All methods and controls on the demo set and on two of them, into docs/study.md: under an hour on two quiet cores. An
+# interrupted study goes on where it was.
+study: $(READY)
+	$(BIN)/python benchmarks/study.py $(DATA) --page docs
 
 # The site, into docs/_build/html; warnings are errors. Python 3.11 or later.
 docs: $(READY)

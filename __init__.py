@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from .cli.methods import MethodTable, methods
     from .cli.scoring import ReportResult, ScoreResult, report, score
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
+    from .cli.study import StudyResult, study
     from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
     from .rebalance.diff import ManifestDiff
     from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
+    from .rebalance.score_agreement import ScoreAgreement
     from .rebalance.verify import Verification
     from .train.comparison import Comparison
     from .train.comparison_arrays import compare_predictions
@@ -49,10 +51,12 @@ _NAMES = {
     "cli.methods": ["MethodTable", "methods"],
     "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
+    "cli.study": ["StudyResult", "study"],
     "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
     "rebalance.diff": ["ManifestDiff"],
     "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],
+    "rebalance.score_agreement": ["ScoreAgreement"],
     "rebalance.verify": ["Verification"],
     "train.comparison": ["Comparison"],
     "train.comparison_arrays": ["compare_predictions"],
@@ -86,9 +90,11 @@ __all__ = [
     "ReplayResult",
     "ReportResult",
     "RunConfig",
+    "ScoreAgreement",
     "ScoreResult",
     "ScoreTable",
     "SplitSummary",
+    "StudyResult",
     "Verification",
     "__version__",
     "balance",
@@ -115,6 +121,7 @@ __all__ = [
     "score",
     "score_probabilities",
     "split",
+    "study",
     "verify",
     "write_scores",
 ]

@@ -53,7 +53,7 @@ _STATISTICS = (  # computed anew from finished cells
     *("comparison.py", "comparison_arrays.py", "comparison_findings.py", "comparison_metrics.py"),
     *("column_figure.py", "comparison_curves.py", "comparison_figures.py", "comparison_forest.py"),
     "comparison_rows.py",
-    *("difference.py", "figure_style.py", "metric_intervals.py"),
+    *("difference.py", "figure_style.py", "metric_intervals.py", "agreement.py", "score_agreement.py"),
 )
 _CELL = RequiredKeys(
     made_by={"*": str},

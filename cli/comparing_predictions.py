@@ -30,6 +30,7 @@ def write_predictions(result: Finetuned, examples: Examples, folder: Path) -> di
             "predicted": predicted,
             "correct": predicted == label,
             **_correct_without(result, predicted == label, examples.modalities),
+            **_branches(result, label),
             "probabilities": pa.FixedSizeListArray.from_arrays(
                 pa.array(result.predictions.ravel(), pa.float32()), result.predictions.shape[1]
             ),
@@ -50,6 +51,12 @@ def _correct_without(
         f"correct_without_{name}": result.without[name] > 0.5 if name in result.without else correct
         for name in modalities
     }
+
+
+def _branches(result: Finetuned, label: NDArray[np.integer[Any]]) -> dict[str, NDArray[np.float32]]:
+    """Return the columns of the probability of the true class by each modality alone."""
+    rows = np.arange(len(label))
+    return {f"branch_{name}": probability[rows, label] for name, probability in result.branches.items()}
 
 
 def read_predictions(folder: Path, test_ids: NDArray[np.object_], *, columns: Sequence[str]) -> pa.Table:

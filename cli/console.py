@@ -14,6 +14,7 @@ from ..audit.errors import cut_distinct, printable
 
 if TYPE_CHECKING:
     from ..rebalance.diff import ManifestDiff
+    from ..rebalance.score_agreement import ScoreAgreement
     from ..rebalance.verify import Verification
     from .manifests import Epoch
     from .training import FinetuneResult
@@ -244,8 +245,8 @@ def dump_order(epoch: Epoch) -> None:
         rows.writerows([step, printable(name) if to_terminal else name] for name in ids)
 
 
-def print_lines(result: Verification | ManifestDiff) -> None:
-    """Print the checks of a manifest, or the differences of two, one per line."""
+def print_lines(result: Verification | ManifestDiff | ScoreAgreement) -> None:
+    """Print the checks of a manifest, or how two manifests or score tables differ, one per line."""
     for line in result.lines():
         print_line(line)
 
@@ -434,6 +435,18 @@ def print_compare(summary: dict[str, Any]) -> None:
     for warning in summary["warnings"]:
         print_line(f"warning: {warning}")
     print_line(f"tables and correctness by sample: {summary['folder']}")
+
+
+def print_study(summary: dict[str, Any]) -> None:
+    """Print the verdicts on all samples of each dataset of a study, and its page."""
+    for name, entry in summary["sets"].items():
+        for line in entry["methods"]["verdicts"]:
+            print_line(f"{name}: {line}")
+        for row in entry["probes"]:
+            if row["measures"]:
+                rank = row["measures"][0]["rank"]["value"]
+                print_line(f"{name}: rank agreement with {row['name']} {'none' if rank is None else f'{rank:.2f}'}")
+    print_line(f"page: {summary['page']}")
 
 
 def print_methods(summary: dict[str, Any]) -> None:

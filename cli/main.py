@@ -58,6 +58,7 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="finetune", module="training", printer="print_finetune"),
     Command(name="evaluate", module="training", printer="print_evaluate"),
     Command(name="compare", module="comparing", printer="print_compare"),
+    Command(name="study", module="study", printer="print_study"),
     Command(name="report", module="scoring", printer="print_report"),
     Command(name="methods", module="methods", printer="print_methods"),
 )
@@ -99,6 +100,7 @@ _METAVARS: dict[str | tuple[str, str], str] = {
     "subset": "RULE",
     **dict.fromkeys(("like", "intersect", "exclude"), "MANIFEST"),
     "method": "METHOD",
+    "probe": "NAME: SECTION.KEY=VALUE",
     "shard": "I/N",
     ("compare", "grid"): "SECTION.KEY=VALUE,VALUE",
 }

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..audit.errors import ConfigError, ManifestError
+from ..audit.errors import ConfigError, ManifestError, ScoreError
 from ..audit.locks import WAIT_SECONDS, write_lock
-from ..audit.storage import write_text
+from ..audit.scores.table import read_scores
+from ..audit.storage import read_schema, write_text
 from ..rebalance.card import dataset_card
 from ..rebalance.curriculum import batch_rows, epoch_order, id_keys, num_steps, training_rows, with_validation
 from ..rebalance.diff import ManifestDiff, diff_manifests
 from ..rebalance.manifest import Manifest, compute_digests, read_manifest, read_provenance
+from ..rebalance.score_agreement import ScoreAgreement, compare_scores
 from .config import RunConfig, load_settings
 from .effects import effects_in_order, scored_settings, warn_without_effect
 from .progress import progress_bars
@@ -165,26 +167,48 @@ def verify(
     return replace(checked, checks=tuple(checks))
 
 
-def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> ManifestDiff:
-    """Compare two manifests: ids in only one of them, moved bins, changed scores, and their recipes.
+def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> ManifestDiff | ScoreAgreement:
+    """Compare two manifests: ids, bins, scores and recipes; or two runs: the rank agreement of their scores.
+
+    Of two runs, or score tables, it is the agreement of discrepancies and gaps of single samples within classes, and
+    that of the subsets, beside the ceiling that the scores' own reliability sets. Only samples in both count.
 
     Args:
-        first: Manifest file, or its name in the run.
-        second: Manifest to compare with.
-        run: Run folder.
+        first: Manifest file, or its name in the run; or a run folder or score table.
+        second: The same kind of file, to compare with.
+        run: Run folder of manifests that are given by name.
 
     Returns:
-        The differences.
+        The differences of the manifests, or the agreement of the score tables.
 
     Raises:
-        RunError: A manifest was not found.
+        RunError: A manifest was not found, or a run is not scored.
         ManifestError: A manifest is malformed.
+        ScoreError: A score table is malformed, or two have no samples in common.
 
     Example:
         >>> mmaudit.diff("balanced", "random").lines()
     """
+    scored = [_score_file(entry) for entry in (first, second)]
+    if scored[0] is not None and scored[1] is not None:
+        return compare_scores(read_scores(scored[0]), read_scores(scored[1]), name_a=str(first), name_b=str(second))
     run_dir = Run.open(run)
+    for entry, other, file in ((first, second, scored[0]), (second, first, scored[1])):
+        if file is not None:
+            raise ConfigError(f"{entry} is a run or a score table, {other} is neither: compare two of a kind")
     return diff_manifests(run_dir.find_manifest(str(first)), run_dir.find_manifest(str(second)))
+
+
+def _score_file(entry: str | Path) -> Path | None:
+    """Return the score table of a run folder, or the path of a score table; None for anything else."""
+    path = Path(entry)
+    if path.is_dir() and (path / "run.json").exists():
+        return Run.open(path).scores_file
+    if not path.is_file():
+        return None
+    names = read_schema(path, error=ScoreError).names
+    has_scores = sum(name.startswith("confidence_") for name in names) > 1
+    return path if has_scores and not {"subset", "reason"} & set(names) else None
 
 
 def card(manifest: str | Path, *, run: str | Path = "mmaudit-run", out: str | Path | None = None) -> Card:

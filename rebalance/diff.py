@@ -282,7 +282,7 @@ def diff_manifests(a: Path, b: Path, *, tolerance: float = 1e-6, limit: int = 20
         only_b=_unique_samples(join, 1, limit=limit),
         moved={name: _changed_names(name, join, limit=limit) for name in NAME_COLUMNS},
         shifted={name: _changed_numbers(name, join, tolerance=tolerance, limit=limit) for name in NUMBER_COLUMNS},
-        provenance=_changed_provenance(*provenances),
+        provenance=changed_provenance(*provenances),
         same_dataset=None if None in fingerprints else fingerprints[0] == fingerprints[1],
         tolerance=tolerance,
     )
@@ -361,7 +361,7 @@ def _correlation(values_a: NDArray[np.float64], values_b: NDArray[np.float64]) -
     return correlation if np.isfinite(correlation) else None
 
 
-def _changed_provenance(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_provenance(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the entries that differ between two provenances, by path; a missing entry is None."""
     leaves_a, leaves_b = dict(_leaves(a, "")), dict(_leaves(b, ""))
     pairs = {path: (leaves_a.get(path), leaves_b.get(path)) for path in sorted(leaves_a.keys() | leaves_b.keys())}

@@ -101,6 +101,16 @@ def test_shuffled_labels_keep_the_counts_and_the_test_labels() -> None:
     assert shuffle_labels(examples, seed=1).label.tolist() != shuffled.label.tolist()
 
 
+def test_shuffled_method_is_the_same_method_on_shuffled_labels() -> None:
+    text = "bss-h+sum: finetune.hidden=64"
+    plain, shuffled = parse_method(text), parse_method(f"shuffled:{text}")
+    assert shuffled.shuffled
+    assert replace(shuffled, name=plain.name, shuffled=False) == plain
+    assert shuffled.folder != plain.folder
+    with pytest.raises(ConfigError, match="joint"):
+        parse_method("shuffled:joit")
+
+
 def test_subsets_of_classes_and_missing_modalities(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,6 +24,7 @@ log = logging.getLogger("mmaudit")
 
 MAX_CLASSES = 30  # of which there are subsets; ours
 CURRICULA = ("bss-h", "balanced-first")  # samplers that anti-curriculum controls
+_SHUFFLED = "shuffled:"
 _METHOD = re.compile(r"(?P<head>(?:preset:)?[^:\s]+)\s*(?::\s*(?P<settings>\S.*))?")
 _NEXT_SETTING = re.compile(r"[,\s]\s*(?=[a-z_]+\.[\w.-]+=)")
 
@@ -64,6 +65,8 @@ def folder_name(text: str) -> str:
 def parse_method(text: str) -> MethodSpec:
     """Parse PART+PART: SETTING SETTING, where parts are a sampler, a balancer and a fusion, or preset:NAME.
 
+    After `shuffled:` it is the same method on shuffled labels of the training samples, a control.
+
     Raises:
         ConfigError: A part does not exist (the message names the nearest), or two parts are of the same kind.
 
@@ -71,6 +74,8 @@ def parse_method(text: str) -> MethodSpec:
         >>> parse_method("bss-h+sum: finetune.hidden=64").sampling
         'bss-h'
     """
+    if text.strip().startswith(_SHUFFLED):
+        return replace(parse_method(text.strip().removeprefix(_SHUFFLED)), name=text.strip(), shuffled=True)
     match = _METHOD.fullmatch(text.strip())
     if match is None:
         raise ConfigError(f"--method {text!r}: not of the form NAME+NAME: SECTION.KEY=VALUE, such as bss-h+sum")

@@ -41,12 +41,14 @@ _STATE = Path("state", "last.pt")  # in the folder of a run
 class Finetuned:
     """Result of a fine-tuning: the metrics of metrics.json, one record per epoch, fused test predictions.
 
+    branches: test predictions by each modality alone.
     without: per modality, the value of each test prediction with that modality absent, (n,): whether a class is right.
     """
 
     metrics: dict[str, Any]
     history: list[dict[str, float]]
     predictions: NDArray[np.float32]
+    branches: dict[str, NDArray[np.float32]]
     without: dict[str, NDArray[np.float32]]
 
 
@@ -255,7 +257,8 @@ def finetune_on(
         ),
     }
     without = {name: values[rest] for name, rest in zip(examples.modalities, sets_without(net), strict=True)}
-    return Finetuned(metrics=metrics, history=history, predictions=predictions["fused"], without=without)
+    fused = predictions.pop("fused")
+    return Finetuned(metrics=metrics, history=history, predictions=fused, branches=predictions, without=without)
 
 
 def _diverged(reason: str) -> TrainError:
