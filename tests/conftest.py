@@ -55,6 +55,29 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plain_figures() -> Iterator[None]:
+    """Build the figures of every report and encode a pixel in place of each: drawing them is half the time of a score.
+
+    Tests that look at the figures ask for `drawn_figures`.
+    """
+    from mmaudit.cli.report import figures
+
+    pixel = io.BytesIO()
+    Image.new("RGB", (1, 1), "white").save(pixel, "png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "png", lambda figure: pixel.getvalue())
+        yield
+
+
+@pytest.fixture
+def drawn_figures(plain_figures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the figures of reports, as users have them."""
+    from mmaudit.cli.report import drawing, figures
+
+    monkeypatch.setattr(figures, "png", drawing.png)
+
+
 @pytest.fixture(scope="session")
 def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 clips of 0.25 s and 16 x 16 pixels, in three classes that pitch and colour both separate; read-only."""

@@ -37,6 +37,8 @@ from mmaudit.cli.report.figures import build_figures, coloured_names, draw
 from mmaudit.cli.report.findings import class_numbers, discrepancies, gaps, maps, training
 from mmaudit.cli.report.outcome_figures import draw_finetune, draw_manifest
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 
 def numbers_of(
     confidence: np.ndarray[Any, Any], *, names: tuple[str, ...], labels: tuple[str, ...] = ("a", "b", "c")
