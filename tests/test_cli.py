@@ -34,7 +34,7 @@ def output_of(result: Result) -> str:
 
 @pytest.fixture(scope="module")
 def keypad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_keypad(tmp_path_factory.mktemp("keypad"), config=KeypadConfig(num_samples=120), seed=0)
+    return write_keypad(tmp_path_factory.mktemp("keypad"), config=KeypadConfig(num_samples=80), seed=0)
 
 
 @pytest.fixture(scope="module")
