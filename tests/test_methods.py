@@ -140,7 +140,7 @@ def test_pair_updates_all_parameters_but_frozen_encoders(tmp_path: Path, samplin
 
 
 @pytest.mark.parametrize(("sampling", "balancing"), MARKED_PAIRS)
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_run_killed_within_an_epoch_resumes_at_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: str, balancing: str, steps: int
 ) -> None:
@@ -218,7 +218,7 @@ def test_method_trains_under_optimizer_schedule_and_precision(
 
 @pytest.mark.parametrize("balancing", BALANCERS)
 def test_every_balancer_learns_the_planted_signal(tmp_path: Path, balancing: str) -> None:
-    config = with_options(QUICK, balancing=balancing, epochs=30, hidden=16)
+    config = with_options(QUICK, balancing=balancing, epochs=12, lr=0.03, hidden=16)
     branches = fine_tune(make_examples(240), tmp_path, config).metrics["test"]["all"]["branches"]
     # MLA trains each modality alone: one bit each, so the more confident one is correct at least half the time.
     assert branches["fused"]["accuracy"] > (0.4 if balancing == "mla" else 0.9)
@@ -226,7 +226,7 @@ def test_every_balancer_learns_the_planted_signal(tmp_path: Path, balancing: str
 
 @pytest.mark.parametrize("sampling", SAMPLERS)
 def test_every_sampler_learns_the_planted_signal(tmp_path: Path, sampling: str) -> None:
-    config = with_options(QUICK, sampling=sampling, balancing="sum", epochs=30, hidden=16)
+    config = with_options(QUICK, sampling=sampling, balancing="sum", epochs=12, lr=0.03, hidden=16)
     branches = fine_tune(make_examples(240), tmp_path, config).metrics["test"]["all"]["branches"]
     assert branches["fused"]["accuracy"] > 0.9
 
