@@ -145,15 +145,15 @@ def test_multilabel_and_regression_signals_are_found() -> None:
 
 
 def test_memorisation_helps_only_with_copies_in_other_folds() -> None:
-    """Patches of random classes, each twice: out of fold, only copies are predictable."""
+    """Patches of random classes, each three times: out of fold, only copies are predictable."""
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 255, (16, 2, 2, 3)).astype(np.uint8)
-    rows = patches.repeat(4, axis=1).repeat(4, axis=2).reshape(16, 192).repeat(2, axis=0)
-    label = (rng.permutation(16) % 2).astype(np.int32).repeat(2)
+    rows = patches.repeat(4, axis=1).repeat(4, axis=2).reshape(16, 192).repeat(3, axis=0)
+    label = (rng.permutation(16) % 2).astype(np.int32).repeat(3)
     target = Target(task="classification", label=label, num_outputs=2)
-    config = replace(QUICK, epochs=25, lr=0.02, lr_step=15, min_crop=1.0, flip=False, width=1 / 8)
-    together = cross(label, group=[f"g{row // 2}" for row in range(32)], num_folds=2)
-    separated = replace(together, fold=(together.fold + np.arange(32) % 2).astype(np.int16) % 2)
+    config = replace(QUICK, epochs=15, lr=0.02, lr_step=9, min_crop=1.0, flip=False, width=1 / 8)
+    together = cross(label, group=[f"g{row // 3}" for row in range(48)])
+    separated = replace(together, fold=(together.fold + np.arange(48) % 3).astype(np.int16) % 3)
     assert accuracy(fit(rows, target, separated, config=config), target) > 0.85
     assert accuracy(fit(rows, target, together, config=config), target) < 0.75  # of 16 pictures: chance 0.5, sd 0.125
 
