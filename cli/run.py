@@ -231,6 +231,11 @@ class Run:
         folders = [path.parent for path in (self.folder / "finetune").glob("*/metrics.json")]
         return sorted(folder for folder in folders if folder.name[0] != ".")
 
+    def comparisons(self) -> list[Path]:
+        """Return what finished comparisons state for the report, compare/NAME/compare.json, sorted by name."""
+        paths = (self.folder / "compare").glob("*/compare.json")
+        return sorted(path for path in paths if path.parent.name[0] != ".")
+
     def is_scored(self) -> bool:
         """Return whether score has finished in this folder."""
         return self.record_file.exists()
@@ -285,6 +290,7 @@ class Run:
         """Raise RunError if a report would read or write through a link that leads out of the run folder."""
         names = [self.record_file, self.scores_file, self.quarantine_file, self.mixture_file, self.recovery_file]
         inside = [*self.manifests_folder.glob("*"), *(self.folder / "finetune").glob("*/*"), self.figures]
+        inside += self.comparisons()
         root = self.folder.resolve()
         for path in (*names, *inside):
             if not path.resolve().is_relative_to(root):
