@@ -218,9 +218,7 @@ def finetune(
         with progress_bars(progress) as report_progress:
             digest = source.digest(config, num_workers=workers, progress=report_progress)
         return _result(folder, _finished(folder, resolved, digest, code=code))
-    weights = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
-    if overwrite and weights is not None and folder.resolve() in weights.resolve().parents:
-        raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
+    weights = _initial_weights(run_dir, config, replaced=folder if overwrite else None)
     if config.finetune.end_to_end:
         check_lora(config.finetune.lora)
     if config.finetune.report_to:
@@ -265,6 +263,16 @@ def finetune(
             _write_finetune(target, metrics, loaded)
             swap_finetune(run_dir.folder, folder.name)
     return _result(folder, metrics)
+
+
+def _initial_weights(run_dir: Run, config: RunConfig, *, replaced: Path | None) -> Path | None:
+    """Return the file that --init loads; ConfigError where it lies in the folder that is replaced."""
+    if config.finetune.init is None:
+        return None
+    weights = _find_model(run_dir, config.finetune.init)
+    if replaced is not None and replaced.resolve() in weights.resolve().parents:
+        raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
+    return weights
 
 
 def _write_finetune(target: Path, metrics: dict[str, Any], loaded: LoadedSource) -> None:

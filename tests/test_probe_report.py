@@ -274,14 +274,18 @@ def test_network_control_has_two_folds_of_half_the_rows() -> None:
     assert all(np.bincount(halves.fold[expected_fold == fold]).min() > 40 for fold in range(5))
 
 
-@pytest.mark.parametrize("leaks", [False, True], ids=["apart", "together"])
+# The quicker twins of "apart": test_shuffled_labels_of_clean_data_are_at_chance and that of memorisation in
+# test_network_probe.py.
+@pytest.mark.parametrize(
+    "leaks", [pytest.param(False, id="apart", marks=pytest.mark.slow), pytest.param(True, id="together")]
+)
 def test_network_control_detects_training_on_scored_rows(leaks: bool) -> None:
     """24 pictures of random patches: memorisation helps only if the same rows are scored."""
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 255, (24, 2, 2, 3)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     rows = MatrixInputs(matrix=patches.reshape(24, 192))
     target = CLASSES.take(np.arange(24) % 2 * 2)
-    config = NetworkConfig(epochs=40, batch_size=8, lr=0.02, lr_step=16, min_crop=1.0, flip=False, width=1 / 8)
+    config = NetworkConfig(epochs=25, batch_size=8, lr=0.02, lr_step=16, min_crop=1.0, flip=False, width=1 / 8)
 
     def train(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         if inputs.num_features == 2:

@@ -210,16 +210,9 @@ def load_examples(
     table, in_manifest = _with_dropped_test(manifest.table, dropped)
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
     rows = _find_rows(ids, samples.sample_id)
-    names = np.array(samples.class_names, dtype=object)[samples.label[rows]]
     content = row_content([status.content for status in statuses])[rows]
-    for field_name, column, current in (
-        ("content", "content", content),
-        ("label", "label_name", names),
-        ("split", "split", samples.split[rows]),
-    ):
-        if column == "split" and manifest.provenance.get("recipe", {}).get("resplit"):
-            continue  # the manifest has its own splits
-        _check_same(field_name, ids, np.array(table[column].to_pylist(), dtype=object), current)
+    has_own_splits = bool(manifest.provenance.get("recipe", {}).get("resplit"))
+    _check_unchanged(table, samples, rows, content=content, with_splits=not has_own_splits)
     _check_usable(ids, rows, statuses)
     order = canonical_order(ids)  # the order of the manifest does not change a training
     table, in_manifest = table.take(order), in_manifest[order]
@@ -250,6 +243,21 @@ def load_examples(
         task=samples.task,
         values=values,
     )
+
+
+def _check_unchanged(
+    table: pa.Table, samples: Samples, rows: RowIndex, *, content: NDArray[np.object_], with_splits: bool
+) -> None:
+    """Raise ManifestError where the content, label or split of a manifest's row differs from those of its source."""
+    columns = {
+        "content": ("content", content),
+        "label": ("label_name", np.array(samples.class_names, dtype=object)[samples.label[rows]]),
+        "split": ("split", samples.split[rows]),
+    }
+    ids = np.array(table["sample_id"].to_pylist(), dtype=object)
+    for name, (column, current) in columns.items():
+        if name != "split" or with_splits:
+            _check_same(name, ids, np.array(table[column].to_pylist(), dtype=object), current)
 
 
 def _view_of(matrix: FeatureMatrix, tasks: Sequence[EncodeTask]) -> PictureView | None:

@@ -124,7 +124,7 @@ def load_fusion(name: str) -> type[Fusion]:
     if name in FUSIONS:
         fusion: type[Fusion] = FUSIONS.load(name)
         return fusion
-    own_fusion: type[Fusion] | None = BALANCERS.load(name).own_fusion if name in BALANCERS.names() else None
+    own_fusion: type[Fusion] | None = BALANCERS.load(name).own_fusion if BALANCERS.offers(name) else None
     if own_fusion is None:
         raise RunError(f"the model was trained with the fusion {name}, which is not installed")
     return own_fusion
@@ -244,8 +244,10 @@ def _resolve_sections(
     config_types = _config_types([method], axis=axis)
     own_section = next(iter(config_types), None)
     if not sections.keys() <= config_types.keys():
-        methods = [registry.load(name) for name in registry.names() if name in registry or name in sections]
-        config_types = _config_types([method, *methods], axis=axis)
+        config_types = _config_types([method, *map(registry.load, registry)], axis=axis)
+    if not sections.keys() <= config_types.keys():
+        installed = [registry.load(name) for name in registry.installed() if name in sections]
+        config_types = _config_types([method, *map(registry.load, registry), *installed], axis=axis)
     config = method.default_config()
     for section, values in sections.items():
         if section not in config_types:

@@ -103,7 +103,7 @@ def check_encoder(modality: Modality) -> None:
             check_model(name[3:], kind)
         elif all(name.partition(":")):
             load_function(name)
-        elif name not in ENCODERS.names():
+        elif not ENCODERS.offers(name):
             raise ConfigError(f"no such encoder; {choices(name, (*ENCODERS.names(), *_OTHER_FORMS))}")
         elif kind not in _encoders_by_kind(name):
             raise ConfigError(f"it does not read {kind}; {choices(kind, _encoders_by_kind(name))}")
