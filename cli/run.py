@@ -175,6 +175,30 @@ class Run:
         return self.folder / "scores.parquet"
 
     @property
+    def score_source(self) -> Path:
+        """Path of the score table: a file, or the folder of its parts."""
+        return parts if (parts := self.folder / "scores").is_dir() else self.scores_file
+
+    def score_part(self, number: int) -> Path:
+        """Return the path of a part of the score table of large data."""
+        return self.folder / "scores" / f"part-{number:05d}.parquet"
+
+    @property
+    def shards_file(self) -> Path:
+        """Path of the plan of parts."""
+        return self.folder / "shards.json"
+
+    @property
+    def probes(self) -> Path:
+        """Folder of the probes of a run in several parts or stages."""
+        return self.folder / "probes"
+
+    @property
+    def stages(self) -> Path:
+        """Folder of what passes between stages; removed when the run is finished."""
+        return self.folder / "stages"
+
+    @property
     def quarantine_file(self) -> Path:
         """Path of the quarantine table, one row per reason for not scoring a sample."""
         return self.folder / "quarantine.parquet"
@@ -268,7 +292,7 @@ class Run:
     def scores(self) -> ScoreTable:
         """Read the score table; raise RunError if the run is not scored."""
         self.record()
-        return read_scores(self.scores_file)
+        return read_scores(self.score_source)
 
     def check_folder(self) -> None:
         """Raise RunError if the folder holds something other than a run; a new or empty folder is accepted."""
@@ -276,14 +300,15 @@ class Run:
             raise RunError(f"{self.folder} is a file; pass a folder with --run")
         if not self.folder.exists() or self.is_scored():
             return
-        own = {*SCORE_FILES, *REPORT_FILES, *MADE_FROM_SCORES, "features"}
+        own = {*SCORE_FILES, *REPORT_FILES, *MADE_FROM_SCORES, "features", "stages"}
         foreign = [path.name for path in self.folder.iterdir() if path.name not in own and path.name[0] != "."]
         if foreign:
             raise RunError(f"{self.folder} holds {sorted(foreign)[0]} and is not a run; pass another folder with --run")
 
     def check_links(self) -> None:
         """Raise RunError if a report would read or write through a link that leads out of the run folder."""
-        names = [self.record_file, self.scores_file, self.quarantine_file, self.mixture_file, self.recovery_file]
+        names = [self.record_file, self.quarantine_file, self.mixture_file, self.recovery_file]
+        names += [self.scores_file, self.score_source, *self.score_source.glob("*")]
         inside = [*self.manifests_folder.glob("*"), *(self.folder / "finetune").glob("*/*"), self.figures]
         root = self.folder.resolve()
         for path in (*names, *inside):
@@ -374,7 +399,10 @@ def _checked_name(name: str) -> str:
     return name
 
 
-SCORE_FILES = ("run.json", "scores.parquet", "quarantine.parquet", "mixture.json")
+SCORE_FILES = (
+    *("run.json", "scores.parquet", "scores", "quarantine.parquet", "mixture.json"),
+    *("shards.json", "probes"),
+)
 REPORT_FILES = ("report.html", "report.json", "figures")
 MADE_FROM_SCORES = ("compare", "finetune", "manifests", "recovery.json")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -60,7 +61,7 @@ class Samples:
     def __post_init__(self) -> None:
         repeated = [name for name, count in Counter(self.sample_id).items() if count > 1]
         if repeated:
-            raise _repeated_ids(repeated)
+            raise repeated_ids(repeated)
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -107,7 +108,7 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
             )
     if columns.id and len(set(sample_id)) < len(sample_id):
         repeated = [name for name, count in Counter(sample_id).items() if count > 1]
-        raise _repeated_ids(repeated, columns=columns.id, way_out=_unique_columns(dataset))
+        raise repeated_ids(repeated, columns=columns.id, way_out=unique_columns(dataset))
     labels = read_labels(dataset, rows)
     group = _read_group(rows[columns.group].to_pylist(), sample_id) if columns.group else None
     if columns.split:
@@ -131,7 +132,7 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     )
 
 
-def _repeated_ids(repeated: Sequence[str], *, columns: Sequence[str] = (), way_out: str | None = None) -> DatasetError:
+def repeated_ids(repeated: Sequence[str], *, columns: Sequence[str] = (), way_out: str | None = None) -> DatasetError:
     """Return the error of ids that are not unique, with the option of --id that makes them so, if there is one."""
     source = f" in {','.join(columns)}" if columns else ""
     hint = f"they are with --id {way_out}" if way_out else "choose another column with --id"
@@ -140,7 +141,7 @@ def _repeated_ids(repeated: Sequence[str], *, columns: Sequence[str] = (), way_o
     )
 
 
-def _unique_columns(dataset: Dataset) -> str | None:
+def unique_columns(dataset: Dataset) -> str | None:
     """Return the value of --id that makes ids unique: the id columns after one of groups or ids, else one column."""
     types = zip(dataset.schema.names, dataset.schema.types, strict=True)
     names = [name for name, type_ in types if (is_text(type_) or pa.types.is_integer(type_)) and "," not in name]
@@ -183,24 +184,42 @@ def stratified_cut(
     them is passed over. Where every group would, the mask is False everywhere.
     """
     if group is None:
-        keys = hash_rank(sample_id, seed=seed, purpose=purpose)
+        keys, codes = hash_rank(sample_id, seed=seed, purpose=purpose), None
+    else:
+        names, codes = np.unique(group.astype(str), return_inverse=True)
+        keys = hash_rank(names.tolist(), seed=seed, purpose=purpose)
+    return cut_by_keys(keys, label, codes, fraction=fraction, at_most=at_most)
+
+
+def cut_by_keys(
+    keys: NDArray[np.uint64],
+    label: NDArray[np.int32],
+    group: NDArray[np.integer[Any]] | None,
+    *,
+    fraction: float,
+    at_most: bool = False,
+) -> NDArray[np.bool_]:
+    """Return a mask (n,) of `fraction` of the rows as `stratified_cut` does.
+
+    keys: of the rows (n,), or of the groups (g,), of which each row has one, group (n,).
+    """
+    if group is None:
         drawn_rows = np.lexsort((keys, stratify(keys, label)))[: max(1, round(fraction * len(label)))]
         is_drawn = np.zeros(len(label), dtype=bool)
         is_drawn[drawn_rows] = True
         return is_drawn
-    names, sizes = np.unique(group.astype(str), return_counts=True)
-    order = np.argsort(hash_rank(names.tolist(), seed=seed, purpose=purpose), kind="stable")
+    sizes, order, drawn = np.bincount(group), np.argsort(keys, kind="stable"), np.zeros(len(keys), dtype=bool)
     if at_most:
-        rows_left, drawn = max(1, round(fraction * len(label))), np.zeros(len(names), dtype=bool)
+        rows_left = max(1, round(fraction * len(label)))
         for index in order.tolist():
-            if sizes[index] <= rows_left and drawn.sum() < len(names) - 1:
+            if sizes[index] <= rows_left and drawn.sum() < len(keys) - 1:
                 drawn[index] = True
                 rows_left -= int(sizes[index])
-        return np.isin(group.astype(str), names[drawn])
+        return drawn[group]
     group_middle = np.cumsum(sizes[order]) - sizes[order] / 2  # a group is drawn if its middle lies below the fraction
     num_groups = max(1, int((group_middle < fraction * sizes.sum()).sum()))
-    drawn_groups = order[: min(num_groups, len(names) - 1)]  # at least one group is not drawn
-    return np.isin(group.astype(str), names[drawn_groups])
+    drawn[order[: min(num_groups, len(keys) - 1)]] = True  # at least one group is not drawn
+    return drawn[group]
 
 
 def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDArray[np.object_]:

@@ -7,21 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from ..dataset.modalities import Modality
 from .encode import EncodeTask, column_of, read_arrow
-from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs
+from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs, chunks
 from .vectors import count_terms, holds_terms, keep_buckets, weigh_terms
 
 if TYPE_CHECKING:
     from .encoded_samples import Status
-from typing import TYPE_CHECKING
 
-from .matrix import chunks
+
+class ModalityRows(Protocol):
+    """Which rows of a dataset have a modality: a Status, or UsableRows."""
+
+    @property
+    def modality(self) -> Modality:
+        """The modality."""
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """Whether each row has it (n,)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsableRows:
+    """Which rows have a modality, usable (n,)."""
+
+    modality: Modality
+    usable: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +51,14 @@ class FeatureMatrix:
     """
 
     tasks: tuple[EncodeTask, ...]
-    status: Status
+    status: ModalityRows
     row: RowIndex
     shard_starts: RowIndex
     num_features: int
     columns: RowIndex | None = None
 
     @classmethod
-    def of(cls, tasks: Sequence[EncodeTask], status: Status, row: RowIndex) -> FeatureMatrix:
+    def of(cls, tasks: Sequence[EncodeTask], status: ModalityRows, row: RowIndex) -> FeatureMatrix:
         """Open the vectors of these dataset rows, of which at least one must be usable."""
         shard_starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)])
         opened = cls(tasks=tuple(tasks), status=status, row=row, shard_starts=shard_starts, num_features=0)

@@ -128,10 +128,21 @@ class CrossFit:
     fits: NDArray[np.bool_]
     key: NDArray[np.uint64]  # hash of the id: subsamples are the rows with the smallest keys
 
-    @property
-    def num_folds(self) -> int:
-        """Number of folds in use."""
-        return int(self.fold.max()) + 1
+    num_folds: int = 0  # in use; 0: counted
+
+    def __post_init__(self) -> None:
+        if not self.num_folds:
+            object.__setattr__(self, "num_folds", int(self.fold.max()) + 1)
+
+    def take(self, samples: RowIndex) -> CrossFit:
+        """Return the folds of a part of the samples (b,)."""
+        return CrossFit(
+            fold=self.fold[samples],
+            inner=self.inner[samples],
+            fits=self.fits[samples],
+            key=self.key[samples],
+            num_folds=self.num_folds,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,7 +111,7 @@ def _eta_squared(groups: list[em.Floats]) -> float:
 
 
 PERMUTATIONS = 20  # ours; a verdict that survives in more than half of them survives
-_PERMUTED_ROWS = 200_000  # by position, in the order of the ids' hashes: more rows do not change the verdict
+PERMUTED_ROWS = 200_000  # by position, in the order of the ids' hashes: more rows do not change the verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ def permute_within_classes(
 
     Values move among the samples that have the modality. Of the first 200,000 rows; the caller orders them by a hash.
     """
-    confidence, label = confidence[:_PERMUTED_ROWS], label[:_PERMUTED_ROWS]
+    confidence, label = confidence[:PERMUTED_ROWS], label[:PERMUTED_ROWS]
     check = MarginCheck(num_permutations=PERMUTATIONS, num_bimodal=None, num_rows=len(label))
     if not bimodal:
         return check

@@ -344,7 +344,7 @@ def read_scores(path: str | Path) -> ScoreTable:
     """Read a score table, of mmaudit or any other with sample_id, a label and two or more columns confidence_M.
 
     Args:
-        path: A Parquet file.
+        path: A Parquet file, or a folder with the parts of a table.
 
     Returns:
         The table, with `provenance` from the file's metadata.
@@ -358,7 +358,7 @@ def read_scores(path: str | Path) -> ScoreTable:
         >>> scores.modalities  # doctest: +SKIP
         ('audio', 'video')
     """
-    table, provenance = read_parquet(Path(path), error=ScoreError, shape=PROVENANCE)
+    table, provenance = _read_table(Path(path))
     path_columns = [name for name in provenance.pop("paths", []) if name in table.column_names]
     modalities = check_score_schema(table.schema, where=str(path), paths=path_columns)
     label, label_name = _labels(table)
@@ -380,6 +380,18 @@ def read_scores(path: str | Path) -> ScoreTable:
         paths=table.select(path_columns) if path_columns else None,
         provenance=provenance,
     )
+
+
+def _read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """Read a file, or the parts of a table in a folder, and the metadata of the first part."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise ScoreError(f"{path} has no Parquet files")
+    parts = [read_parquet(file, error=ScoreError, shape=PROVENANCE) for file in files]
+    try:
+        return pa.concat_tables([table for table, _ in parts]), parts[0][1]
+    except pa.ArrowException as cause:
+        raise ScoreError(f"the files of {path} have different columns: {str(cause).splitlines()[0]}") from cause
 
 
 def _check_values(name: str, values: NDArray[np.generic], column: Column) -> None:
@@ -419,6 +431,16 @@ def _to_arrow(name: str, values: NDArray[Any] | None, *, length: int) -> pa.Arra
         return pa.nulls(length, type_)
     missing = np.isnan(values) if values.dtype.kind == "f" else values < 0 if is_class else None
     return pa.array(values, type_, mask=missing if missing is not None and missing.any() else None)
+
+
+def to_null(name: str, values: NDArray[Any]) -> pa.Array:
+    """Return values (n,) as a column of the file, null where they are NaN."""
+    return _to_arrow(name, values, length=len(values))
+
+
+def float_column(table: pa.Table, name: str) -> Floats:
+    """Return a column of a score table as float32 (n,), null as NaN."""
+    return np.asarray(table[name].to_numpy(), dtype=np.float32)
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray | None:
