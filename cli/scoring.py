@@ -12,7 +12,7 @@ from typing import Any
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.joined import join_vectors
 from ..audit.engine.plan import SINGLE
-from ..audit.engine.stages import fingerprint_of_data
+from ..audit.engine.stages import fingerprint_of_data, run_all
 from ..audit.engine.store import FolderStore, MemoryStore
 from ..audit.errors import ConfigError, RunError
 from ..audit.features.encode import EncodeTask, encode_dataset
@@ -26,7 +26,7 @@ from .effects import effects_in_scoring, warn_without_effect
 from .progress import progress_bars
 from .provenance import check_config, open_encodable, own_record
 from .run import Run
-from .staging import StageResult, check_stage, open_job, publish, run_all, run_merge, run_stage
+from .staging import StageResult, check_stage, open_job, publish, run_merge, run_stage
 
 log = logging.getLogger("mmaudit")
 

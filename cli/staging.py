@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +14,18 @@ from ..audit.engine.executors import Executor, LocalExecutor, ShardExecutor
 from ..audit.engine.fitting import NetworkSettings
 from ..audit.engine.merging import Audit, Merged
 from ..audit.engine.plan import plan_parts, take_parts
-from ..audit.engine.scoring import finish_part
 from ..audit.engine.stages import (
     FitResults,
     ScoringJob,
     encode,
+    finished_parts,
     fit,
     log_cut,
     merge_parts,
     read_rows,
     save_fit,
     score,
+    timed,
 )
 from ..audit.engine.store import FolderStore, MemoryStore, Store
 from ..audit.errors import ConfigError, choices, quarantine_table
@@ -125,26 +123,6 @@ def open_job(
     )
 
 
-def run_all(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
-    """Run the stages up to `merge` in this process; return their results and the seconds that they took."""
-    seconds: dict[str, float] = {}
-    executor, parts = LocalExecutor(), job.plan.parts
-    executor.run(lambda own: read_rows(job, own), parts)
-    data = job.row_data()
-    log_cut(job, data)
-    with timed(seconds, "encode"):
-        executor.run(lambda own: encode(job, own), parts)
-    with timed(seconds, "probe"):
-        results = FitResults(job=job)
-        if job.in_memory:
-            results = FitResults(job=job, kept=fit(job, data))
-        elif not job.store.has("selection"):
-            save_fit(job, *fit(job, data))
-        del data  # its columns are those of all rows
-        executor.run(lambda own: score(job, results, own), parts)
-        return results, merge_parts(job, results), seconds
-
-
 def run_merge(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
     """Run the stage `merge` on the results of earlier ones."""
     seconds: dict[str, float] = {}
@@ -202,11 +180,7 @@ def publish(
     with replacing(run_dir.folder, replaced, lock=lock) as folder:
         staged = Run(folder)
         counts = []
-        for part in job.plan.parts:
-            scores = job.store.read("scores", part.index)
-            if not scores.num_columns:
-                continue  # no sample of the part is scored
-            table, count = finish_part(scores, job.store.read("measured", part.index), merged.whole, names=job.names)
+        for part, table, count in finished_parts(job, merged):
             file = staged.scores_file if len(job.plan.parts) == 1 else staged.score_part(part.index)
             write_parquet(table, file, provenance={**provenance, "paths": job.dataset.path_columns})
             counts.append(count)
@@ -219,12 +193,3 @@ def publish(
             shutil.copytree(job.probes, staged.probes)
         staged.write_record(signed_record(record, folder=run_dir.folder, scores=staged.score_source))
     shutil.rmtree(run_dir.stages, ignore_errors=True)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the seconds of a block."""
-    start = time.monotonic()
-    yield
-    seconds[stage] = round(time.monotonic() - start, 3)
-    log.debug("%s took %.1f s", stage, seconds[stage])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +29,7 @@ from .fitting import Fitted, NetworkSettings, fit_probes
 from .merging import Merged, PartColumns, merge
 from .plan import Part, ShardPlan
 from .row_data import EncodedData, RowData, read_row_table, read_status_table
-from .scoring import PartRows, part_inputs, score_part, take_probes
+from .scoring import PartRows, finish_part, part_inputs, score_part, take_probes
 from .selection import Selection, fingerprint, read_selection, select, selection_record, selection_tables
 from .store import MemoryStore, Store
 
@@ -320,3 +322,41 @@ def merge_parts(job: ScoringJob, results: FitResults) -> Merged:
         mixture=job.mixture,
         seed=job.seed,
     )
+
+
+def finished_parts(job: ScoringJob, merged: Merged) -> Iterator[tuple[Part, pa.Table, dict[str, int] | None]]:
+    """Stage `finish`: yield each part with samples, its whole score table, and the counts of balanced_side."""
+    for part in job.plan.parts:
+        scores = job.store.read("scores", part.index)
+        if scores.num_columns:
+            measured = job.store.read("measured", part.index)
+            yield part, *finish_part(scores, measured, merged.whole, names=job.names)
+
+
+def run_all(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
+    """Run the stages up to `merge` in this process; return their results and the seconds that they took."""
+    seconds: dict[str, float] = {}
+    parts = job.plan.parts
+    read_rows(job, parts)
+    data = job.row_data()
+    log_cut(job, data)
+    with timed(seconds, "encode"):
+        encode(job, parts)
+    with timed(seconds, "probe"):
+        results = FitResults(job=job)
+        if job.in_memory:
+            results = FitResults(job=job, kept=fit(job, data))
+        elif not job.store.has("selection"):
+            save_fit(job, *fit(job, data))
+        del data  # its columns are those of all rows
+        score(job, results, parts)
+        return results, merge_parts(job, results), seconds
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds of a block."""
+    start = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - start, 3)
+    log.debug("%s took %.1f s", stage, seconds[stage])

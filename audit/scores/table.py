@@ -359,8 +359,14 @@ def read_scores(path: str | Path) -> ScoreTable:
         ('audio', 'video')
     """
     table, provenance = _read_table(Path(path))
+    return scores_of_table(table, provenance, where=str(path))
+
+
+def scores_of_table(table: pa.Table, provenance: dict[str, Any], *, where: str) -> ScoreTable:
+    """Return the score table with these columns; `provenance` is the metadata of its file."""
+    provenance = {**provenance}
     path_columns = [name for name in provenance.pop("paths", []) if name in table.column_names]
-    modalities = check_score_schema(table.schema, where=str(path), paths=path_columns)
+    modalities = check_score_schema(table.schema, where=where, paths=path_columns)
     label, label_name = _labels(table)
     split = _strings(table, "split")
     check_splits(() if split is None else set(split))
