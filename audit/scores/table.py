@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 from ..dataset.columns import SPLITS
 from ..dataset.modalities import RESERVED
 from ..errors import ScoreError
+from ..hashing import hash_ids
 from ..metrics import Floats, discrepancy, discrepancy_between, dominant_modality, gap
 from ..parsing import Shape
-from ..storage import read_parquet, write_parquet
+from ..storage import read_batches, read_parquet, write_parquet
 
 _MODALITY: Shape = {"name": str, "column": str, "kind": str, "encoder": str, "length": (int, type(None))}
 _PROBES: dict[str, Shape] = {"probe": {"learn_from": str}, "network": {"width": float}}
@@ -398,6 +400,29 @@ def _read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         return pa.concat_tables([table for table, _ in parts]), parts[0][1]
     except pa.ArrowException as cause:
         raise ScoreError(f"the files of {path} have different columns: {str(cause).splitlines()[0]}") from cause
+
+
+def read_score_sample(folder: Path, *, max_rows: int) -> ScoreTable:
+    """Read the rows of the parts of a table with the smallest hashes of their ids, at most `max_rows`.
+
+    One part is in memory at a time, and eight bytes of each row.
+    """
+    files = sorted(folder.glob("*.parquet"))
+    keys = [_id_keys(file) for file in files]
+    if sum(map(len, keys)) <= max_rows:
+        return read_scores(folder)
+    last = np.partition(np.concatenate(keys), max_rows - 1)[max_rows - 1]
+    parts = []
+    for file, key in zip(files, keys, strict=True):
+        table, provenance = read_parquet(file, error=ScoreError, shape=PROVENANCE)
+        parts.append(table.filter(pa.array(key <= last)))
+    return scores_of_table(pa.concat_tables(parts), provenance, where=str(folder))
+
+
+def _id_keys(file: Path) -> NDArray[np.uint64]:
+    with closing(read_batches(file, error=ScoreError, rows=1 << 17, columns=["sample_id"])) as batches:
+        columns = [table["sample_id"].combine_chunks() for table in batches]
+    return np.concatenate([hash_ids(column, seed=0, purpose="report") for column in columns])
 
 
 def _check_values(name: str, values: NDArray[np.generic], column: Column) -> None:
