@@ -351,8 +351,8 @@ def _sample(numbers: Section) -> list[str]:
     if (sample := numbers.get("sample")) is None:
         return []
     return [
-        f"Shares, figures and lists of samples are those of {sample['num_rows']:,} of {sample['num_scored']:,} samples, "
-        "drawn by the hashes of their ids. The probe report, the mixture and the counts are of all."
+        f"Shares, figures and lists of samples are those of {sample['num_rows']:,} of {sample['num_scored']:,} "
+        "samples, drawn by the hashes of their ids. The probe report, the mixture and the counts are of all."
     ]
 
 
