@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from .cli.demo import DemoResult, demo
     from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
     from .cli.methods import MethodTable, methods
+    from .cli.planning import PlanResult, plan
     from .cli.scoring import ReportResult, ScoreResult, report, score
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
+    from .cli.staging import StageResult
     from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
     from .rebalance.diff import ManifestDiff
     from .rebalance.keep import Keep, keep
@@ -46,7 +48,9 @@ _NAMES = {
     "cli.demo": ["DemoResult", "demo"],
     "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
     "cli.methods": ["MethodTable", "methods"],
+    "cli.planning": ["PlanResult", "plan"],
     "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
+    "cli.staging": ["StageResult"],
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
     "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
     "rebalance.diff": ["ManifestDiff"],
@@ -81,12 +85,14 @@ __all__ = [
     "Mixture",
     "MmauditError",
     "MultimodalModel",
+    "PlanResult",
     "ReplayResult",
     "ReportResult",
     "RunConfig",
     "ScoreResult",
     "ScoreTable",
     "SplitSummary",
+    "StageResult",
     "Verification",
     "__version__",
     "balance",
@@ -106,6 +112,7 @@ __all__ = [
     "methods",
     "open_dataset",
     "order",
+    "plan",
     "read_manifest",
     "read_scores",
     "replay",

@@ -458,6 +458,11 @@ def print_presets(presets: list[dict[str, Any]]) -> None:
                 print_line(f"{'':<{width}}  {heading}: {text}")
 
 
+def print_plan(summary: dict[str, Any]) -> None:
+    """Print the script of a plan."""
+    print_text(summary["script"].rstrip())
+
+
 def print_report(summary: dict[str, Any]) -> None:
     """Print the path of the report."""
     print_line(f"report: {summary['report']}")

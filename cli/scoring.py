@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.joined import join_vectors
+from ..audit.engine.part_store import FolderStore, MemoryStore
 from ..audit.engine.plan import SINGLE
 from ..audit.engine.stages import fingerprint_of_data, run_all
-from ..audit.engine.store import FolderStore, MemoryStore
 from ..audit.errors import ConfigError, RunError
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.locks import WAIT_SECONDS, write_lock
@@ -87,6 +87,66 @@ class ReportResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the paths as texts."""
         return {"report": str(self.page), "numbers": str(self.numbers), "figures": [str(path) for path in self.figures]}
+
+
+@overload
+def score(
+    data: str | Path | None = None,
+    *,
+    run: str | Path = "mmaudit-run",
+    features: Mapping[str, str | Path] | Sequence[str] | None = None,
+    preset: str | None = None,
+    modality: Mapping[str, str] | Sequence[str] | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    task: str | None = None,
+    label: str | None = None,
+    id: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
+    allow_outside: bool = False,
+    learn_from: str | None = None,
+    repeats: int | None = None,
+    thorough: bool = False,
+    overwrite: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    stage: None = None,
+    shard: None = None,
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    progress: bool = True,
+) -> ScoreResult: ...
+
+
+@overload
+def score(
+    data: str | Path | None = None,
+    *,
+    run: str | Path = "mmaudit-run",
+    features: Mapping[str, str | Path] | Sequence[str] | None = None,
+    preset: str | None = None,
+    modality: Mapping[str, str] | Sequence[str] | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    task: str | None = None,
+    label: str | None = None,
+    id: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
+    allow_outside: bool = False,
+    learn_from: str | None = None,
+    repeats: int | None = None,
+    thorough: bool = False,
+    overwrite: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    stage: str,
+    shard: str | None = None,
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    progress: bool = True,
+) -> ScoreResult | StageResult: ...
 
 
 def score(

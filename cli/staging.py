@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from ..audit.dataset.dataset import Dataset
 from ..audit.engine.executors import Executor, LocalExecutor, ShardExecutor
 from ..audit.engine.fitting import NetworkSettings
 from ..audit.engine.merging import Audit, Merged
+from ..audit.engine.part_store import FolderStore, MemoryStore, Store
 from ..audit.engine.plan import plan_parts, take_parts
 from ..audit.engine.stages import (
     FitResults,
@@ -27,8 +30,8 @@ from ..audit.engine.stages import (
     score,
     timed,
 )
-from ..audit.engine.store import FolderStore, MemoryStore, Store
 from ..audit.errors import ConfigError, choices, quarantine_table
+from ..audit.hashing import digest
 from ..audit.locks import Lock, write_lock
 from ..audit.storage import write_json, write_parquet
 from ..audit.workers import Progress, default_workers
@@ -99,7 +102,8 @@ def open_job(
     """
     modalities = described_modalities(dataset, config)
     depends_on = [json.dumps(config.scoring_config(), sort_keys=True), json.dumps(modalities, sort_keys=True)]
-    plan = plan_parts(dataset.shards, config=config.parts, depends_on=depends_on)
+    depends_on += [_rows_digest(dataset)]
+    plan = plan_parts(dataset.shards, config=config.parts, depends_on=depends_on, own=run_dir.folder)
     if store is None:
         in_memory = len(plan.parts) == 1 and not staged and not run_dir.stages.exists()
         store = MemoryStore() if in_memory else FolderStore(folder=run_dir.stages, config=plan.config)
@@ -121,6 +125,19 @@ def open_job(
         num_workers=default_workers() if num_workers is None else num_workers,
         progress=progress,
     )
+
+
+def _rows_digest(dataset: Dataset) -> str:
+    """Return the digest of the rows that shards hold in memory, such as those of a csv file."""
+    parts = []
+    for shard in dataset.shards:
+        if shard.location is None:
+            rows = dataset.read(shard)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, rows.schema) as stream:
+                stream.write_table(rows)
+            parts.append(digest(sink.getvalue().to_pybytes()))
+    return digest(*(part.encode() for part in parts))
 
 
 def run_merge(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:

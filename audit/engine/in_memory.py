@@ -14,9 +14,9 @@ from ..scores.table import ScoreTable, scores_of_table
 from ..workers import Progress, no_progress
 from .fitting import NetworkSettings
 from .merging import Audit
+from .part_store import MemoryStore
 from .plan import PartsConfig, plan_parts
 from .stages import ScoringJob, finished_parts, run_all
-from .store import MemoryStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@ alone: not from processes, nor from the order in which parts are worked on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -99,8 +100,17 @@ class ShardPlan:
             )
 
 
-def plan_parts(shards: Sequence[Shard], *, config: PartsConfig, depends_on: Sequence[str]) -> ShardPlan:
-    """Divide shards into parts; `depends_on` are texts of all that the results depend on besides the shards."""
+def plan_parts(
+    shards: Sequence[Shard], *, config: PartsConfig, depends_on: Sequence[str], own: Path | None = None
+) -> ShardPlan:
+    """Divide shards into parts.
+
+    Args:
+        shards: The shards of a dataset.
+        config: Size of the parts.
+        depends_on: Texts of all that the results depend on besides the files of the shards.
+        own: Folder of the run, whose files are named by their content and have no stamps.
+    """
     num_rows = sum(shard.num_rows for shard in shards)
     max_rows = num_rows if num_rows <= SINGLE * config.rows else config.rows
     starts, rows = [0], 0
@@ -114,11 +124,20 @@ def plan_parts(shards: Sequence[Shard], *, config: PartsConfig, depends_on: Sequ
         part_rows = sum(shard.num_rows for shard in shards[start:end])
         first = parts[-1].first + parts[-1].num_rows if parts else 0
         parts.append(Part(index=index, first_shard=start, end_shard=end, first=first, num_rows=part_rows))
-    locations = {shard.location[0] for shard in shards if shard.location is not None}
-    stamps = [(stamp := file_stamp(name)) and (name, *stamp[1:3]) for name in sorted(locations)]  # size, modification
-    texts = [*depends_on, repr(stamps), repr([(shard.location, shard.num_rows) for shard in shards])]
+    texts = [*depends_on, *_stamps(shards, own=own)]
     config_digest = digest(*(text.encode("utf-8", "surrogatepass") for text in texts))
     return ShardPlan(parts=tuple(parts), num_rows=num_rows, part_rows=config.rows, config=config_digest)
+
+
+def _stamps(shards: Sequence[Shard], *, own: Path | None) -> Iterator[str]:
+    """Yield the files of shards with size and time of modification, and the positions of the shards."""
+    located = [(shard.location, shard.num_rows) for shard in shards if shard.location is not None]
+    names = {location[0]: os.path.realpath(location[0]) for location, _ in located}
+    for name in sorted(names):
+        stamp = file_stamp(name)
+        is_own = own is not None and Path(names[name]).is_relative_to(own.resolve())
+        yield repr((names[name], stamp and (stamp[1], 0 if is_own else stamp[2])))
+    yield repr([(names[location[0]], *location[1:], num_rows) for location, num_rows in located])
 
 
 def _files(shards: Sequence[Shard]) -> list[list[str | int]]:

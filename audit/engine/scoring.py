@@ -46,14 +46,18 @@ class PartRows:
 
 
 def part_inputs(
-    dataset: Dataset, tasks: Sequence[EncodeTask], status: pa.Table, row: RowIndex
+    dataset: Dataset, tasks: Sequence[EncodeTask], status: pa.Table, row: RowIndex, *, num_features: Sequence[int]
 ) -> tuple[FeatureMatrix, ...]:
-    """Return the features of rows of one part, of which `tasks` are the shards, in each modality."""
+    """Return the features of rows of one part, of which `tasks` are the shards, in each modality.
+
+    num_features: of each modality, since a part may have no row with it.
+    """
     usable = [status[f"usable {modality.name}"].to_numpy(zero_copy_only=False) for modality in dataset.modalities]
     statuses = [
         UsableRows(modality=modality, usable=mask) for modality, mask in zip(dataset.modalities, usable, strict=True)
     ]
-    return tuple(FeatureMatrix.of(tasks, status, row) for status in statuses)
+    sizes = zip(statuses, num_features, strict=True)
+    return tuple(FeatureMatrix.of(tasks, status, row, num_features=size) for status, size in sizes)
 
 
 def score_part(

@@ -27,11 +27,11 @@ from ..scores.stability import BisectionAudit, HalfAudit, LeanError, Reliability
 from ..workers import Progress, fixed_threads
 from .fitting import Fitted, NetworkSettings, fit_probes
 from .merging import Merged, PartColumns, merge
+from .part_store import MemoryStore, Store
 from .plan import Part, ShardPlan
 from .row_data import EncodedData, RowData, read_row_table, read_status_table
 from .scoring import PartRows, finish_part, part_inputs, score_part, take_probes
 from .selection import Selection, fingerprint, read_selection, select, selection_record, selection_tables
-from .store import MemoryStore, Store
 
 log = logging.getLogger("mmaudit")
 
@@ -190,6 +190,7 @@ def save_fit(job: ScoringJob, selection: Selection, fitted: Fitted) -> None:
     counts = {
         "selection": selection_record(selection),
         "controls": [control.to_json() for control in fitted.controls],
+        "num_features": [calibrated.inputs.num_features for calibrated in fitted.probe_set.probes],
         "bisections": None if fitted.bisections is None else fitted.bisections.to_json(),
     }
     job.store.write("selection", samples, counts=counts)
@@ -246,6 +247,13 @@ class FitResults:
             return None
         return BisectionAudit(**{**stated, "errors": tuple(LeanError(**row) for row in stated["errors"])})
 
+    @cached_property
+    def num_features(self) -> list[int]:
+        """Number of features of each modality."""
+        if self.kept is not None:
+            return [calibrated.inputs.num_features for calibrated in self.kept[1].probe_set.probes]
+        return list(self.job.store.counts("selection")["num_features"])
+
     def calibrations(self) -> dict[str, Any]:
         """Return the calibration of each probe by name."""
         if self.kept is None:
@@ -256,7 +264,8 @@ class FitResults:
 
     def probe_set(self, part: Part, rows: PartRows) -> ProbeSet:
         """Return the probes of the samples of a part."""
-        inputs = part_inputs(self.job.dataset, self.job.tasks(part), rows.status, rows.row)
+        tasks, sizes = self.job.tasks(part), self.num_features
+        inputs = part_inputs(self.job.dataset, tasks, rows.status, rows.row, num_features=sizes)
         if self.kept is not None:
             return take_probes(self.kept[1].probe_set, rows.samples, inputs)
         selection = self.selection

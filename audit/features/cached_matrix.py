@@ -58,10 +58,14 @@ class FeatureMatrix:
     columns: RowIndex | None = None
 
     @classmethod
-    def of(cls, tasks: Sequence[EncodeTask], status: ModalityRows, row: RowIndex) -> FeatureMatrix:
-        """Open the vectors of these dataset rows, of which at least one must be usable."""
+    def of(
+        cls, tasks: Sequence[EncodeTask], status: ModalityRows, row: RowIndex, *, num_features: int | None = None
+    ) -> FeatureMatrix:
+        """Open the vectors of these dataset rows, of which one must be usable, unless `num_features` is known."""
         shard_starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)])
         opened = cls(tasks=tuple(tasks), status=status, row=row, shard_starts=shard_starts, num_features=0)
+        if num_features is not None:
+            return replace(opened, num_features=num_features)
         first = row[np.argmax(status.usable[row])]
         if opened.has_terms:
             return replace(opened, num_features=tasks[0].media.text_buckets)
@@ -165,6 +169,8 @@ class FeatureMatrix:
         # No copy: often only a few rows are read.
         vector = column_of(read_arrow(task.file(self.status.modality)), "vector")
         shard_usable = self.status.usable[start : start + task.shard.num_rows]
+        if not shard_usable.any():
+            return np.full((len(dataset_rows), self.num_features), np.nan, np.float32)
         # Nulls have no values. `flatten` would copy those of the whole shard where there is one, 100 MB of pictures.
         first, last = vector.offsets.to_numpy()[[0, -1]].tolist()
         usable_vectors = vector.values.to_numpy()[first:last].reshape(int(shard_usable.sum()), -1)
