@@ -106,7 +106,8 @@ def plan(
 
 
 def _slurm_script(command: Sequence[str], *, num_tasks: int, gpu: bool) -> str:
-    lines, previous = [], None
+    lines: list[str] = []
+    previous = ""
     for stage in STAGES:
         task = shlex.join([*command, "--stage", stage])
         words = ["sbatch", "--parsable", f"--job-name=mmaudit-{stage}", "--requeue", f"--signal=TERM@{_GRACE_SECONDS}"]
@@ -115,7 +116,7 @@ def _slurm_script(command: Sequence[str], *, num_tasks: int, gpu: bool) -> str:
             task += f' --shard "$SLURM_ARRAY_TASK_ID/{num_tasks}"'
         if gpu and stage in ("encode", "fit"):
             words.append("--gres=gpu:1")
-        depends = [] if previous is None else [f'"--dependency=afterok:${previous}"']
+        depends = [] if not previous else [f'"--dependency=afterok:${previous}"']
         lines.append(f"{stage}=$({' '.join([shlex.join(words), *depends, '--wrap', shlex.quote(task)])})")
         previous = stage
     return "\n".join([*lines, f'echo "submitted; the last job is ${previous}"', ""])

@@ -215,11 +215,11 @@ def cut_by_keys(
             if sizes[index] <= rows_left and drawn.sum() < len(keys) - 1:
                 drawn[index] = True
                 rows_left -= int(sizes[index])
-        return drawn[group]
+        return np.asarray(drawn[group])
     group_middle = np.cumsum(sizes[order]) - sizes[order] / 2  # a group is drawn if its middle lies below the fraction
     num_groups = max(1, int((group_middle < fraction * sizes.sum()).sum()))
     drawn[order[: min(num_groups, len(keys) - 1)]] = True  # at least one group is not drawn
-    return drawn[group]
+    return np.asarray(drawn[group])
 
 
 def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDArray[np.object_]:

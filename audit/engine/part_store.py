@@ -103,16 +103,20 @@ class FolderStore:
 
     def read(self, name: str, part: int = 0) -> pa.Table:
         """Map a table into memory."""
-        if not self.has(name, part):
-            raise RunError(
-                f"{self.file(name, part)} is missing or damaged: run the stage that writes it again, --stage "
-                f"{STAGE_OF[name]}"
-            )
-        return read_arrow(self.file(name, part))
+        return read_arrow(self._existing(name, part))
 
     def counts(self, name: str, part: int = 0) -> dict[str, Any]:
         """Read the counts of a table's record."""
-        return dict(read_json(self.file(name, part).with_suffix(".json"), error=RunError, shape=_RECORD)["counts"])
+        record_file = self._existing(name, part).with_suffix(".json")
+        return dict(read_json(record_file, error=RunError, shape=_RECORD)["counts"])
+
+    def _existing(self, name: str, part: int) -> Path:
+        """Return the path of a table; raise RunError if it is not there."""
+        file = self.file(name, part)
+        if not self.has(name, part):
+            stage = STAGE_OF[name]
+            raise RunError(f"{file} is missing or damaged: run the stage that writes it again, --stage {stage}")
+        return file
 
 
 # The stage of the command that writes each table.

@@ -119,7 +119,7 @@ def plan_parts(
             starts.append(number)
             rows = 0
         rows += shard.num_rows
-    parts = []
+    parts: list[Part] = []
     for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(shards)], strict=True)):
         part_rows = sum(shard.num_rows for shard in shards[start:end])
         first = parts[-1].first + parts[-1].num_rows if parts else 0

@@ -72,7 +72,9 @@ def read_status_table(dataset: Dataset, tasks: Sequence[EncodeTask], rows: pa.Ta
     of the cache are not those of the row table.
     """
     start = 0
-    words, columns = [], {f"{kind} {m.name}": [] for kind in ("usable", "missing") for m in dataset.modalities}
+    words: list[NDArray[np.uint64]] = []
+    names = [f"{kind} {modality.name}" for kind in ("usable", "missing") for modality in dataset.modalities]
+    columns: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in names}
     lengths: dict[str, set[int]] = {modality.name: set() for modality in dataset.modalities}
     problem: dict[str, str] = {}
     for task in tasks:

@@ -15,7 +15,6 @@ from ..dataset.dataset import Dataset
 from ..features.cached_matrix import FeatureMatrix, UsableRows
 from ..features.encode import EncodeTask
 from ..features.matrix import RowIndex
-from ..metrics import Floats
 from ..probes.probe_set import ProbeSet
 from ..scores.mixture import Mixture
 from ..scores.sample_scores import compute_sample_scores, report_columns, score_columns, total_loss
@@ -102,7 +101,7 @@ def score_part(
     return table.take(pa.array(order)), pa.table({name: values[order] for name, values in measured.items()})
 
 
-def _half_columns(halves: HalfAudit | None, samples: RowIndex) -> dict[str, Floats]:
+def _half_columns(halves: HalfAudit | None, samples: RowIndex) -> dict[str, Any]:
     """Return the confidences of some samples by halves of the features, NaN where they were not measured."""
     if halves is None or halves.confidences is None:
         return {}

@@ -62,7 +62,7 @@ class Selection:
     def not_test(self) -> NDArray[np.bool_]:
         """Mask (n,) of the samples that choices may depend on, all but the test split; all if there is no other."""
         not_test = self.split != SPLITS.index("test")
-        return not_test if not_test.any() else ~not_test
+        return np.asarray(not_test if not_test.any() else ~not_test)
 
     @property
     def groups(self) -> NDArray[np.int64] | None:

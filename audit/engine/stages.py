@@ -20,7 +20,7 @@ from ..features.cached_matrix import FeatureMatrix, UsableRows
 from ..features.encode import EncodeTask, encode_dataset
 from ..probes.config import ProbeConfig
 from ..probes.probe_set import ProbeSet
-from ..probes.saved import load_probes, read_calibrations, save_probes
+from ..probes.saved_probes import load_probes, read_calibrations, save_probes
 from ..scores.mixture import MixtureConfig
 from ..scores.probe_report import Control
 from ..scores.stability import BisectionAudit, HalfAudit, LeanError, Reliability
@@ -299,10 +299,10 @@ def _score(job: ScoringJob, results: FitResults, part: Part, rows: PartRows) -> 
     if not len(rows.row):
         return pa.table({}), pa.table({})
     first = part.first if len(job.plan.parts) > 1 else 0
-    total = job.plan.num_rows if len(job.plan.parts) > 1 else len(rows.row)
 
-    def progress(stage: str, done: int, _: int, *, detail: str = "") -> None:
-        job.progress(stage, min(first + done, total), total, detail=detail)
+    def progress(stage: str, done: int, total: int, *, detail: str = "") -> None:
+        num_rows = job.plan.num_rows if len(job.plan.parts) > 1 else total
+        job.progress(stage, min(first + done, num_rows), num_rows, detail=detail)
 
     return score_part(
         results.probe_set(part, rows),

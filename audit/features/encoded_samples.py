@@ -64,7 +64,7 @@ class EncodedSamples:
 
     def content_word(self, number: int) -> NDArray[np.uint64]:
         """Return the first or the second word of the content digest of each sample, (n,)."""
-        return digest_words(self.content)[number]
+        return np.asarray(digest_words(self.content)[number])
 
     @property
     def recurs(self) -> NDArray[np.bool_]:
@@ -244,7 +244,7 @@ def select_usable(encoded: EncodedRows, *, keep_duplicates: bool) -> tuple[NDArr
     one with the smallest id is scored, unless `keep_duplicates`, or unless the content of all of them recurs by chance.
     """
     samples, usable = encoded.samples, encoded.usable
-    is_scorable = (usable | encoded.missing).all(axis=1) & (usable.sum(axis=1) >= 2)
+    is_scorable = np.asarray((usable | encoded.missing).all(axis=1) & (usable.sum(axis=1) >= 2))
     problems = list(encoded.problems(~is_scorable))
     names = samples.ids_of(np.array([row for row, _, _, _ in problems], dtype=np.intp))
     quarantined = [
@@ -293,7 +293,7 @@ def _drop_duplicates(encoded: EncodedRows, rows: NDArray[np.intp]) -> tuple[NDAr
     equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
     if not equal.any():
         return rows, []
-    is_distinctive = (encoded.usable[same] & ~encoded.recurs[same]).any(axis=1)
+    is_distinctive = np.asarray((encoded.usable[same] & ~encoded.recurs[same]).any(axis=1))
     is_copy = np.r_[False, equal] & is_distinctive[order]
     first = order[np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(order))))]
     copies = []
