@@ -59,8 +59,8 @@ def test_jobs_of_kubernetes_are_indexed(data: Path) -> None:
 
 
 def test_one_kind_of_cluster_is_chosen(data: Path) -> None:
-    for options in ({}, {"slurm": True, "kubernetes": True}):
+    for both in (False, True):
         with pytest.raises(ConfigError, match="pass one of --slurm and --kubernetes"):
-            plan(data, **options)
+            plan(data, slurm=both, kubernetes=both)
     with pytest.raises(ConfigError, match="at least one process"):
         plan(data, slurm=True, tasks=0)

@@ -97,11 +97,13 @@ def test_columns_are_those_of_samples(name: str, part_rows: int, tmp_path: Path)
     assert [SPLITS[code] for code in data.split.tolist()] == samples.split.tolist()
     groups = None if data.group is None else [data.group_names[code] for code in data.group.tolist()]
     assert groups == (None if samples.group is None else samples.group.tolist())
-    values = [target.values for target in (data.target, samples.target)]
-    np.testing.assert_array_equal(*(np.zeros(0) if array is None else array for array in values))
+    first, second = (
+        np.zeros(0) if target.values is None else target.values for target in (data.target, samples.target)
+    )
+    np.testing.assert_array_equal(first, second)
     if samples.group is None:
-        hashes = [rows.hash_ids(seed=3, purpose="fold 1") for rows in (data, samples)]
-        np.testing.assert_array_equal(*hashes)
+        own, expected_hashes = (rows.hash_ids(seed=3, purpose="fold 1") for rows in (data, samples))
+        np.testing.assert_array_equal(own, expected_hashes)
     np.testing.assert_array_equal(columnar.usable, encoded.usable)
     np.testing.assert_array_equal(columnar.missing, encoded.missing)
     for number in (0, 1):

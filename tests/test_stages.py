@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,11 @@ def check_same(run: Path, expected: Path) -> None:
     assert records[0] == records[1]
 
 
-def run_stages(data: Path, run: Path, count: int, order: Callable[[int], Any] = reversed) -> None:
-    for stage in ("encode", "fit", "score", "merge"):
-        for number in order(range(count)) if stage in staging.BY_PART else [None]:
-            shard = None if number is None else f"{number}/{count}"
+def run_stages(data: Path, run: Path, count: int) -> None:
+    """Run all stages, the processes of a stage in reverse order."""
+    for stage in staging.STAGES:
+        shards = [f"{number}/{count}" for number in reversed(range(count))]
+        for shard in shards if stage in staging.BY_PART else [None]:
             score(data, run=run, config=CONFIG, num_workers=0, stage=stage, shard=shard)
 
 
@@ -235,7 +236,12 @@ def test_rerun_finishes_what_was_killed(
     counted: list[int] = []
     with monkeypatch.context() as patch:
         scored = stages._score
-        patch.setattr(stages, "_score", lambda *values: counted.append(1) or scored(*values))
+
+        def count(*values: Any) -> Any:
+            counted.append(1)
+            return scored(*values)
+
+        patch.setattr(stages, "_score", count)
         score(data, run=tmp_path, config=CONFIG, num_workers=0)
     assert len(counted) == 8 - num_scored
     check_same(tmp_path, local)
