@@ -16,7 +16,14 @@ from ..errors import Quarantined
 from ..label_leaks import LabelLeak, LeakColumns, find_label_leaks
 from ..metrics import Floats, value_range
 from ..probes.probe_set import Calibration
-from ..scores.gap_checks import PERMUTED_ROWS, ClassCheck, MarginCheck, fit_by_class, permute_within_classes
+from ..scores.gap_checks import (
+    PERMUTED_ROWS,
+    ClassCheck,
+    MarginCheck,
+    balanced_side,
+    fit_by_class,
+    permute_within_classes,
+)
 from ..scores.mixture import Mixture, MixtureConfig, fit_mixture
 from ..scores.probe_report import Control, ProbeReport, compute_probe_report
 from ..scores.stability import BisectionAudit, HalfAudit
@@ -174,14 +181,3 @@ class Audit:
     def with_balanced(self, counts: Sequence[Mapping[str, int] | None]) -> Audit:
         """Return the results with the balanced samples of all parts, counted by finish_part."""
         return replace(self, balanced_side=balanced_side(counts))
-
-
-def balanced_side(counts: Sequence[Mapping[str, int] | None]) -> dict[str, float] | None:
-    """Return the number of balanced samples, and the shares with every prediction right, or wrong, of all parts.
-
-    Two modalities that are both wrong are balanced too. None for a regression, and without predictions or samples.
-    """
-    known = [count for count in counts if count is not None]
-    if len(known) < len(counts) or not (n := sum(count["n"] for count in known)):
-        return None
-    return {"n": n, **{name: sum(count[name] for count in known) / n for name in ("all_correct", "all_wrong")}}

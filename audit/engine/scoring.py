@@ -16,6 +16,7 @@ from ..features.cached_matrix import FeatureMatrix, UsableRows
 from ..features.encode import EncodeTask
 from ..features.matrix import RowIndex
 from ..probes.probe_set import ProbeSet
+from ..scores.gap_checks import count_balanced
 from ..scores.mixture import Mixture
 from ..scores.sample_scores import compute_sample_scores, report_columns, score_columns, total_loss
 from ..scores.stability import HalfAudit
@@ -135,15 +136,14 @@ def finish_part(scores: pa.Table, measured: pa.Table, whole: Whole, *, names: Se
 
 
 def _count_balanced(scores: pa.Table, rows: Any, *, names: Sequence[str]) -> dict[str, int] | None:
-    """Count the balanced samples (n,), those with every prediction right, and those with every one wrong."""
+    """Count the balanced samples of a part, see count_balanced; None without predicted classes."""
     columns = [f"prediction_{name}" for name in names]
     if any(name not in scores.column_names or pa.types.is_floating(scores[name].type) for name in columns):
         return None
     label = scores["label"].to_numpy()
-    right = np.stack([scores[name].fill_null(-1).to_numpy() == label for name in columns], axis=1)[rows].sum(axis=1)
-    confidences = [scores[f"confidence_{name}"].is_valid().to_numpy() for name in names]
-    present = np.stack(confidences, axis=1)[rows].sum(axis=1)
-    return {"n": int(rows.sum()), "all_correct": int((right == present).sum()), "all_wrong": int((right == 0).sum())}
+    right = np.stack([scores[name].fill_null(-1).to_numpy() == label for name in columns], axis=1)
+    present = np.stack([scores[f"confidence_{name}"].is_valid().to_numpy() for name in names], axis=1)
+    return count_balanced(rows, right, present)
 
 
 def take_probes(probe_set: ProbeSet, samples: RowIndex, inputs: Sequence[FeatureMatrix]) -> ProbeSet:
