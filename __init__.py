@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
     from .rebalance.verify import Verification
-    from .train.comparison import Comparison, compare_predictions
+    from .train.comparison import Comparison
+    from .train.comparison_arrays import compare_predictions
     from .train.custom_loop import Balanced, balance
     from .train.custom_network import MultimodalModel
     from .train.manifest_sampler import ManifestBatchSampler, ManifestSampler
@@ -57,7 +58,8 @@ _NAMES = {
     "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],
     "rebalance.verify": ["Verification"],
-    "train.comparison": ["Comparison", "compare_predictions"],
+    "train.comparison": ["Comparison"],
+    "train.comparison_arrays": ["compare_predictions"],
     "train.custom_loop": ["Balanced", "balance"],
     "train.custom_network": ["MultimodalModel"],
     "train.manifest_sampler": ["ManifestBatchSampler", "ManifestSampler"],

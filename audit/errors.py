@@ -113,6 +113,12 @@ def _escape(match: re.Match[str]) -> str:
     return repr(match.group())[1:-1] if match.group() < "\x80" else f"\\u{ord(match.group()):04x}"
 
 
+def short(text: object, max_length: int = 160) -> str:
+    """Return text of the user's data as one line, cut in the middle to `max_length`; paths differ at their ends."""
+    line = "".join(char if char.isprintable() else " " for char in str(text))
+    return line if len(line) <= max_length else f"{line[: max_length // 3]}…{line[max_length // 3 + 1 - max_length :]}"
+
+
 class Reason(str, Enum):
     """Why a sample cannot be scored. The value is written to quarantine.parquet."""
 

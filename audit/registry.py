@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import ConfigError, choices, printable
+from .hashing import digest
 
 
 class Entry(NamedTuple):
@@ -78,6 +81,22 @@ class Registry(Mapping[str, Entry]):
         """Raise ConfigError for an unknown name, with the nearest one; nothing is imported."""
         if name not in self.entries and name not in (names := self.names()):
             raise ConfigError(f"{self.option} {name}: no such name; {choices(name, names)}")
+
+    def source_digest(self, name: str) -> str:
+        """Return a digest of the source and version of the package of an installed method; "" of a built-in one.
+
+        Of a package these are all of its Python files; nothing is imported.
+        """
+        if name in self.entries:
+            return ""
+        self.check(name)
+        point = self.installed()[name]
+        spec = find_spec(point.module.partition(".")[0])
+        folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
+        files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+        files += [Path(spec.origin)] if spec is not None and not folders and spec.has_location and spec.origin else []
+        version = "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+        return digest(f"{point.value} {version}".encode(), *(path.read_bytes() for path in files))
 
     def load(self, name: str) -> Any:
         """Import a method.

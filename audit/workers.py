@@ -158,8 +158,9 @@ def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_work
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        # Imported once, not by each worker: torch, and pandas, which pyarrow imports with its first array (0.3 s).
-        context.set_forkserver_preload([work.__module__, "pandas"])
+        # Imported once, not by each worker: torch, and pandas, which pyarrow imports with its first array (0.3 s). A
+        # partial function is of the module `functools`: that of its function counts.
+        context.set_forkserver_preload([getattr(work, "func", work).__module__, "pandas"])
     other_children = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context, initializer=_prepare_worker)
     try:

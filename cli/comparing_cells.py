@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError, RunError, TrainError
@@ -24,15 +22,24 @@ from ..audit.features.encoders import function_version
 from ..audit.features.matrix import MatrixInputs
 from ..audit.hashing import digest
 from ..audit.parsing import RequiredKeys, plain
-from ..audit.storage import atomic_folder, read_json, read_table, write_json, write_parquet
+from ..audit.storage import atomic_folder, read_json, write_json
 from ..audit.workers import Progress, no_progress
 from ..rebalance.manifest import read_dropped
 from ..rebalance.score_tables import check_same_dataset
-from ..train.comparison import Condition
-from ..train.comparison_cells import MethodSpec, planned_epochs, shuffle_labels
-from ..train.evaluate import evaluate, subsets_of_rows
+from ..train.balancing import BALANCERS
+from ..train.comparison_cells import (
+    MethodSpec,
+    class_and_missing_subsets,
+    folder_name,
+    planned_epochs,
+    shuffle_labels,
+)
+from ..train.difference import Condition
+from ..train.evaluate import subsets_of_rows
 from ..train.examples import Examples
 from ..train.finetune import Finetuned, finetune_on
+from ..train.sampling import SAMPLERS
+from .comparing_predictions import read_predictions, write_predictions
 from .config import RunConfig
 from .provenance import SourceOptions
 from .run import Run
@@ -40,11 +47,25 @@ from .training_source import ManifestSource, decisive_settings
 
 log = logging.getLogger("mmaudit")
 
-_TRIAL_STEPS = 20  # of the training by which the time is estimated; ours
 _MAX_RESIDENT = 1 << 30  # bytes of features that are kept in memory between cells
 _CODE = ("audit", "rebalance", "train")  # packages that results depend on
-_STATISTICS = ("comparison.py", "difference.py")  # which are computed anew from finished cells
-_CELL = RequiredKeys(made_by={"*": str}, status=str, message=str, seconds=float, test={}, samples_seen=int, epochs=int)
+_STATISTICS = (  # computed anew from finished cells
+    *("comparison.py", "comparison_arrays.py", "comparison_findings.py", "comparison_metrics.py"),
+    *("column_figure.py", "comparison_curves.py", "comparison_figures.py", "comparison_forest.py"),
+    "comparison_rows.py",
+    *("difference.py", "figure_style.py", "metric_intervals.py"),
+)
+_CELL = RequiredKeys(
+    made_by={"*": str},
+    status=str,
+    message=str,
+    seconds=float,
+    validation={"*": float},
+    test={},
+    samples_seen=int,
+    rows_read=int,
+    epochs=int,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +108,7 @@ class Cell:
     config: RunConfig
     budget: int
     is_first: bool  # of its condition, whose warnings are logged
+    setting: str = ""  # of a grid, by which it is one of the trainings that choose a setting, and is not tested
 
     @property
     def condition(self) -> Condition:
@@ -95,15 +117,32 @@ class Cell:
 
     def folder(self, comparison: Path) -> Path:
         """Return the folder of the cell."""
+        if self.setting:
+            return comparison / "grid" / self.manifest / self.method.folder / folder_name(self.setting)
         return comparison / "cells" / self.manifest / self.method.folder / f"seed-{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Text that is unique among the cells of a comparison."""
+        return "/".join((*self.condition, str(self.seed)))
+
+    @property
+    def label(self) -> str:
+        """Text of the cell for progress and messages."""
+        return f"{self.method.name} on {self.manifest}, {self.setting or f'seed {self.seed}'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellResult:
-    """Content of cell.json, and correctness of the test samples (n,); None where training diverged."""
+    """Content of cell.json, and correctness of the test samples (n,); None where training diverged.
+
+    without: correctness (n,) with a modality absent, by modality. folder: that of the cell.
+    """
 
     about: Mapping[str, Any]
     correct: NDArray[np.float64] | None
+    without: Mapping[str, NDArray[np.float64]]
+    folder: Path
 
 
 def load_manifests(loading: Loading, progress: Progress = no_progress) -> LoadedManifests:
@@ -137,16 +176,18 @@ def _load(loading: Loading, progress: Progress) -> LoadedManifests:
         check_same_dataset(scores[0], scores[1], name=str(source.path))
     if (task := first.task(loading.config)) != "classification":
         raise ManifestError(f"compare needs classes, whose predictions are right or wrong; the scores are of {task}")
-    encoded = first.read(num_workers=loading.num_workers, progress=progress)
+    encoded = first.read(loading.config, num_workers=loading.num_workers, progress=progress)
     loaded = {name: source.join(encoded, loading.config) for name, source in sources.items()}
     examples, test_ids = _with_common_test({name: entry.examples for name, entry in loaded.items()})
     examples = {name: _in_memory(entry, len(examples)) for name, entry in examples.items()}
     first_examples, between = examples[next(iter(examples))], next(iter(loaded.values())).between
+    test = first_examples.rows("test")
     return LoadedManifests(
         examples=examples,
         sources=sources,
         between=between,
-        subsets=subsets_of_rows(first_examples, first_examples.rows("test"), between=between),
+        subsets=subsets_of_rows(first_examples, test, between=between)
+        | class_and_missing_subsets(first_examples, test),
         test_ids=test_ids,
         group=_groups(first, test_ids),
         saw_test_labels=tuple(name for name, entry in loaded.items() if entry.saw_test_labels),
@@ -220,9 +261,11 @@ def made_by(cell: Cell, loaded: LoadedManifests) -> dict[str, str]:
     texts = [examples.sample_id, examples.content, examples.split, examples.label]
     preprocessing = json.dumps([scores.get("fingerprint"), scores.get("modalities")], sort_keys=True, default=str)
     settings = decisive_settings(plain(cell.config.training()))
-    shuffled, model = cell.method.shuffled, cell.config.finetune.model
+    shuffled, finetune = cell.method.shuffled, cell.config.finetune
+    code = [_code_digest(), SAMPLERS.source_digest(finetune.sampling), BALANCERS.source_digest(finetune.balancing)]
+    code += [] if finetune.model is None else [function_version(finetune.model)]
     return {
-        "code": _code_digest() if model is None else digest(f"{_code_digest()} {function_version(model)}".encode()),
+        "code": digest(" ".join(code).encode()),
         "data": digest(preprocessing.encode(), *("\0".join(map(str, column)).encode() for column in texts)),
         "settings": digest(json.dumps([settings, cell.seed, cell.budget, shuffled], sort_keys=True).encode()),
     }
@@ -249,12 +292,13 @@ def read_cell(folder: Path, cell: Cell, loaded: LoadedManifests) -> CellResult |
             f"{folder} was trained with other {' and '.join(differing)}: pass another --name, or remove "
             f"{folder.parents[3]}"
         )
-    if about["status"] != "finished":
-        return CellResult(about=about, correct=None)
-    table = read_table(folder / "predictions.parquet", error=RunError)
-    if table["sample_id"].to_pylist() != loaded.test_ids.tolist():
-        raise RunError(f"{folder} is damaged, its test samples are others: remove it")
-    return CellResult(about=about, correct=np.array(table["correct"].to_pylist(), dtype=np.float64))
+    if about["status"] != "finished" or cell.setting:
+        return CellResult(about=about, correct=None, without={}, folder=folder)
+    modalities = loaded.examples[cell.manifest].modalities
+    names = ["correct", *(f"correct_without_{modality}" for modality in modalities)]
+    table = read_predictions(folder, loaded.test_ids, columns=names)
+    correct, *without = (np.array(table[name].to_pylist(), dtype=np.float64) for name in names)
+    return CellResult(about=about, correct=correct, without=dict(zip(modalities, without, strict=True)), folder=folder)
 
 
 def train_cell(
@@ -262,23 +306,29 @@ def train_cell(
 ) -> float:
     """Train and test a cell, write its folder whole, and return the seconds that it took."""
     loaded, started = load_manifests(loading), time.monotonic()
+    if (finished := read_cell(cell.folder(comparison), cell, loaded)) is not None:  # by another shard meanwhile
+        return float(finished.about["seconds"])
     about: dict[str, Any] = {
         "manifest": cell.manifest,
         "method": cell.method.name,
         "seed": cell.seed,
+        "setting": cell.setting,
         "made_by": made_by(cell, loaded),
         "config": plain(cell.config.training()),
         "status": "finished",
         "message": "",
+        "validation": {},
         "test": {},
         "samples_seen": 0,
+        "rows_read": 0,
         "epochs": 0,
     }
     with atomic_folder(cell.folder(comparison)) as target:
-        with tempfile.TemporaryDirectory(dir=target) as scratch, _quiet(not cell.is_first):
+        with quiet(not cell.is_first):
             try:
-                result = _train(cell, loaded, Path(scratch), device=device, progress=progress)
-                about |= _write_predictions(result, cell, loaded, target)
+                result = train(cell, loaded, device=device, progress=progress)
+                about |= _state_training(result)
+                about |= {} if cell.setting else write_predictions(result, loaded.examples[cell.manifest], target)
             except TrainError as error:
                 about |= {"status": "diverged", "message": str(error)}
         seconds = time.monotonic() - started
@@ -286,15 +336,10 @@ def train_cell(
     return seconds
 
 
-def _train(
-    cell: Cell,
-    loaded: LoadedManifests,
-    folder: Path,
-    *,
-    device: str,
-    progress: Progress,
-    max_samples: int | None = None,
+def train(
+    cell: Cell, loaded: LoadedManifests, *, device: str, progress: Progress, max_samples: int | None = None
 ) -> Finetuned:
+    """Train a cell without writing files: a cell is complete or absent, so that no state of it is resumed."""
     examples = loaded.examples[cell.manifest]
     if cell.method.only is not None:
         examples = examples.only(cell.method.only)
@@ -302,7 +347,7 @@ def _train(
         examples = shuffle_labels(examples, seed=cell.seed)
     return finetune_on(
         examples,
-        folder,
+        None,
         config=cell.config.training(),
         between=loaded.between,
         seed=cell.seed,
@@ -312,50 +357,20 @@ def _train(
     )
 
 
-def _write_predictions(result: Finetuned, cell: Cell, loaded: LoadedManifests, folder: Path) -> dict[str, Any]:
-    """Write the predictions of the test samples, and return what cell.json states of the training."""
-    examples = loaded.examples[cell.manifest]
-    label = examples.label[examples.rows("test")]
-    predicted = result.predictions.argmax(axis=1)
-    columns = {"sample_id": loaded.test_ids, "label": label, "predicted": predicted, "correct": predicted == label}
-    write_parquet(pa.table(columns), folder / "predictions.parquet", provenance={})
-    tested = evaluate({"fused": result.predictions}, label, loaded.subsets)
-    measures = ("accuracy", "macro_f1", "map", "ece")
-    test = {
-        name: {"n": subset["n"], **{key: subset["branches"]["fused"][key] for key in measures if subset["n"]}}
-        for name, subset in tested.items()
+def _state_training(result: Finetuned) -> dict[str, Any]:
+    """Return what cell.json states of the training: its length, and the validation results of the tested epoch."""
+    epoch = result.history[result.metrics["best_epoch"] - 1]
+    names = {"accuracy": "validation_accuracy", "loss": "validation_loss"}
+    return {
+        "validation": {name: epoch[key] for name, key in names.items() if key in epoch},
+        "samples_seen": result.metrics["samples_seen"],
+        "rows_read": result.metrics["rows_read"],
+        "epochs": len(result.history),
     }
-    return {"test": test, "samples_seen": result.metrics["samples_seen"], "epochs": len(result.history)}
-
-
-def estimate_seconds(
-    missing: Sequence[Cell], finished: Sequence[float], *, loading: Loading, device: str, jobs: int
-) -> float:
-    """Estimate the time of the missing cells: by finished ones, or by some steps of the first missing one."""
-    if finished:
-        seconds = float(np.mean(finished))
-    else:
-        cell, loaded = missing[0], load_manifests(loading)
-        max_samples = min(cell.budget, _TRIAL_STEPS * cell.config.finetune.batch_size)
-        _time_training(cell, loaded, 1, device=device)  # the first one also loads libraries
-        fixed, total = (_time_training(cell, loaded, number, device=device) for number in (1, max_samples))
-        seconds = fixed + max(0.0, total - fixed) * cell.budget / max_samples
-    return seconds * -(-len(missing) // max(1, jobs))
-
-
-def _time_training(cell: Cell, loaded: LoadedManifests, max_samples: int, *, device: str) -> float:
-    """Train on some samples, test, and return the seconds that it took."""
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch, _quiet(True):
-        try:
-            _train(cell, loaded, Path(scratch), device=device, progress=no_progress, max_samples=max_samples)
-        except TrainError:
-            log.debug("%s diverged while the time was estimated", cell.method.name)
-    return time.monotonic() - started
 
 
 @contextmanager
-def _quiet(is_quiet: bool) -> Iterator[None]:
+def quiet(is_quiet: bool) -> Iterator[None]:
     """Log errors only, where the same lines were logged before."""
     level = log.level
     log.setLevel(logging.ERROR if is_quiet else level)
@@ -363,12 +378,3 @@ def _quiet(is_quiet: bool) -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-def epochs_reported(progress: Progress, cells: int, total: int, detail: str) -> Callable[..., None]:
-    """Return a progress callback for the epochs of a cell, which raises interrupts and shows the cell's name."""
-
-    def report(stage: str, done: int, num_epochs: int, *, detail: str = detail) -> None:
-        progress("compare", cells, total, detail=f"{detail}, epoch {done} of {num_epochs}")
-
-    return report

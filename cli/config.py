@@ -158,14 +158,14 @@ def load_settings(
     if isinstance(config, RunConfig):
         differing = _differences(plain(config), defaults)
         _update(content, without_none(plain(config)) if preset is None else differing)
-        given = {key: "config" for key, _ in _leaves(without_none(differing))}
+        given = {key: "config" for key, _ in leaves(without_none(differing))}
     else:
         if config is not None:
             if not Path(config).exists():
                 raise ConfigError(f"config file not found: {config}")
             stated = read_toml(Path(config))
             _update(content, stated)
-            given = {key: Path(config).name for key, _ in _leaves(stated)}
+            given = {key: Path(config).name for key, _ in leaves(stated)}
         for key, text in _environment_settings().items():
             _set(content, key, _parse_value(key, text), source=f"{_variable(key)}={text}")
             given[key] = _variable(key)
@@ -176,7 +176,7 @@ def load_settings(
         _set(content, key, list(value) if isinstance(value, tuple) else value, source=f"--set {key}")
     given |= {key.strip(): "--set" for key, _ in pairs}
     built = build_config(RunConfig, content, where="")
-    values, default_of = dict(_leaves(plain(built))), dict(_leaves(defaults))
+    values, default_of = dict(leaves(plain(built))), dict(leaves(defaults))
     return built, {
         key: GivenSetting(
             value=values[key],
@@ -188,11 +188,11 @@ def load_settings(
     }
 
 
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the keys of nested plain values, such as "probe.folds", with their values."""
     for key, value in content.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -213,7 +213,7 @@ def preset_record(name: str, own: Mapping[str, Any], used: Mapping[str, Any]) ->
     Returns:
         {name, digest, changed: {key: {preset, used}}}; None stands for a key that one of the two does not have.
     """
-    values, changed = (dict(_leaves(content)) for content in (own, used))
+    values, changed = (dict(leaves(content)) for content in (own, used))
     differing = {
         key: {"preset": values.get(key), "used": changed.get(key)}
         for key in sorted({*values, *changed})

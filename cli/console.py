@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -424,11 +425,16 @@ def _print_contribution(analysis: dict[str, Any], *, name: str) -> None:
 
 
 def print_compare(summary: dict[str, Any]) -> None:
-    """Print the verdicts of a comparison in words, what limits them, and its folder."""
+    """Print the verdicts of a comparison in words, its findings, what limits them, and its folder."""
     for line in summary["verdicts"]:
         print_line(line)
     if not summary["verdicts"]:
-        print_line("no two methods were trained: there is nothing to compare")
+        print_line("no comparison of two methods is finished")
+    for finding in summary["findings"]:
+        print_line(f"{finding['name']} {finding['outcome']}: {finding['sentence']}")
+    for row in summary["selection"] or ():
+        points = [f"{100 * row[key]:+.1f}" for key in ("difference", "low", "high")]
+        print_line(f"{row['comparison']}: {row['verdict']}, {points[0]} points, 95% [{points[1]}, {points[2]}]")
     for warning in summary["warnings"]:
         print_line(f"warning: {warning}")
     print_line(f"tables and correctness by sample: {summary['folder']}")
@@ -448,14 +454,25 @@ def print_methods(summary: dict[str, Any]) -> None:
             print_line(f"{'':<9} {'':<{width}}  needs {'; '.join(row['needs'])}")
 
 
+MIN_SHARING = 6  # presets with the same note, which is then printed once: 10 notes of the 34 presets
+
+
 def print_presets(presets: list[dict[str, Any]]) -> None:
     """Print each preset with its paper, reported figures, what is not stated and what it cannot reproduce."""
     width = max(len(preset["name"]) for preset in presets)
+    uses = Counter(text for preset in presets for key in ("not_stated", "differs") for text in preset[key])
+    numbers = {text: number for number, text in enumerate((t for t, n in uses.items() if n >= MIN_SHARING), start=1)}
     for preset in presets:
         print_line(f"{preset['name']:<{width}}  {preset['title']} ({preset['paper']})")
-        for heading, key in (("reported", "reported"), ("not stated", "not_stated"), ("differs", "differs")):
-            for text in preset[key]:
-                print_line(f"{'':<{width}}  {heading}: {text}")
+        for text in preset["reported"] or ["not read"]:
+            print_line(f"{'':<{width}}  reported: {text}")
+        for heading, key in (("not stated", "not_stated"), ("differs", "differs")):
+            shared = " ".join(f"[{numbers[text]}]" for text in preset[key] if text in numbers)
+            for text in (*(text for text in preset[key] if text not in numbers), shared):
+                if text:
+                    print_line(f"{'':<{width}}  {heading}: {text}")
+    for text, number in numbers.items():
+        print_line(f"[{number}] {text}")
 
 
 def print_plan(summary: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ _TRAINING, _SETTINGS, _EXECUTION = "Training", "Settings", "Execution"
 # Panels of the options that are not in the first one, which holds at most a dozen.
 _PANELS: dict[str | tuple[str, str], str] = {
     **dict.fromkeys(("config", "settings", "seed", "learn_from", "repeats", "thorough"), _SETTINGS),
-    **dict.fromkeys(("device", "num_workers", "stage", "shard", "jobs", "json", "dump"), _EXECUTION),
+    **dict.fromkeys(("device", "num_workers", "jobs", "stage", "shard", "json", "dump"), _EXECUTION),
     **dict.fromkeys(("balanced", "subset", "dominated", "gmm", "like", "intersect", "exclude"), _SELECTION),
     **dict.fromkeys(("tolerance", "size", "bins", "by", "grid", "between", "resplit"), _RULE),
     **dict.fromkeys(("model", "only", "init", "keep_posterior", "epochs", "batch_size", "lr"), _TRAINING),
@@ -79,6 +79,7 @@ _PANELS: dict[str | tuple[str, str], str] = {
     **{("evaluate", name): _UNTRUSTED for name in ("data", "encoder", "allow_outside")},
     **{("compare", name): _UNTRUSTED for name in ("data", "encoder", "allow_outside")},
     ("evaluate", "model"): "",
+    ("compare", "grid"): "",
     **{("finetune", name): _DATA for name in ("data", *_DATA_COLUMNS, "encoder", "allow_outside")},
     ("order", "batch_size"): "",
 }
@@ -87,7 +88,7 @@ _FLAGS: dict[str | tuple[str, str], tuple[str, ...]] = {
     "settings": ("--set",),
     "lists": ("--list",),
 }
-_METAVARS = {
+_METAVARS: dict[str | tuple[str, str], str] = {
     "modality": "NAME=COLUMN[:KIND]",
     "encoder": "NAME=ENCODER",
     "features": "[NAME=]FILE",
@@ -97,10 +98,11 @@ _METAVARS = {
     "between": "A[:B]",
     "resplit": "80/8/12",
     "subset": "RULE",
-    "shard": "I/N",
     "stage": "STAGE",
     **dict.fromkeys(("like", "intersect", "exclude"), "MANIFEST"),
     "method": "METHOD",
+    "shard": "I/N",
+    ("compare", "grid"): "SECTION.KEY=VALUE,VALUE",
 }
 _REGISTRIES = {  # whose names complete the help of a parameter
     ("ingest", "name"): ("audit.downloads", "DOWNLOADS"),
@@ -199,7 +201,7 @@ class _Parameter:
             meaning, default, rest = self.help.removesuffix(".").partition("; by default")
             help_text = f"{meaning}: {names}{default}{rest}."
         panel = _PANELS.get((command, self.name), _PANELS.get(self.name)) or None
-        metavar = _METAVARS.get(self.name)
+        metavar = _METAVARS.get((command, self.name), _METAVARS.get(self.name))
         flags = _FLAGS.get((command, self.name), _FLAGS.get(self.name))
         if self.is_positional and flags is None:
             shown = self.name.upper() if self.default is ... else f"[{self.name.upper()}]"

@@ -112,7 +112,7 @@ def _slurm_script(command: Sequence[str], *, num_tasks: int, gpu: bool) -> str:
         task = shlex.join([*command, "--stage", stage])
         words = ["sbatch", "--parsable", f"--job-name=mmaudit-{stage}", "--requeue", f"--signal=TERM@{_GRACE_SECONDS}"]
         if stage in BY_PART:
-            words.append(f"--array=0-{num_tasks - 1}")
+            words.append(f"--array=1-{num_tasks}")
             task += f' --shard "$SLURM_ARRAY_TASK_ID/{num_tasks}"'
         if gpu and stage in ("encode", "fit"):
             words.append("--gres=gpu:1")
@@ -127,7 +127,7 @@ def _kubernetes_script(command: Sequence[str], *, num_tasks: int, gpu: bool, ima
     for stage in STAGES:
         task = "exec " + shlex.join([*command, "--stage", stage])
         if stage in BY_PART:
-            task += f' --shard "$JOB_COMPLETION_INDEX/{num_tasks}"'
+            task += f' --shard "$((JOB_COMPLETION_INDEX + 1))/{num_tasks}"'
         job = _kubernetes_job(
             stage,
             task,

@@ -256,6 +256,11 @@ class Run:
         folders = [path.parent for path in (self.folder / "finetune").glob("*/metrics.json")]
         return sorted(folder for folder in folders if folder.name[0] != ".")
 
+    def comparisons(self) -> list[Path]:
+        """Return what finished comparisons state for the report, compare/NAME/compare.json, sorted by name."""
+        paths = (self.folder / "compare").glob("*/compare.json")
+        return sorted(path for path in paths if path.parent.name[0] != ".")
+
     def is_scored(self) -> bool:
         """Return whether score has finished in this folder."""
         return self.record_file.exists()
@@ -317,6 +322,7 @@ class Run:
         names = [self.record_file, self.quarantine_file, self.mixture_file, self.recovery_file]
         names += [self.scores_file, self.score_source, *self.score_source.glob("*")]
         inside = [*self.manifests_folder.glob("*"), *(self.folder / "finetune").glob("*/*"), self.figures]
+        inside += self.comparisons()
         root = self.folder.resolve()
         for path in (*names, *inside):
             if not path.resolve().is_relative_to(root):

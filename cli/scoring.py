@@ -202,7 +202,7 @@ def score(
         device: auto, cpu or cuda.
         num_workers: Processes that decode media; 0: none; by default one per CPU.
         stage: One stage, in a process of its own: encode, fit, score or merge; by default all.
-        shard: Parts of the stages encode and score, as i/n from 0: those of process i of n.
+        shard: Parts of the stages encode and score, as i/n: those of process i of n, from 1.
         config: TOML file with settings; in Python also a RunConfig.
         settings: One setting, such as probe.folds=10; in Python also {"probe.folds": 10}.
         progress: Show a progress bar in a terminal or notebook.

@@ -17,6 +17,7 @@ from ..audit.parsing import build_config
 from ..audit.storage import write_json, write_parquet, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance.manifest import read_manifest
+from ..train.backbones import check_lora
 from ..train.evaluate import check_model_name, evaluate_file
 from ..train.examples import Examples
 from ..train.finetune import finetune_on
@@ -220,6 +221,8 @@ def finetune(
     weights = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
     if overwrite and weights is not None and folder.resolve() in weights.resolve().parents:
         raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
+    if config.finetune.end_to_end:
+        check_lora(config.finetune.lora)
     if config.finetune.report_to:
         load_trackers(config.finetune.report_to)  # before any data is read
     target = new_finetune(run_dir.folder, folder.name) if overwrite else folder  # moved to `folder` when finished
@@ -461,15 +464,16 @@ def _count_learned(run_dir: Run, metrics: dict[str, Any], sample_ids: Iterable[s
 
 def _finetune_name(manifest: str, config: RunConfig, preset: str | None) -> str:
     finetune_config = config.finetune
+    seed = [f"seed-{config.seed}"] if config.seed else []
     if preset is not None:
-        return f"{manifest}-{preset}"
+        return "-".join([manifest, preset, *seed])
     own = finetune_config.model
     parts = [manifest, finetune_config.fusion if own is None else own.partition(":")[2], finetune_config.sampling]
     parts += [finetune_config.balancing] if finetune_config.balancing != "joint" else []
     parts += [f"only-{finetune_config.only}"] if finetune_config.only else []
     parts += [f"p{finetune_config.keep_posterior:g}"] if finetune_config.keep_posterior is not None else []
     parts += [f"from-{Path(finetune_config.init).stem}"] if finetune_config.init else []
-    return "-".join(parts)
+    return "-".join([*parts, *seed])
 
 
 def _find_finetune(run_dir: Run, name: str) -> Path:

@@ -71,6 +71,14 @@ def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny pretrained models, each in a folder of its name; read-only."""
+    from tiny_models import save_models
+
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
 @pytest.fixture
 def clips(clip_source: Path, tmp_path: Path) -> Path:
     """A writable copy of the clips."""

@@ -14,12 +14,15 @@ from training import make_examples
 
 from mmaudit.audit.errors import ManifestError, RunError
 from mmaudit.audit.features.encoders import function_version
+from mmaudit.audit.registry import Registry
 from mmaudit.cli.comparing_cells import Cell, LoadedManifests, _with_common_test, made_by, read_cell
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.provenance import SourceOptions
 from mmaudit.cli.run import Run
 from mmaudit.cli.training_source import ManifestSource
+from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.comparison_cells import parse_method
+from mmaudit.train.sampling import SAMPLERS
 
 
 def test_test_samples_are_those_of_all_manifests(caplog: pytest.LogCaptureFixture) -> None:
@@ -67,7 +70,8 @@ def loaded_examples(tmp_path: Path, **changes: Any) -> LoadedManifests:
 
 def cell(**changes: Any) -> Cell:
     values: dict[str, Any] = {"manifest": "a", "method": parse_method("joint"), "seed": 0, "budget": 100}
-    return Cell(**{**values, "config": RunConfig(), "is_first": True, **changes})
+    config = RunConfig(finetune=replace(RunConfig().finetune, balancing="joint"))
+    return Cell(**{**values, "config": config, "is_first": True, **changes})
 
 
 def test_digests_of_a_cell_follow_what_it_depends_on(tmp_path: Path) -> None:
@@ -75,11 +79,11 @@ def test_digests_of_a_cell_follow_what_it_depends_on(tmp_path: Path) -> None:
         return [name for name, value in made_by(cell(), loaded_examples(tmp_path)).items() if other[name] != value]
 
     assert not differing(made_by(cell(is_first=False), loaded_examples(tmp_path)))
-    quick = RunConfig(finetune=replace(RunConfig().finetune, epochs=3))
+    quick = RunConfig(finetune=replace(cell().config.finetune, epochs=3))
     changes: tuple[dict[str, Any], ...] = ({"seed": 1}, {"budget": 99}, {"config": quick})
     for change in changes:
         assert differing(made_by(cell(**change), loaded_examples(tmp_path))) == ["settings"]
-    resident = RunConfig(finetune=replace(RunConfig().finetune, resident_mib=1))
+    resident = RunConfig(finetune=replace(cell().config.finetune, resident_mib=1))
     assert not differing(made_by(cell(config=resident), loaded_examples(tmp_path)))
     content = np.array([f"other {number}" for number in range(120)], dtype=object)
     assert differing(made_by(cell(), loaded_examples(tmp_path, content=content))) == ["data"]
@@ -87,7 +91,7 @@ def test_digests_of_a_cell_follow_what_it_depends_on(tmp_path: Path) -> None:
 
 def test_digests_follow_the_source_of_a_network_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    own = RunConfig(finetune=replace(RunConfig().finetune, model="compared_net:factory"))
+    own = RunConfig(finetune=replace(cell().config.finetune, model="compared_net:factory"))
     made = []
     for source in ("def factory(*shapes): ...\n", "def factory(*shapes): return None\n"):
         (tmp_path / "compared_net.py").write_text(source)
@@ -95,6 +99,25 @@ def test_digests_follow_the_source_of_a_network_of_the_users(tmp_path: Path, mon
         made.append(made_by(cell(config=own), loaded_examples(tmp_path)))
     assert made[0]["code"] != made[1]["code"]
     assert made[0]["settings"] == made[1]["settings"]
+
+
+@pytest.mark.parametrize(("axis", "registry"), [("sampling", SAMPLERS), ("balancing", BALANCERS)])
+def test_digests_follow_the_package_of_an_installed_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axis: str, registry: Registry
+) -> None:
+    info = tmp_path / "t_method-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: t-method\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{registry.group}]\nextra = t_method:Extra\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changes: dict[str, Any] = {"balancing": "joint", axis: "extra"}
+    installed = RunConfig(finetune=replace(RunConfig().finetune, **changes))
+    made = []
+    for source in ("class Extra: ...\n", "class Extra:\n    a = 1\n"):
+        (tmp_path / "t_method.py").write_text(source)
+        made.append(made_by(cell(config=installed), loaded_examples(tmp_path)))
+    assert made[0]["code"] != made[1]["code"]
+    assert {**made[0], "code": ""} == {**made[1], "code": ""}
 
 
 def test_damaged_cell_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.cli.comparing_plan import Plan, method_config, read_plan
+from mmaudit.cli.comparing_plan import Grid, Plan, method_config, parse_grid, read_plan
 from mmaudit.train.comparison_cells import parse_method
 
 PLAN = 'manifests = ["all"]\nmethods = ["joint", "sum"]\nseeds = 3\nname = "mine"\ncontrols = false\n'
@@ -47,6 +47,9 @@ def test_name_is_made_of_the_manifests(tmp_path: Path) -> None:
         ("methods = [1]", "it must be a list of texts"),
         ("controls = 1", "it must be true or false"),
         ("seeds = ", "is not TOML"),
+        ("grid = [1, 2]", "grid is .*; it must be a table"),
+        ("[grid]\noptim.lr = 0.1", r"--grid optim\.lr: its values are 0.1; they must be a list"),
+        ("[grid]\noptim.lr = [0.1]", r"--grid optim\.lr has one value: a grid needs two"),
     ],
 )
 def test_wrong_plans_are_refused(tmp_path: Path, content: str, words: str) -> None:
@@ -83,6 +86,59 @@ def test_preset_is_overridden_by_settings() -> None:
     config, _ = method_config(parse_method("preset:ogm-ge-cremad: optim.lr=0.2"), None, {"finetune.hidden": 16}, None)
     assert config.finetune.balancing == "ogm-ge"
     assert (config.finetune.hidden, config.optim.lr, config.optim.optimizer) == (16, 0.2, "sgd")
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["optim.lr=1e-3,1e-2"], (("optim.lr", (0.001, 0.01)),)),
+        ([" optim.optimizer = sgd, adamw "], (("optim.optimizer", ("sgd", "adamw")),)),
+        (["optim.freeze=['a'],['b', 'c']"], (("optim.freeze", (["a"], ["b", "c"])),)),
+        (["optim.lr=1,2", "finetune.hidden=8,16"], (("optim.lr", (1, 2)), ("finetune.hidden", (8, 16)))),
+    ],
+)
+def test_grids_are_parsed(texts: list[str], expected: Grid) -> None:
+    assert parse_grid(texts) == expected
+    assert parse_grid({key: [*values] for key, values in expected}) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["optim.lr"], r"--grid optim\.lr: not of the form SECTION.KEY=VALUE,VALUE"),
+        (["=1,2"], "not of the form"),
+        (["optim.lr="], "not of the form"),
+        (["optim.lr=fast,,slow"], "a value is empty"),
+        (["optim.lr=1e-3"], r"--grid optim\.lr has one value: a grid needs two; for one, --set optim\.lr=VALUE"),
+        (["optim.lr=1,2,1"], r"--grid optim\.lr has the value 1 twice"),
+        (["optim.lr=1,2", "optim.lr=3,4"], r"--grid optim\.lr is passed twice"),
+        (["seed=1,2"], "--grid seed: seeds are those of --seed and --seeds"),
+        (["finetune.epochs=1,2"], "--grid finetune.epochs: all trainings read as many samples"),
+        (["finetune.balancing=joint,ogm"], "it is a part of a method; pass another --method"),
+    ],
+)
+def test_wrong_grids_are_refused(texts: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_grid(texts)
+
+
+def test_grid_of_a_plan_is_overridden_by_options(tmp_path: Path) -> None:
+    content = PLAN + '[grid]\noptim.lr = [0.1, 0.2]\n"finetune.hidden" = [8, 16]\n'
+    grid = (("optim.lr", (0.1, 0.2)), ("finetune.hidden", (8, 16)))
+    assert plan_of(content, tmp_path).grid == grid
+    assert plan_of(content, tmp_path, grid=["optim.lr=1,2"]).grid == (("optim.lr", (1, 2)),)
+    assert plan_of(PLAN, tmp_path).grid == ()
+
+
+@pytest.mark.parametrize(
+    "key", ["finetune.epochs=3", "finetune.validation_fraction=0.2", "seed=1", "finetune.only=audio"]
+)
+def test_settings_of_all_trainings_are_refused_for_one_method(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"--method joint: {key}: "):
+        method_config(parse_method(f"joint: {key}"), None, (), None)
+    if key.startswith("finetune.only"):
+        with pytest.raises(ConfigError, match=r"--set finetune\.only: the controls train on one modality"):
+            method_config(parse_method("joint"), None, [key], None)
 
 
 def test_unknown_key_of_a_method_is_refused() -> None:

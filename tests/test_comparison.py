@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.train.comparison import Comparison, build_comparison, compare_predictions
+from mmaudit.train.comparison import Comparison, build_comparison
+from mmaudit.train.comparison_arrays import compare_predictions
 from mmaudit.train.difference import compare_correctness, holm
+from mmaudit.train.evaluate import compute_metrics
 
 
 def draws(chance: float, *, seeds: int = 5, n: int = 900, seed: int = 0) -> NDArray[np.bool_]:
@@ -45,7 +47,7 @@ def test_p_is_corrected_for_the_methods_of_a_manifest_and_not_for_controls() -> 
         baseline="joint",
         subsets={"all": np.ones(900, dtype=bool)},
         group=None,
-        runs=pd.DataFrame(),
+        trainings=[],
         sample_id=np.arange(900),
         controls={("a", "audio alone"): ("a", "joint")},
     )
@@ -94,6 +96,85 @@ def test_tables_state_the_same_numbers() -> None:
     assert comparison.table()["verdict"].tolist()[0] == "baseline"
 
 
+def with_probabilities() -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int64]]:
+    """Return probabilities (4, 300, 3) of two methods, the second with more of the true class, and the labels."""
+    rng = np.random.default_rng(0)
+    label = np.arange(300) % 3
+    probabilities = {}
+    for method, share in (("joint", 0.2), ("ours", 0.4)):
+        drawn = (1 - share) * rng.dirichlet(np.ones(3), (4, 300))
+        drawn[:, np.arange(300), label] += share
+        probabilities[method] = drawn.astype(np.float32)
+    return probabilities, label
+
+
+def test_probabilities_have_metrics_with_intervals() -> None:
+    probabilities, label = with_probabilities()
+    predicted = {method: values.argmax(axis=2) for method, values in probabilities.items()}
+    comparison = compare_predictions(predicted, labels=label, probabilities=probabilities)
+    assert len(comparison.metrics) == 8
+    expected = [compute_metrics(run, label) for run in probabilities["ours"]]
+    rows: list[Any] = comparison.metrics.query("method == 'ours'").to_dict("records")
+    for row in rows:
+        assert row["value"] == pytest.approx(np.mean([entry[row["metric"]] for entry in expected]))
+        assert row["low"] < row["value"] < row["high"]
+    assert comparison.runs.query("method == 'ours'")["map"].tolist() == pytest.approx([row["map"] for row in expected])
+    assert comparison.summary.equals(compare_predictions(predicted, labels=label).summary)
+
+
+def test_without_probabilities_only_accuracy_is_known() -> None:
+    comparison = planted()
+    assert comparison.metrics["metric"].unique().tolist() == ["accuracy"]
+    assert comparison.metrics["value"].tolist()[:2] == [draws(0.6).mean(), draws(0.7).mean()]
+    assert comparison.runs[["macro_f1", "map", "ece"]].isna().all(axis=None)
+    assert comparison.missing.empty
+    single = compare_predictions({"joint": draws(0.6, seeds=1), "ours": draws(0.7, seeds=1)}).metrics
+    assert single[["low", "high"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"probabilities": {"other": np.ones((4, 300, 3))}}, "probabilities of other, which has no predictions"),
+        ({"probabilities": {"ours": np.ones((4, 300))}}, r"shape \(4, 300\), not \(4, 300, classes\)"),
+        ({"probabilities": {"ours": np.full((4, 300, 3), np.nan)}}, "probabilities of ours have values outside"),
+        ({"labels": None}, "probabilities need labels"),
+        ({"labels": np.arange(300)}, r"labels are not whole numbers in \[0, 3\)"),
+        ({"labels": np.array(["a"] * 300)}, r"labels are not whole numbers in \[0, 3\)"),
+    ],
+)
+def test_bad_probabilities_are_refused(changes: dict[str, Any], words: str) -> None:
+    probabilities, label = with_probabilities()
+    correct = {method: np.ones((4, 300)) for method in probabilities}
+    with pytest.raises(ConfigError, match=words):
+        compare_predictions(correct, **{"labels": label, "probabilities": probabilities, **changes})
+
+
+def test_a_method_without_finished_trainings_is_left_out() -> None:
+    """A method whose trainings all diverged is in the trainings alone; of one with a single one there is no verdict."""
+    training: dict[str, Any] = {"manifest": "a", "method": "joint", "kind": "method", "status": "finished"}
+    trainings = [training | {"seed": seed} for seed in range(5)]
+    trainings += [training | {"seed": seed, "method": "ours", "status": "diverged"} for seed in range(4)]
+    trainings += [training | {"seed": 4, "method": "ours"}]
+    trainings += [training | {"seed": seed, "method": "worse", "status": "diverged"} for seed in range(5)]
+    comparison = build_comparison(
+        {("a", "joint"): draws(0.2).astype(float), ("a", "ours"): draws(0.9, seeds=1).astype(float)},
+        name="test",
+        baseline="joint",
+        subsets={"all": np.ones(900, dtype=bool)},
+        group=None,
+        trainings=trainings,
+        seeds={("a", "ours"): [4], ("a", "joint"): range(5)},
+        sample_id=np.arange(900),
+    )
+    assert comparison.summary[["method", "verdict"]].to_numpy().tolist() == [["ours", "no verdict"]]
+    assert len(comparison.runs) == 15
+    assert comparison.runs["accuracy"].notna().sum() == 6
+    assert comparison.runs.query("status == 'diverged'")["subset"].unique().tolist() == ["all"]
+    assert "a/ours/4" in comparison.per_sample
+    assert comparison.warnings[0].startswith("one training of a/ours: without several seeds")
+
+
 def test_latex_escapes_names() -> None:
     text = compare_predictions({"a_b": draws(0.6), "50% {x} & y": draws(0.7)}).to_latex()
     assert r"a\_b" in text
@@ -104,7 +185,7 @@ def test_latex_escapes_names() -> None:
 def test_forest_plot_has_a_point_and_an_interval_per_comparison() -> None:
     axes = planted().plot().axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["ours", "worse", "same"]
-    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]  # type: ignore[index]
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in ("^", "v", "o")]  # type: ignore[index]
     assert points == pytest.approx((100 * planted().summary["difference"]).tolist())
     assert len(axes.lines) == 7  # and zero
 

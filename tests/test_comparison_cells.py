@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from training import make_examples
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import OrderConfig
-from mmaudit.train.comparison_cells import MethodSpec, anti_curriculum, parse_method, planned_epochs, shuffle_labels
+from mmaudit.train import comparison_cells
+from mmaudit.train.comparison_cells import (
+    MethodSpec,
+    anti_curriculum,
+    class_and_missing_subsets,
+    parse_method,
+    planned_epochs,
+    shuffle_labels,
+)
 from mmaudit.train.config import FinetuneConfig, TrainConfig
 
 
@@ -88,3 +99,25 @@ def test_shuffled_labels_keep_the_counts_and_the_test_labels() -> None:
     assert (shuffled.label[train] != examples.label[train]).mean() > 0.3
     assert shuffled.label[test].tolist() == examples.label[test].tolist()
     assert shuffle_labels(examples, seed=1).label.tolist() != shuffled.label.tolist()
+
+
+def test_subsets_of_classes_and_missing_modalities(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    examples = make_examples()
+    present = examples.present.copy()
+    test = examples.rows("test")
+    present[test[:4], 1] = False
+    present[examples.rows("train")[:4], 0] = False  # in no test sample
+    label = np.repeat([0, 1, 2, 3], [2, 8, 5, 15])  # of the 30 test samples
+    labels = examples.label.copy()
+    labels[test] = label
+    examples = replace(examples, present=present, label=labels)
+    masks = class_and_missing_subsets(examples, test)
+    assert list(masks) == ["class:a", "class:b", "class:c", "class:d", "missing:visual"]
+    assert np.array_equal(masks["class:c"], label == 2)
+    assert np.flatnonzero(masks["missing:visual"]).tolist() == [0, 1, 2, 3]
+    monkeypatch.setattr(comparison_cells, "MAX_CLASSES", 2)
+    with caplog.at_level(logging.INFO, logger="mmaudit"):
+        assert list(class_and_missing_subsets(examples, test)) == ["class:a", "class:d", "missing:visual"]
+    assert "the 1 rarest and the 1 most frequent of 4 among the test samples" in caplog.text

@@ -15,7 +15,15 @@ import torch
 from conftest import gaussian_table
 from safetensors.torch import load_file
 from torch import Tensor
-from training import fine_tune, make_examples, model_bytes, stop_after, with_options
+from training import (
+    fine_tune,
+    make_examples,
+    make_label_sets,
+    make_numbers,
+    model_bytes,
+    stop_after,
+    with_options,
+)
 from typer.testing import CliRunner, Result
 
 from mmaudit.audit.errors import ConfigError, RunError, TrainError
@@ -28,7 +36,7 @@ from mmaudit.train.config import TrainConfig
 from mmaudit.train.custom_network import PictureStandardization, input_shape
 from mmaudit.train.evaluate import evaluate_file
 from mmaudit.train.examples import Examples
-from mmaudit.train.methods import resolve
+from mmaudit.train.methods import check_task, resolve
 
 torch.set_num_threads(1)
 
@@ -59,6 +67,12 @@ class Concat(nn.Module):
 
     def unimodal_logits(self, features):
         return self.fusion.unimodal_logits(features)
+
+
+class Fused(Concat):
+    """The same without unimodal logits."""
+
+    unimodal_logits = None
 
 
 class Net(nn.Module):
@@ -217,7 +231,67 @@ def test_every_method_trains_without_unimodal_logits(nets: str, tmp_path: Path, 
     assert evaluated["test"] == trained.metrics["test"]
 
 
-@pytest.mark.parametrize("balancing", sorted({"greedy", "mla", "mmcosine", "reconboost"}))
+TASKS: dict[str, Callable[..., Examples]] = {"multilabel": make_label_sets, "regression": make_numbers}
+WITHOUT_CLASSES = ["joint", "sum", "modality-dropout", "gblend", "agm", "mmpareto", "mses", "mslr", "dgl"]
+
+
+@pytest.mark.parametrize(
+    ("task", "balancing"),
+    [
+        *(("multilabel", name) for name in ("sum", "agm", "mslr")),
+        *(("regression", name) for name in ("joint", "gblend")),
+    ],
+)
+def test_other_targets_are_trained_as_by_a_network_of_ours(
+    nets: str, tmp_path: Path, task: str, balancing: str
+) -> None:
+    """Numbers far from 0: their mean and scale are those of the training samples in both."""
+    options = {"offset": 300.0, "unit": 40.0} if task == "regression" else {}
+    examples = TASKS[task](**options)
+    settings: dict[str, Any] = {"balancing": balancing, "epochs": 3}
+    ours = fine_tune(examples, tmp_path / "ours", with_options(**settings))
+    model = f"{nets}:{'Fused' if task == 'regression' else 'Concat'}"
+    users = fine_tune(examples, tmp_path / "users", of_model(model, **settings))
+    for record, expected in zip(users.history, ours.history, strict=True):
+        assert record == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert users.metrics["num_parameters"] == ours.metrics["num_parameters"]
+    evaluated = evaluate(tmp_path / "users", examples, of_model(model, **settings), model=model)
+    assert evaluated["test"] == users.metrics["test"]
+    if task == "regression":
+        weights = load_file(tmp_path / "users" / "model.safetensors")
+        values = examples.target[examples.rows("train")]
+        assert float(weights["target_mean"]) == pytest.approx(float(values.mean()), rel=1e-6)
+        assert users.metrics["test"]["all"]["branches"]["fused"]["mae"] < 70  # guessing the median: 80
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("balancing", [name for name in BALANCERS if "concat" in BALANCERS.load(name).fusions])
+def test_methods_train_other_targets_or_refuse_as_without_a_model(
+    nets: str, tmp_path: Path, task: str, balancing: str
+) -> None:
+    config = of_model(f"{nets}:Net", balancing=balancing, epochs=2, batch_size=29)
+    examples = TASKS[task](60)
+    if balancing not in WITHOUT_CLASSES:
+        with pytest.raises(ConfigError, match=f"balancing {balancing} needs classes, and the task is {task}: "):
+            check_task(resolve(config), task)
+        return
+    trained = fine_tune(examples, tmp_path, config)
+    assert all(np.isfinite(value) for record in trained.history for value in record.values())
+    evaluated = evaluate(tmp_path, examples, config, model=f"{nets}:Net")
+    assert evaluated["test"] == trained.metrics["test"]
+
+
+def test_parts_of_a_number_are_no_unimodal_predictions(nets: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unimodal_logits add up to the fused logits"):
+        fine_tune(make_numbers(60), tmp_path, of_model(f"{nets}:Concat", epochs=1))
+    with pytest.raises(ConfigError, match="num_classes 2, and the samples have 1 number"):
+        fine_tune(make_numbers(60), tmp_path, of_model(f"{nets}:wrong_classes", epochs=1))
+    with pytest.raises(ConfigError, match="num_classes 4, and the samples have 3 labels"):
+        fine_tune(make_label_sets(60), tmp_path, of_model(f"{nets}:wrong_classes", epochs=1))
+    fine_tune(make_numbers(60), tmp_path, of_model(f"{nets}:Concat", epochs=1, own_heads=True))
+
+
+@pytest.mark.parametrize("balancing", sorted({"aug", "greedy", "mla", "mmcosine", "reconboost"}))
 def test_methods_with_a_fusion_of_their_own_are_refused(balancing: str) -> None:
     with pytest.raises(ConfigError, match=f"balancing {balancing} does not work with a network of your own: "):
         resolve(of_model("nets:build", balancing=balancing))

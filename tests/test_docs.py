@@ -279,7 +279,7 @@ def test_sections_of_the_report_are_explained_by_their_names_in_their_order() ->
     guide = (DOCS / "howto" / "report.md").read_text(encoding="utf-8")
     headings = re.findall(r"<h2>(.*)</h2>", page)
     assert re.findall(r"^\*\*(.+?)\.\*\*", guide, flags=re.MULTILINE) == ["Headline", *headings]
-    assert len(headings) == 11
+    assert len(headings) == 12
 
 
 def test_use_in_the_readme_ends_within_two_screens() -> None:

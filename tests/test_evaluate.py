@@ -35,7 +35,9 @@ from mmaudit.train.evaluate import (
     evaluate_network,
     measure_contribution,
     predict,
+    sets_without,
     subsets,
+    values_by_set,
 )
 from mmaudit.train.examples import Examples
 from mmaudit.train.methods import resolve
@@ -489,3 +491,35 @@ def test_correct_by_set_matches_the_network(fusion: str) -> None:
     assert torch.equal(second, net.fusion([torch.zeros_like(f), g]).argmax(dim=1) == label)
     assert int(none.sum()) == 10  # one class for all
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("num_modalities", [1, 2, 3])
+def test_predictions_without_a_modality_are_those_of_the_set_of_the_others(num_modalities: int, tmp_path: Path) -> None:
+    examples = make_examples(num_modalities=num_modalities)
+    result = fine_tune(examples, tmp_path)
+    by_set = {
+        frozenset(entry["modalities"]): entry["accuracy"]
+        for entry in result.metrics["contribution"]["contribution"]["sets"]
+    }
+    assert list(result.without) == list(examples.modalities)
+    for name, values in result.without.items():
+        assert values.mean() == pytest.approx(by_set[frozenset(examples.modalities) - {name}])
+    assert len(by_set) == 2**num_modalities
+
+
+def test_sets_without_a_modality_are_evaluated_also_of_many_modalities() -> None:
+    """Of sixteen modalities the orders of `shapley` do not hold all sets of fifteen."""
+
+    class Reader:
+        def __init__(self) -> None:
+            self.net = FusionNet(
+                ModelConfig(modalities=tuple("abcdefghijklmnop"), shapes=((2,),) * 16, classes=("x", "y"))
+            )
+
+        def read_samples(self, function: object, rows: NDArray[np.intp]) -> Tensor:
+            return torch.zeros(len(sets), len(rows))
+
+    reader = Reader()
+    sets = {*shapley_sets(16, seed=0), *sets_without(reader.net)}
+    assert len(sets) > len(shapley_sets(16, seed=0))
+    assert set(values_by_set(reader, np.arange(3), seed=0)) == sets  # type: ignore[arg-type]

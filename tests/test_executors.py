@@ -15,7 +15,7 @@ PARTS = tuple(
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_every_part_belongs_to_one_process(count: int) -> None:
     done: list[Part] = []
-    for number in reversed(range(count)):
+    for number in range(count, 0, -1):
         ShardExecutor(f"{number}/{count}").run(done.extend, PARTS)
     assert sorted(done, key=lambda part: part.index) == list(PARTS)
 

@@ -18,21 +18,10 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
+from mmaudit.audit.figure_style import COLOURS, INK, canvas
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.cli.report.drawing import (
-    COLOURS,
-    DPI,
-    INK,
-    WIDTH,
-    canvas,
-    fit_names,
-    font_families,
-    palette,
-    png,
-    text_colour,
-    text_width,
-)
+from mmaudit.cli.report.drawing import DPI, WIDTH, palette, png, text_colour
 from mmaudit.cli.report.figures import build_figures, coloured_names, draw
 from mmaudit.cli.report.findings import class_numbers, discrepancies, gaps, maps, training
 from mmaudit.cli.report.outcome_figures import draw_finetune, draw_manifest
@@ -317,17 +306,6 @@ def test_training_maps_end_where_the_samples_end() -> None:
         assert axes.get_xlim() == pytest.approx((0, 0.15))
 
 
-def test_names_that_are_cut_remain_distinct() -> None:
-    with canvas():
-        names = [SENTENCE.format(index) for index in range(40)]
-        cut = fit_names(names, 1.5)
-        assert len(set(cut)) == 40
-        assert all(str(index) in text for index, text in enumerate(cut))
-        assert all(text_width(text, size=9) <= 1.5 for text in cut)
-        assert fit_names(["audio", "visual", "audio"], 1.5) == ["audio", "visual", "audio"]
-        assert len(set(fit_names(["x" * 90 + "y" * n for n in range(9)], 0.5))) == 9
-
-
 @pytest.mark.parametrize("num_modalities", [2, 3, 4])
 def test_every_name_in_a_figure_belongs_to_one_modality(num_modalities: int) -> None:
     """Names that differ in their middle only were cut alike on the two sides of a histogram, and between maps."""
@@ -376,7 +354,7 @@ def test_text_colours_have_the_contrast_of_text() -> None:
 @pytest.fixture
 def only_dejavu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that has the fonts of matplotlib and no others."""
-    monkeypatch.setattr("mmaudit.cli.report.drawing._installed", lambda: ["DejaVu Sans", "STIXGeneral"])
+    monkeypatch.setattr("mmaudit.audit.figure_style._installed", lambda: ["DejaVu Sans", "STIXGeneral"])
 
 
 @pytest.mark.usefixtures("only_dejavu")
@@ -391,23 +369,3 @@ def test_scripts_that_no_font_covers_are_named_once(caplog: pytest.LogCaptureFix
     assert "Noto Sans CJK" in message
     assert "fonts-noto-cjk" in message
     assert "Greek" not in message
-
-
-@pytest.mark.usefixtures("only_dejavu")
-def test_latin_greek_cyrillic_and_arabic_need_no_other_font(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="mmaudit"), canvas(("voilà", "λόγος", "звук", "صوت")):
-        assert matplotlib.rcParams["font.family"] == ["DejaVu Sans"]
-    assert not caplog.records
-
-
-def test_a_font_that_covers_a_script_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    covered = {"DejaVu Sans": frozenset(map(ord, "audio")), "A": frozenset(map(ord, "数")), "B": frozenset()}
-    monkeypatch.setattr("mmaudit.cli.report.drawing._installed", lambda: ["B", "A", "DejaVu Sans"])
-    monkeypatch.setattr("mmaudit.cli.report.drawing._characters", covered.__getitem__)
-    assert font_families(["audio", "数"]) == ["DejaVu Sans", "A"]
-    assert font_families(["audio"]) == ["DejaVu Sans"]  # no other font changes Latin labels
-
-
-def test_names_from_right_to_left_keep_the_order_of_their_label() -> None:
-    with canvas():
-        assert fit_names(["صوت", "audio"], 2) == ["\u200eصوت\u200e", "audio"]

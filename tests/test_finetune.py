@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file
 from training import QUICK, fine_tune, make_examples, metrics_without_seconds, model_bytes, stop_after, with_options
 
-from mmaudit.audit.errors import ConfigError, ManifestError, RunError
+from mmaudit.audit.errors import ConfigError, ManifestError, RunError, TrainError
 from mmaudit.audit.features.matrix import MatrixInputs
+from mmaudit.audit.workers import NETWORK_THREADS, NUM_THREADS, no_progress
 from mmaudit.rebalance.curriculum import OrderConfig, root_pacing
 from mmaudit.train.checkpoint import read_model_config, save_state
 from mmaudit.train.config import MIN_VALIDATION_SAMPLES
 from mmaudit.train.evaluate import compute_metrics
-from mmaudit.train.examples import Examples
+from mmaudit.train.examples import Examples, in_fixed_threads
+from mmaudit.train.finetune import finetune_on
 from mmaudit.train.network import FusionNet, ModelConfig
 
 torch.set_num_threads(1)
@@ -60,6 +62,46 @@ def test_without_validation_samples_all_others_are_trained_on(tmp_path: Path) ->
         fine_tune(unsplit, tmp_path / "best")
     with pytest.raises(ConfigError, match="--balancing mses follows validation losses"):
         fine_tune(unsplit, tmp_path / "mses", with_options(keep="last", balancing="mses"))
+
+
+def test_training_without_a_folder_writes_nothing_and_has_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = fine_tune(make_examples(), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    files = sorted(tmp_path.rglob("*"))
+    options: dict[str, Any] = {"between": "audio:visual", "seed": 0, "device": "cpu", "progress": no_progress}
+    config = with_options(save_steps=1, report_to=("tensorboard",))
+    result = finetune_on(make_examples(), None, config=config, **options)
+    assert metrics_without_seconds(result) == metrics_without_seconds(written)
+    assert result.history == written.history
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize(("sampling", "balancing"), [("uniform", "joint"), ("dus-h", "sum"), ("smv", "joint")])
+def test_rows_read_are_those_of_single_modalities(tmp_path: Path, sampling: str, balancing: str) -> None:
+    config = with_options(sampling=sampling, balancing=balancing, epochs=6, save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(make_examples(), tmp_path / "cut", config, progress=stop_after(3))
+    result, resumed = (fine_tune(make_examples(), tmp_path / name, config) for name in ("whole", "cut"))
+    assert result.metrics["rows_read"] == sum(record["rows_read"] for record in result.history)
+    assert metrics_without_seconds(resumed) == metrics_without_seconds(result)
+    by_sample = result.metrics["rows_read"] / result.metrics["samples_seen"]
+    assert by_sample == 2 if sampling == "uniform" else 1 < by_sample < 2
+
+
+def test_divergence_in_the_last_step_is_an_error(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"between": "audio:visual", "seed": 0, "device": "cpu", "progress": no_progress}
+    with pytest.raises(TrainError, match="training has diverged: predictions of epoch 1 are not finite; lower --lr"):
+        finetune_on(make_examples(), None, config=with_options(lr=1e30), max_samples=1, **options)
+
+
+def test_vectors_are_trained_in_one_thread_and_pictures_in_two() -> None:
+    examples = make_examples()
+    assert examples.num_threads == NUM_THREADS == 1
+    assert replace(examples, shapes=((3,), (8, 8, 3))).num_threads == NETWORK_THREADS == 2
+    threads = in_fixed_threads(lambda examples: torch.get_num_threads())
+    assert (threads(examples), threads(replace(examples, shapes=((3,), (8, 8, 3))))) == (1, 2)
 
 
 def test_last_smaller_batch_is_left_out(tmp_path: Path) -> None:

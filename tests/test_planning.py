@@ -38,7 +38,7 @@ def test_jobs_of_slurm_depend_on_the_stage_before(data: Path) -> None:
     for job, stage, before in zip(jobs, STAGES, ["", *STAGES], strict=False):
         shard = ["--shard", "$SLURM_ARRAY_TASK_ID/4"] if stage in ("encode", "score") else []
         assert shlex.split(job[-1]) == [*common, "--stage", stage, *shard]
-        assert ("--array=0-3" in job) == bool(shard)
+        assert ("--array=1-4" in job) == bool(shard)
         assert ("--gres=gpu:1" in job) == (stage in ("encode", "fit"))
         assert [word for word in job if "dependency" in word] == [f"--dependency=afterok:${before}"] * bool(before)
     assert len(jobs) == len(STAGES)
@@ -54,7 +54,7 @@ def test_jobs_of_kubernetes_are_indexed(data: Path) -> None:
         assert (job["spec"]["completionMode"], job["spec"]["completions"]) == ("Indexed", num_processes)
         (container,) = job["spec"]["template"]["spec"]["containers"]
         assert container["image"] == "registry/mmaudit"
-        assert ("$JOB_COMPLETION_INDEX/6" in container["command"][2]) == (num_processes > 1)
+        assert ("$((JOB_COMPLETION_INDEX + 1))/6" in container["command"][2]) == (num_processes > 1)
         assert shlex.split(container["command"][2])[:4] == ["exec", "mmaudit", "score", str(data)]
 
 

@@ -1,3 +1,4 @@
+import importlib
 import sys
 from pathlib import Path
 
@@ -43,6 +44,30 @@ def test_built_in_method_precedes_an_installed_one_of_its_name(installed: Path) 
     import json
 
     assert registry().load("encode") is json.JSONEncoder
+
+
+def test_source_digest_follows_source_and_version_without_importing_them(installed: Path) -> None:
+    sys.modules.pop("t_plugin", None)  # of another test
+    assert registry().source_digest("encode") == ""
+    digests = [registry().source_digest("extra")]
+    (installed / "t_plugin.py").write_text("def extra():\n    return 8\n")
+    digests.append(registry().source_digest("extra"))
+    metadata = installed / "t_plugin-1.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: t-plugin\nVersion: 2\n")
+    importlib.invalidate_caches()
+    digests.append(registry().source_digest("extra"))
+    (installed / "t_plugin.py").unlink()
+    (installed / "t_plugin").mkdir()
+    for name, content in (("__init__", "from .part import extra\n"), ("part", "def extra(): ...\n")):
+        (installed / "t_plugin" / f"{name}.py").write_text(content)
+    importlib.invalidate_caches()
+    digests.append(registry().source_digest("extra"))
+    (installed / "t_plugin" / "part.py").write_text("def extra(): return 1\n")
+    digests.append(registry().source_digest("extra"))
+    assert len({*digests}) == 5
+    assert "t_plugin" not in sys.modules
+    with pytest.raises(ConfigError, match="--x extr: no such name"):
+        registry().source_digest("extr")
 
 
 def test_unknown_and_broken_methods_are_config_errors(installed: Path) -> None:

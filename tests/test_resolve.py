@@ -29,9 +29,15 @@ def warnings_of(config: TrainConfig) -> list[str]:
 
 
 # Requirements of each method, stated independently of the source.
-HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "dgl", "inforeg", "mla"}
+HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "dgl", "inforeg", "mla", "aug"}
 ONE_MODALITY = {"joint", "sum"}
-FUSION_OF: dict[str, set[str]] = {"greedy": {"mmtm"}, "mla": {"shared"}, "mmcosine": set(), "reconboost": set()}
+FUSION_OF: dict[str, set[str]] = {
+    "greedy": {"mmtm"},
+    "mla": {"shared"},
+    "mmcosine": set(),
+    "reconboost": set(),
+    "aug": set(),
+}
 PER_MODALITY_SAMPLERS = {"dus-h", "dus-rl"}
 
 
@@ -81,7 +87,7 @@ def test_every_combination_is_accepted_or_raises() -> None:
         (
             {"sampling": "dus-h", "balancing": "ogm"},
             "--sampling dus-h selects samples per modality, and --balancing ogm has no unimodal loss that trains on "
-            "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, dgl, inforeg, mla",
+            "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, dgl, inforeg, aug, mla",
         ),
         (
             {"answer": "heads"},

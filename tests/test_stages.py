@@ -89,7 +89,7 @@ def check_same(run: Path, expected: Path) -> None:
 def run_stages(data: Path, run: Path, count: int) -> None:
     """Run all stages, the processes of a stage in reverse order."""
     for stage in staging.STAGES:
-        shards = [f"{number}/{count}" for number in reversed(range(count))]
+        shards = [f"{number}/{count}" for number in range(count, 0, -1)]
         for shard in shards if stage in staging.BY_PART else [None]:
             score(data, run=run, config=CONFIG, num_workers=0, stage=stage, shard=shard)
 
@@ -172,10 +172,10 @@ def test_processes_give_the_bytes_of_one(data: Path, local: Path, tmp_path: Path
 SBATCH = """#!/bin/sh
 # Runs the tasks of a job at once, the last one first, and prints a number for it.
 for word in "$@"; do
-    case "$word" in --array=0-*) last=${word#--array=0-};; esac
+    case "$word" in --array=1-*) last=${word#--array=1-};; esac
     command=$word
 done
-for task in $(seq "${last:-0}" -1 0); do
+for task in $(seq "${last:-1}" -1 1); do
     SLURM_ARRAY_TASK_ID=$task sh -c "$command" >&2 || exit 1
 done
 echo 1
@@ -189,14 +189,14 @@ def test_stages_in_the_wrong_order_are_refused(data: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="did you mean score"):
         score(data, run=tmp_path / "run", stage="scores")
     with pytest.raises(ConfigError, match="run by shard, the others at once"):
-        score(data, run=tmp_path / "run", stage="fit", shard="0/2")
+        score(data, run=tmp_path / "run", stage="fit", shard="1/2")
 
 
 def test_unfinished_run_of_another_config_is_refused(data: Path, tmp_path: Path) -> None:
-    score(data, run=tmp_path, config=CONFIG, num_workers=0, stage="encode", shard="0/2")
+    score(data, run=tmp_path, config=CONFIG, num_workers=0, stage="encode", shard="1/2")
     for changed in (replace(CONFIG, seed=1), replace(CONFIG, parts=PartsConfig(rows=30))):
         with pytest.raises(RunError, match="pass another folder with --run, or --overwrite"):
-            score(data, run=tmp_path, config=changed, num_workers=0, stage="encode", shard="1/2")
+            score(data, run=tmp_path, config=changed, num_workers=0, stage="encode", shard="2/2")
     score(data, run=tmp_path, config=replace(CONFIG, seed=1), num_workers=0, overwrite=True)
     assert Run(tmp_path).record()["seed"] == 1
 
@@ -254,7 +254,7 @@ def test_damaged_part_is_scored_again(data: Path, local: Path, tmp_path: Path) -
     (tmp_path / "stages/measured/part-00002.json").unlink()
     with pytest.raises(RunError, match=r"part-00001\.arrow is missing or damaged"):
         score(data, run=tmp_path, config=CONFIG, num_workers=0, stage="merge")
-    score(data, run=tmp_path, config=CONFIG, num_workers=0, stage="score", shard="1/2")
+    score(data, run=tmp_path, config=CONFIG, num_workers=0, stage="score", shard="2/2")
     score(data, run=tmp_path, config=CONFIG, num_workers=0)  # without a stage it finishes them
     check_same(tmp_path, local)
 

@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 TASKS: dict[str, Callable[..., Examples]] = {"multilabel": make_label_sets, "regression": make_numbers}
 NEED_CLASSES = {
     "sampler": {"bss-l", "smv", "remix", "class-balanced"},
-    "balancer": {"gmm", "ogm", "ogm-ge", "pmr", "mmcosine", "lfm", "reconboost", "relearning", "inforeg", "mla"},
+    "balancer": {"gmm", "ogm", "ogm-ge", "pmr", "mmcosine", "lfm", "reconboost", "relearning", "inforeg", "aug", "mla"},
 }
 
 

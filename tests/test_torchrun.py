@@ -33,6 +33,7 @@ PAIRS = [
     ("uniform", "relearning"),
     ("remix", "dgl"),
     ("remix", "inforeg"),
+    ("uniform", "aug"),
 ]
 
 # Prints the rows of each step of each epoch in this process, the history and the test metrics.
@@ -70,7 +71,11 @@ def config_of(sampling: str, balancing: str) -> TrainConfig:
     Of four processes one has no row of the last step: 60 = 3 * 19 + 3. Every method is active within three epochs.
     """
     config = with_options(sampling=sampling, balancing=balancing, epochs=3, dropout=0.0, batch_size=19)
-    stages = {"reconboost": {"stage_epochs": 1, "rectify_epochs": 1}, "relearning": {"every_epochs": 1}}
+    stages: dict[str, dict[str, Any]] = {
+        "reconboost": {"stage_epochs": 1, "rectify_epochs": 1},
+        "relearning": {"every_epochs": 1},
+        "aug": {"every_epochs": 1},
+    }
     return replace(config, balancing=stages, sampling={"remix": {"warmup_epochs": 1}})
 
 

@@ -75,6 +75,7 @@ def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
         (["--sampling", "dus-h"], "all-concat-dus-h-sum"),
         (["--fusion", "gated"], "all-gated-uniform"),
         (["--only", "audio"], "all-concat-uniform-only-audio"),
+        (["--seed", "1"], "all-concat-uniform-seed-1"),
         (["--keep-posterior", "0.5", "--init", "plain"], "all-concat-uniform-p0.5-from-plain"),
     ],
 )
@@ -424,7 +425,7 @@ def test_history_has_one_line_per_epoch_with_method_values(run: Path) -> None:
     lines = (run / "finetune" / "told" / "history.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["epoch"] for record in records] == [1, 2, 3]
-    common = {"epoch", "steps", "samples", "lr", "train_loss", "validation_loss", "validation_accuracy"}
+    common = {"epoch", "steps", "samples", "rows_read", "lr", "train_loss", "validation_loss", "validation_accuracy"}
     assert all(set(record) > common for record in records)
 
 

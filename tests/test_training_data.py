@@ -254,6 +254,7 @@ def test_pool_has_the_training_rows() -> None:
         ("lfm", "lfm", False),
         ("reconboost", "reconboost", False),
         ("inforeg", "concat", True),
+        ("aug", "aug", False),
     ],
 )
 def test_method_gets_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:

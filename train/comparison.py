@@ -12,19 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, choices, printable
-from .difference import LEVEL, MIN_TEST_SAMPLES, Difference, compare_correctness, holm
+from .comparison_findings import Finding, StudyDesign, check_findings, compare_filters
+from .comparison_metrics import (
+    Probabilities,
+    TestPredictions,
+    tabulate_metrics,
+    tabulate_missing,
+    tabulate_runs,
+)
+from .comparison_rows import tabulate_differences, tabulate_unimodal
+from .difference import MIN_TEST_SAMPLES, Condition, Difference, Mask, compare_on
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Condition = tuple[str, str]  # manifest, "" without manifests, and method
-Correctness = NDArray[np.float64]
-Mask = NDArray[np.bool_]
+    from .column_figure import FigureTables
 
-NO_VERDICT = "no verdict"
+Correctness = NDArray[np.float64]
+
+_UNIMODAL = " alone"  # ends the name of a method of one modality
 _COLUMNS = ("manifest", "method", "accuracy", "difference", "95% interval", "p", "verdict")
 
 
@@ -39,11 +48,22 @@ class Comparison:
             and on the subset `all` the p corrected for the comparisons of the manifest (`p_holm`, Holm) and the
             verdict; smallest_effect is the smallest true difference that is shown with a probability of .8. Rows of the
             kind `control` compare a control with what it controls.
+        metrics: One row per manifest, method, subset and metric (`accuracy`, `macro_f1`, `map`, `ece`, all in [0, 1]):
+            the mean over trainings (`value`) with its 95% interval over test samples and trainings, NaN of one
+            training. They have no verdict.
+        missing: Accuracy on all test samples (`accuracy`, with its 95% interval) if each lacks a `modality` with a
+            probability of `rate`; one row per manifest, method, modality and rate from 0 to 1. The expectation is
+            linear in the rate: the curves follow from the predictions with the modality absent, which networks of
+            mmaudit treat as features of 0.
+        findings: Outcomes of the checks F1 to F3, claims of the balanced dataset's study, by method and manifest.
+        selection: Filtering by the gap's mixture against all data, the random control, and filtering by the balance
+            score, corrected among themselves; None without conditions that are filtered so.
         runs: One row per training and subset: accuracy, macro-F1, MAP and ECE in [0, 1], where they are known.
         per_sample: One row per test sample: its id, and a column MANIFEST/METHOD/SEED per training, True where it is
             correct.
         correct: Correctness (S, n) by (manifest, method).
         subsets: Masks (n,) of the test samples by subset.
+        unimodal: The modality of each condition that trains one alone.
         group: Group of each test sample, (n,); None where samples are independent.
         warnings: What limits the verdicts, one sentence each.
         folder: Folder of the files; None without files.
@@ -58,10 +78,15 @@ class Comparison:
     name: str
     baseline: str
     summary: pd.DataFrame
+    metrics: pd.DataFrame
+    missing: pd.DataFrame
+    findings: tuple[Finding, ...] = ()
+    selection: pd.DataFrame | None = None
     runs: pd.DataFrame
     per_sample: pd.DataFrame
     correct: Mapping[Condition, Correctness]
     subsets: Mapping[str, Mask]
+    unimodal: Mapping[Condition, str] = field(default_factory=dict)
     group: tuple[str, ...] | None = None
     warnings: tuple[str, ...] = ()
     folder: Path | None = field(default=None)
@@ -80,7 +105,7 @@ class Comparison:
         if subset not in self.subsets:
             raise ConfigError(f"no subset {subset}; {choices(subset, self.subsets)}")
         first, second = (self.correct[self._find(name)] for name in (a, b))
-        return _difference(first, second, self.subsets[subset], self.group)
+        return compare_on(self.subsets[subset], first, second, group=self.group)
 
     def sentences(self) -> list[str]:
         """Return the verdicts in words, one per comparison on all test samples, with interval and smallest effect."""
@@ -127,39 +152,79 @@ class Comparison:
         top = [rf"\begin{{tabular}}{{ll{'r' * (len(_COLUMNS) - 3)}l}}", r"\toprule", lines[0], r"\midrule"]
         return "\n".join([*top, *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
-    def plot(self) -> Figure:
-        """Return a forest plot as a figure of matplotlib: the differences on all test samples with 95% intervals.
+    def against_unimodal(self) -> pd.DataFrame:
+        """Compare the methods with the best unimodal model of their manifest, in rows like those of `summary`.
+
+        Unimodal models are the controls of one modality, or methods named `MODALITY alone`. The best one is that of the
+        highest accuracy on all test samples: chosen on the samples that it is tested on, it is favoured a little, and
+        the methods are not. The verdicts are better, worse or no evidence, corrected for the methods of the manifest
+        (Holm). The table has no rows where no modality was trained alone.
 
         Example:
-            >>> comparison.plot().savefig("forest.pdf")
+            >>> comparison.against_unimodal()[["method", "reference", "difference"]]
         """
-        from matplotlib.figure import Figure
+        table = self.summary[self.summary["kind"] == "control"]
+        return tabulate_unimodal(
+            self.correct,
+            unimodal=self._unimodal(),
+            controls=[*zip(table["manifest"], table["method"], strict=True)],
+            subsets=self.subsets,
+            group=self.group,
+        )
 
-        rows = self.summary[self.summary["subset"] == "all"].to_dict("records")
-        figure = Figure(figsize=(6.4, 1.1 + 0.3 * max(len(rows), 1)), layout="constrained")
-        axes = figure.add_subplot()
-        for position, row in enumerate(rows):
-            colour = {"helps": "tab:green", "hurts": "tab:red"}.get(row["verdict"], "0.35")
-            axes.plot(100 * row["difference"], position, "o" if row["kind"] == "method" else "s", color=colour)
-            if not np.isnan(row["p"]):
-                axes.plot([100 * row["low"], 100 * row["high"]], [position, position], color=colour)
-        axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
-        axes.set_yticks(range(len(rows)), [printable(_label(row)).replace("$", r"\$") for row in rows])
-        axes.invert_yaxis()
-        axes.set_xlabel("difference of accuracy in points, 95% interval")
-        return figure
+    def plot(self, kind: str = "forest") -> Figure:
+        """Return a figure of matplotlib, 3.3 inches wide, the column of a paper.
+
+        Args:
+            kind: `forest` (differences from the baseline on all test samples), `forest-unimodal` (from the best
+                unimodal model), `subsets` (accuracy by subset), `threshold` (accuracy on the samples that a modality
+                dominates by more than T, over T), `missing` (accuracy over the share of test samples without a
+                modality) or `missing-MODALITY`. Kinds without data do not exist.
+
+        Raises:
+            ConfigError: There is no such kind.
+
+        Example:
+            >>> comparison.plot("threshold").savefig("threshold.pdf")
+        """
+        from .comparison_figures import build_figure, figure_kinds
+
+        tables = self.figure_tables()
+        if kind not in (kinds := figure_kinds(tables)):
+            raise ConfigError(f"no figure {kind}; {choices(kind, kinds)}")
+        return build_figure(tables, kind)
+
+    def figure_tables(self) -> FigureTables:
+        """Return what the figures are drawn from."""
+        from .column_figure import FigureTables
+
+        return FigureTables(
+            baseline=self.baseline,
+            summary=self.summary,
+            unimodal=self.against_unimodal(),
+            unimodal_methods=frozenset(method for _, method in self._unimodal()),
+            metrics=self.metrics,
+            missing=self.missing,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return verdicts in words, warnings, the summary and the folder as JSON values."""
-        rows = self.summary.astype(object).where(self.summary.notna(), None).to_dict("records")
+        """Return verdicts in words, findings, warnings, the tables and the folder as JSON values."""
         return {
             "name": self.name,
             "baseline": self.baseline,
             "verdicts": self.sentences(),
+            "findings": [finding.to_dict() for finding in self.findings],
             "warnings": list(self.warnings),
-            "summary": rows,
+            "summary": _records(self.summary),
+            "metrics": _records(self.metrics),
+            "missing": _records(self.missing),
+            "selection": None if self.selection is None else _records(self.selection),
             "folder": None if self.folder is None else str(self.folder),
         }
+
+    def _unimodal(self) -> list[Condition]:
+        """Return the conditions of one modality, by their names where that is not recorded."""
+        return [c for c in self.correct if c in self.unimodal or (not self.unimodal and c[1].endswith(_UNIMODAL))]
 
     def _find(self, name: str) -> Condition:
         """Return the condition of METHOD or MANIFEST/METHOD."""
@@ -170,67 +235,6 @@ class Comparison:
         raise ConfigError(f"no method {name}; {choices(name, {*names.values(), *(key[1] for key in names)})}")
 
 
-def compare_predictions(
-    predictions: Mapping[str, ArrayLike],
-    *,
-    baseline: str | None = None,
-    group: Sequence[object] | None = None,
-    labels: ArrayLike | None = None,
-    subsets: Mapping[str, ArrayLike] | None = None,
-    sample_id: Sequence[object] | None = None,
-) -> Comparison:
-    """Compare methods by the test predictions of trainings of any framework, several seeds each.
-
-    Args:
-        predictions: By method, correctness (S, n) of n test samples in S trainings, 0 or 1; with `labels` the predicted
-            classes (S, n). The samples are the same in the same order; S may differ.
-        baseline: Method that the others are compared with; by default the first.
-        group: Group of each test sample (n,), such as its speaker, where samples of a group are alike.
-        labels: True class of each test sample (n,); by default `predictions` are correctness.
-        subsets: Masks (n,) of the test samples by name; by default only `all`.
-        sample_id: Ids of the test samples (n,); by default their positions.
-
-    Returns:
-        The comparison, without files.
-
-    Raises:
-        ConfigError: There are fewer than two methods, the baseline is none of them, or shapes do not agree.
-
-    Example:
-        >>> rng = np.random.default_rng(0)
-        >>> trained = {"joint": rng.random((5, 900)) < 0.6, "ours": rng.random((5, 900)) < 0.7}
-        >>> mmaudit.compare_predictions(trained, baseline="joint").difference("ours", "joint").evidence()
-        'helps'
-    """
-    if len(predictions) < 2:
-        raise ConfigError(f"{len(predictions)} method: a comparison needs at least two")
-    baseline = next(iter(predictions)) if baseline is None else baseline
-    if baseline not in predictions:
-        raise ConfigError(f"baseline {baseline} is no method; {choices(baseline, predictions)}")
-    correct: dict[Condition, Correctness] = {
-        ("", method): _correctness(values, labels, method) for method, values in predictions.items()
-    }
-    n = correct["", baseline].shape[1]
-    _check_lengths(correct, n, group=group, sample_id=sample_id)
-    masks = {"all": np.ones(n, dtype=bool), **{key: _mask(mask, n, key) for key, mask in (subsets or {}).items()}}
-    rows = [
-        {"manifest": "", "method": method, "seed": seed, "subset": subset, "n": int(mask.sum())}
-        | {"accuracy": float(values[seed, mask].mean()) if mask.any() else np.nan}
-        for (_, method), values in correct.items()
-        for seed in range(len(values))
-        for subset, mask in masks.items()
-    ]
-    return build_comparison(
-        correct,
-        name="predictions",
-        baseline=baseline,
-        subsets=masks,
-        group=None if group is None else [str(value) for value in group],
-        runs=pd.DataFrame(rows),
-        sample_id=np.arange(n) if sample_id is None else list(sample_id),
-    )
-
-
 def build_comparison(
     correct: Mapping[Condition, Correctness],
     *,
@@ -238,83 +242,64 @@ def build_comparison(
     baseline: str,
     subsets: Mapping[str, Mask],
     group: Sequence[str] | None,
-    runs: pd.DataFrame,
+    trainings: Sequence[Mapping[str, Any]],
     sample_id: Sequence[Any] | NDArray[Any],
     controls: Mapping[Condition, Condition] | None = None,
     seeds: Mapping[Condition, Sequence[int]] | None = None,
+    label: NDArray[np.int64] | None = None,
+    probabilities: Mapping[Condition, Probabilities] | None = None,
+    without: Mapping[Condition, Mapping[str, Correctness]] | None = None,
+    design: StudyDesign | None = None,
     warnings: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Comparison:
     """Build a comparison from the correctness (S, n) of each condition, each control with what it controls.
 
     Each method is compared with the baseline on its own manifest. A condition without trainings, since all diverged, is
-    not in `correct`, and its rows are missing.
+    not in `correct`, and its rows are missing. trainings: manifest, method and seed of each training, and what else is
+    known of it. label (n,), probabilities (S, n, k) and without: as in `TestPredictions`.
     """
-    controls = controls or {}
-    pairs: list[tuple[str, Condition, Condition]] = [
-        ("method", condition, (condition[0], baseline))
-        for condition in correct
-        if condition not in controls and condition[1] != baseline
-    ]
-    pairs += [("control", control, reference) for control, reference in controls.items()]
-    pairs = [(kind, a, b) for kind, a, b in pairs if a in correct and b in correct]
-    rows = [
-        _row(kind, a, b, subset=subset, difference=_difference(correct[a], correct[b], mask, group))
-        | {f"{key}accuracy": float(correct[c][:, mask].mean()) for key, c in (("", a), ("reference_", b))}
-        for kind, a, b in pairs
-        for subset, mask in subsets.items()
-        if mask.any()
-    ]
-    columns = {}
-    for condition, values in correct.items():
-        for position, seed in enumerate((seeds or {}).get(condition, range(len(values)))):
-            columns[f"{_text(condition)}/{seed}"] = values[position] > 0.5
+    controls, design = controls or {}, design or StudyDesign()
+    tested = TestPredictions(
+        correct=correct,
+        seeds={condition: (seeds or {}).get(condition, range(len(values))) for condition, values in correct.items()},
+        kinds={condition: "control" if condition in controls else "method" for condition in correct},
+        subsets=subsets,
+        group=group,
+        label=label,
+        probabilities=probabilities or {},
+        without=without or {},
+    )
+    metrics, measured = tabulate_metrics(tested)
     num_samples = len(next(iter(subsets.values())))
     return Comparison(
         name=name,
         baseline=baseline,
-        summary=_with_verdicts(pd.DataFrame(rows, columns=list(_ROW))),
-        runs=runs,
-        per_sample=pd.DataFrame({"sample_id": sample_id, **columns}),
+        summary=tabulate_differences(correct, baseline=baseline, controls=controls, subsets=subsets, group=group),
+        metrics=metrics,
+        missing=tabulate_missing(tested),
+        findings=check_findings(
+            correct, baseline=baseline, controls=frozenset(controls), subsets=subsets, group=group, design=design
+        ),
+        selection=compare_filters(correct, design, group=group),
+        runs=tabulate_runs(trainings, measured, num_samples),
+        per_sample=_per_sample(tested, sample_id),
         correct=correct,
         subsets=subsets,
+        unimodal=design.unimodal,
         group=None if group is None else tuple(group),
         warnings=(*warnings, *_limits(correct, num_samples)),
         folder=folder,
     )
 
 
-_ROW = (
-    *("manifest", "method", "reference_manifest", "reference", "kind", "subset", "accuracy", "reference_accuracy"),
-    *("difference", "low", "high", "p", "smallest_effect", "num_samples", "num_seeds"),
-)
-
-
-def _row(kind: str, a: Condition, b: Condition, *, subset: str, difference: Difference) -> dict[str, Any]:
-    values = {
-        key: getattr(difference, key) for key in ("low", "high", "p", "smallest_effect", "num_samples", "num_seeds")
+def _per_sample(tested: TestPredictions, sample_id: Sequence[Any] | NDArray[Any]) -> pd.DataFrame:
+    columns = {
+        f"{_text(condition)}/{seed}": values[position] > 0.5
+        for condition, values in tested.correct.items()
+        for position, seed in enumerate(tested.seeds[condition])
     }
-    names = {"manifest": a[0], "method": a[1], "reference_manifest": b[0], "reference": b[1]}
-    return {**names, "kind": kind, "subset": subset, "difference": difference.mean, **values}
-
-
-def _with_verdicts(summary: pd.DataFrame) -> pd.DataFrame:
-    """Add p_holm and verdict: Holm over the methods of a manifest, and over its controls, on all test samples."""
-    summary = summary.assign(p_holm=np.nan, verdict="")
-    overall = summary[summary["subset"] == "all"]
-    for _, rows in overall.groupby(["reference_manifest", "kind"], sort=False):
-        summary.loc[rows.index, "p_holm"] = holm(rows["p"].tolist())
-    for index in overall.index:
-        row = summary.loc[index]
-        verdict = "no evidence"
-        if row["num_seeds"] < 2 or row["num_samples"] < MIN_TEST_SAMPLES:
-            verdict = NO_VERDICT
-        elif row["p_holm"] < LEVEL:
-            verdict = "helps" if row["difference"] > 0 else "hurts"
-        if verdict in ("helps", "hurts") and row["kind"] == "control":
-            verdict = "better" if verdict == "helps" else "worse"
-        summary.loc[index, "verdict"] = verdict
-    return summary
+    return pd.DataFrame({"sample_id": sample_id, **columns})
 
 
 def _limits(correct: Mapping[Condition, Correctness], n: int) -> list[str]:
@@ -329,6 +314,11 @@ def _limits(correct: Mapping[Condition, Correctness], n: int) -> list[str]:
             f"one training of {names}: without several seeds there is no variance of training, and no verdict"
         )
     return limits
+
+
+def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Return the rows of a table with None for NaN."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def _sentence(row: Mapping[Any, Any]) -> str:
@@ -363,37 +353,3 @@ def _text(condition: Condition) -> str:
 def _latex(text: object) -> str:
     escaped = printable(text).replace("\\", r"\textbackslash ")
     return "".join(rf"\{char}" if char in "&%$#_{}" else char for char in escaped).replace("~", r"\textasciitilde ")
-
-
-def _difference(a: Correctness, b: Correctness, mask: Mask, group: Sequence[str] | None) -> Difference:
-    groups = None if group is None else [value for value, is_used in zip(group, mask, strict=True) if is_used]
-    return compare_correctness(a[:, mask], b[:, mask], group=groups)
-
-
-def _correctness(values: ArrayLike, labels: ArrayLike | None, method: str) -> Correctness:
-    array = np.asarray(values)
-    if array.ndim != 2 or not array.size:
-        raise ConfigError(f"{method} has the shape {array.shape}: predictions are (seeds, test samples)")
-    if labels is None:
-        return array.astype(np.float64)
-    if np.shape(labels) != array.shape[1:]:
-        raise ConfigError(f"{method} has {array.shape[1]} test samples, and labels have the shape {np.shape(labels)}")
-    is_correct: Mask = array == np.asarray(labels)
-    return is_correct.astype(np.float64)
-
-
-def _check_lengths(correct: Mapping[Condition, Correctness], n: int, **values: Sequence[object] | None) -> None:
-    """Raise ConfigError for methods, groups or ids of another number of test samples."""
-    for (_, method), array in correct.items():
-        if array.shape[1] != n:
-            raise ConfigError(f"{method} has {array.shape[1]} test samples, the baseline {n}: pass the same samples")
-    for name, column in values.items():
-        if column is not None and len(column) != n:
-            raise ConfigError(f"{name} has {len(column)} values for {n} test samples")
-
-
-def _mask(mask: ArrayLike, n: int, name: str) -> Mask:
-    array: Mask = np.asarray(mask)
-    if array.shape != (n,) or array.dtype != bool:
-        raise ConfigError(f"subset {name} is no mask of {n} test samples")
-    return array

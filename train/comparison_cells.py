@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, choices
 from ..audit.hashing import digest, hash_rank
 from . import FUSIONS
 from .balancing import BALANCERS
+from .comparison_metrics import CLASS_PREFIX, MISSING_PREFIX
 from .config import TrainConfig
 from .examples import Examples
 from .presets import PRESETS
 from .sampling import SAMPLERS
 from .sampling.sampler import Paced
 
+log = logging.getLogger("mmaudit")
+
+MAX_CLASSES = 30  # of which there are subsets; ours
 CURRICULA = ("bss-h", "balanced-first")  # samplers that anti-curriculum controls
 _METHOD = re.compile(r"(?P<head>(?:preset:)?[^:\s]+)\s*(?::\s*(?P<settings>\S.*))?")
 _NEXT_SETTING = re.compile(r"[,\s]\s*(?=[a-z_]+\.[\w.-]+=)")
@@ -41,13 +47,18 @@ class MethodSpec:
     @property
     def folder(self) -> str:
         """Name of its folder, unique among methods."""
-        plain = re.sub(r"[^A-Za-z0-9.+=-]+", "-", self.name)[:60].strip("-.")
-        return plain if plain == self.name else f"{plain}-{digest(self.name.encode())[:8]}"
+        return folder_name(self.name)
 
     def keywords(self) -> dict[str, str | None]:
         """Return the parts as settings."""
         parts = {name: getattr(self, name) for name in ("sampling", "balancing", "fusion", "only")}
         return {f"finetune.{name}": value for name, value in parts.items()}
+
+
+def folder_name(text: str) -> str:
+    """Return a name of a folder for a text: itself where it is plain, else made of its plain part and a digest."""
+    plain = re.sub(r"[^A-Za-z0-9.+=-]+", "-", text)[:60].strip("-.")
+    return plain if plain == text else f"{plain}-{digest(text.encode())[:8]}"
 
 
 def parse_method(text: str) -> MethodSpec:
@@ -119,6 +130,30 @@ def planned_epochs(config: TrainConfig, *, num_train: int, budget: int) -> int:
         epoch += 1
         num_seen += max(1, int(num_train * config.order.share(epoch)))
     return max(1, epoch + -(-max(0, budget - num_seen) // num_train))
+
+
+def class_and_missing_subsets(examples: Examples, rows: NDArray[np.intp]) -> dict[str, NDArray[np.bool_]]:
+    """Return masks of test rows (b,): `class:NAME` of each class, and `missing:MODALITY` where some lack a modality.
+
+    Of more than MAX_CLASSES classes only the rarest and the most frequent among the test samples, half of each.
+    """
+    counts = np.bincount(examples.label[rows], minlength=len(examples.class_names))
+    by_count = [index for index in np.argsort(counts, kind="stable").tolist() if counts[index]]
+    if len(by_count) > MAX_CLASSES:
+        half = MAX_CLASSES // 2
+        log.info(
+            "subsets of classes: the %d rarest and the %d most frequent of %d among the test samples",
+            half, half, len(by_count),
+        )  # fmt: skip
+        by_count = by_count[:half] + by_count[-half:]
+    masks = {
+        f"{CLASS_PREFIX}{examples.class_names[index]}": examples.label[rows] == index for index in sorted(by_count)
+    }
+    is_missing = ~examples.present[rows]
+    for column, modality in enumerate(examples.modalities):
+        if is_missing[:, column].any():
+            masks[f"{MISSING_PREFIX}{modality}"] = is_missing[:, column]
+    return masks
 
 
 def shuffle_labels(examples: Examples, *, seed: int) -> Examples:

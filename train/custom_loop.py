@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,17 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from ..audit.dataset.labels import TASKS
 from ..audit.errors import ConfigError, choices
 from ..audit.hashing import digest
 from ..rebalance.curriculum import RowIndex
 from .balancing.balancer import Balancer, Validation
 from .batches import Batch, Loss, OutputFunction
-from .config import FinetuneConfig, OptimConfig, TrainConfig
-from .custom_network import CustomNet, check_model, in_eval_mode
-from .methods import check_custom, resolve
+from .config import REGRESSION_LOSSES, FinetuneConfig, OptimConfig, TrainConfig
+from .custom_network import CustomNet, check_model, check_target, check_whole_numbers, custom_config, in_eval_mode
+from .methods import check_custom, check_task, resolve
 from .network import FusionNet
 from .optimizer import DistributedContext, Optimization
 from .training_data import validate
+
+log = logging.getLogger("mmaudit")
 
 Inputs = Mapping[str, Tensor] | Sequence[Tensor]
 Evaluated = Iterable[tuple[Inputs, Tensor]]
@@ -63,6 +67,7 @@ class Balanced:
         self._reader = LoaderReader(net, self._collate, train=train, validation=validation)
         self._epoch: int | None = None
         self._step = 0
+        self._checked = False
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 0 as in PyTorch; methods that evaluate samples between epochs do it here.
@@ -100,7 +105,8 @@ class Balanced:
 
         Args:
             inputs: Input (b, ...) of each modality, by name or in the order of `encoders`.
-            label: Class of each sample (b,), int64.
+            label: Target of each sample: its class (b,), int64; its labels (b, k) of 0 and 1; or its number (b,) or
+                (b, 1), in the units that the network predicts.
             weight: Weight of each sample in the losses (b,), such as a manifest's; None: all are equal.
             present: Whether a sample has a modality (b, m), in the order of `encoders`; None: all do. The rows of
                 absent ones are not encoded, and their features are 0.
@@ -109,7 +115,8 @@ class Balanced:
             The loss, detached: a mean over the batch.
 
         Raises:
-            ConfigError: A modality's input is missing, or of another length than `label`.
+            ConfigError: A modality's input is missing, or of another length than `label`; `label` has another shape or
+                kind of number than the task; or `unimodal_logits` of a regression are parts of a sum.
             TrainError: An encoder returns features of another shape than `num_features`.
         """
         if self._epoch is None:
@@ -119,7 +126,10 @@ class Balanced:
         purpose = f"{self._seed} balance {self._epoch} {self._step}"
         self._balancer.optimization.generator.manual_seed(int(digest(purpose.encode())[:12], 16))
         batch = self._balancer.prepare(self._collate(inputs, label, weight=weight, present=present))
-        loss = self._balancer.step(batch)[1]
+        outputs, loss = self._balancer.step(batch)
+        if not self._checked:
+            check_whole_numbers(self._net, outputs)
+            self._checked = True
         self._balancer.distributed.sum_([loss])
         return loss
 
@@ -154,7 +164,7 @@ class Balanced:
         """Return a batch on the device of the network, whose weights sum to 1 over all processes."""
         device, names = self._balancer.device, self._net.config.modalities
         tensors = [x.to(device, non_blocking=True) for x in _in_order(inputs, names)]
-        label = label.to(device, non_blocking=True)
+        label = check_target(label.to(device, non_blocking=True), self._net.config)
         for name, rows in zip(names, tensors, strict=True):
             if len(rows) != len(label):
                 raise ConfigError(f"the input of {name} has {len(rows)} rows, and label {len(label)}")
@@ -244,6 +254,8 @@ def balance(
     method: str,
     optimizer: torch.optim.Optimizer,
     *,
+    task: str = "classification",
+    regression_loss: str = "l1",
     settings: Mapping[str, Any] | None = None,
     epochs: int | None = None,
     train: Evaluated | None = None,
@@ -263,6 +275,9 @@ def balance(
         model: The network, an nn.Module with the attributes of `MultimodalModel`; not wrapped.
         method: Name of the balancing method, such as ogm-ge; `mmaudit.methods(kind="balancer")` lists them.
         optimizer: Optimizer of the network's parameters. Schedules stay yours.
+        task: classification; multilabel, whose loss is the mean binary cross entropy of the labels; or regression, of
+            one number, for which methods compare errors in the units of `label`: standardise it.
+        regression_loss: l1 or mse: absolute or squared error of a regression.
         settings: Constants of the method, such as {"balancing.ogm.alpha": 0.8}.
         epochs: Number of epochs, for methods that depend on it.
         train: Batches (inputs, label) of training samples, for methods that evaluate some between epochs; iterated more
@@ -276,7 +291,8 @@ def balance(
         The method; its `set_epoch` begins an epoch and `step` trains on a batch.
 
     Raises:
-        ConfigError: The network lacks an attribute, the method or a setting does not exist, or the method needs more.
+        ConfigError: The network lacks an attribute, the method or a setting does not exist, or the method needs more,
+            such as classes.
 
     Example:
         >>> balanced = mmaudit.balance(model, "ogm-ge", optimizer)
@@ -286,16 +302,16 @@ def balance(
         ...         loss = balanced.step(inputs, label)
     """
     check_model(model)
-    if precision not in ("float32", "bfloat16"):
-        raise ConfigError(f"precision {precision}: no such precision; {choices(precision, ('float32', 'bfloat16'))}")
+    _check_options(model, precision=precision, task=task, regression_loss=regression_loss)
     methods = resolve(TrainConfig(finetune=FinetuneConfig(balancing=method), balancing=_sections(settings or {})))
     balancer_type = methods.balancer
     check_custom(method, balancer_type)
+    check_task(methods, task)
     _check_loop(method, balancer_type, num_modalities=len(model.encoders), train=train, validation=validation)  # type: ignore[arg-type]
     has_logits = callable(getattr(model, "unimodal_logits", None))
     needs_logits = balancer_type.needs_unimodal_logits or "validation" in balancer_type.evaluates
     heads = balancer_type.own_heads or (needs_logits and not has_logits)
-    net = CustomNet(model, heads=heads)
+    net = CustomNet(model, heads=heads, config=custom_config(model, task=task, regression_loss=regression_loss))
     if heads:
         optimizer.add_param_group({"params": list(net.heads.parameters())})
     optimization = CustomOptimization(
@@ -307,6 +323,21 @@ def balance(
     )
     balancer = balancer_type(net, optimization, methods.balancer_config, epochs=epochs or 1)
     return Balanced(net, balancer, train=train, validation=validation, seed=seed)
+
+
+def _check_options(model: nn.Module, *, precision: str, task: str, regression_loss: str) -> None:
+    """Raise ConfigError for names that do not exist, and for a regression of several numbers."""
+    for key, value, values in (
+        ("precision", precision, ("float32", "bfloat16")),
+        ("task", task, TASKS),
+        ("regression_loss", regression_loss, REGRESSION_LOSSES),
+    ):
+        if value not in values:
+            raise ConfigError(f"{key} {value}: no such {key}; {choices(value, values)}")
+    if task == "regression" and model.num_classes != 1:
+        raise ConfigError(f"the network has num_classes {model.num_classes}; of a regression it predicts one number")
+    if regression_loss != REGRESSION_LOSSES[0] and task != "regression":
+        log.warning("regression_loss %s has no effect: the task is %s", regression_loss, task)
 
 
 def _check_loop(

@@ -14,7 +14,8 @@ from ..audit.errors import ConfigError, MmauditError, TrainError
 from ..audit.features.encoders import load_function
 from ..audit.probes.crops import to_pictures
 from .fusion import Fusion
-from .network import FusionNet, ModelConfig, Outputs, VectorStandardization
+from .network import FusionNet, ModelConfig, Outputs
+from .network_encoders import VectorStandardization
 
 
 @runtime_checkable
@@ -25,10 +26,14 @@ class MultimodalModel(Protocol):
     `unimodal_logits(features) -> (m, b, k)`, the logits of each modality alone; without it, methods that need them give
     each modality a linear head of its own, trained on features without gradient.
 
+    Logits of label sets are those of the sigmoid of each label. Of a regression there is one, k = 1: the number itself,
+    in `finetune` in standard deviations of the training targets from their mean. `unimodal_logits` of a regression
+    predict the whole number by each modality, not parts of a sum.
+
     Attributes:
         encoders: Encoder of each modality by name, such as an nn.ModuleDict: inputs (b, ...) to features (b, d_j).
         num_features: Number of features d_j of each modality, by name.
-        num_classes: Number of classes k.
+        num_classes: Number of outputs k: of classes, of labels, or 1 of a regression.
 
     Example:
         >>> class Net(nn.Module):
@@ -186,27 +191,27 @@ class CustomNet(FusionNet):
     Args:
         model: The network, see MultimodalModel.
         heads: Give each modality a separate head.
-        config: Names of classes and shapes of inputs, which are standardised; None: unknown, they are not.
+        config: Architecture, see `custom_config` for that of a network in a loop of the user's. Inputs whose shapes it
+            has are standardised.
     """
 
-    def __init__(self, model: nn.Module, *, heads: bool, config: ModelConfig | None = None) -> None:
+    def __init__(self, model: nn.Module, *, heads: bool, config: ModelConfig) -> None:
         nn.Module.__init__(self)
         check_model(model)
         self.model: nn.Module = model
         assert isinstance(model, MultimodalModel)
         names, num_classes = tuple(model.encoders), int(model.num_classes)
-        classes = tuple(map(str, range(num_classes)))
-        self.config = config or ModelConfig(modalities=names, shapes=((),) * len(names), classes=classes)
+        self.config = config
         self.standardization = nn.ModuleList(
             VectorStandardization(shape[0]) if len(shape) == 1 else PictureStandardization(shape)
-            for shape in (config.shapes if config is not None else ())
+            for shape in config.shapes
         )
         encoders = [
             CustomEncoder(
                 model.encoders[name],
                 name=name,
                 num_features=int(model.num_features[name]),
-                standardization=None if config is None else self.standardization[j],
+                standardization=self.standardization[j] if config.shapes else None,
             )
             for j, name in enumerate(names)
         ]
@@ -217,6 +222,7 @@ class CustomNet(FusionNet):
         device = next(model.parameters()).device
         self.heads = nn.ModuleList(nn.Linear(size, num_classes, device=device) for size in sizes)
         self._frozen = frozenset()
+        self._register_target_moments(device)
         self._modes: list[tuple[nn.Module, bool]] | None = None
 
     def standardizations(self) -> list[nn.Module]:
@@ -240,6 +246,16 @@ class CustomNet(FusionNet):
         self.training = self.fusion.training = self.model.training
         for j in self._frozen:
             self.encoders[j].eval()
+
+
+def custom_config(model: nn.Module, *, task: str, regression_loss: str) -> ModelConfig:
+    """Return the architecture of a network in a loop of the user's, where shapes and names of classes are unknown."""
+    check_model(model)
+    assert isinstance(model, MultimodalModel)
+    classes = tuple(map(str, range(int(model.num_classes))))
+    return ModelConfig(
+        modalities=tuple(model.encoders), shapes=(), classes=classes, task=task, regression_loss=regression_loss
+    )
 
 
 def check_model(model: nn.Module) -> None:
@@ -281,7 +297,7 @@ def in_eval_mode(net: CustomNet) -> Iterator[None]:
 def build_custom(config: ModelConfig) -> CustomNet:
     """Build the network of the factory `config.model`, with random weights.
 
-    Raises ConfigError where the factory raises, or its network does not have the modalities and classes of the samples.
+    Raises ConfigError where the factory raises, or its network does not have the modalities and outputs of the samples.
     """
     assert config.model is not None
     factory: Callable[..., Any] = load_function(config.model)
@@ -296,12 +312,47 @@ def build_custom(config: ModelConfig) -> CustomNet:
             f"modalities, in their order: {', '.join(config.modalities)}"
         )
     if model.num_classes != len(config.classes):
+        kind = {"multilabel": "labels", "regression": "number"}.get(config.task, "classes")
         raise ConfigError(
             f"the network of {config.model} has num_classes {model.num_classes}, and the samples have "
-            f"{len(config.classes)} classes"
+            f"{len(config.classes)} {kind}"
         )
     has_logits = callable(getattr(model, "unimodal_logits", None))
     return CustomNet(model, heads=config.own_heads or not has_logits, config=config)
+
+
+def check_target(label: Tensor, config: ModelConfig) -> Tensor:
+    """Return the target of a batch as `FusionNet.loss_of` has it; ConfigError where it is none of the task."""
+    num_outputs, expected = len(config.classes), "a class per sample (b,), as int64"
+    if config.task == "classification":
+        if label.ndim == 1 and label.dtype == torch.int64:
+            return label
+    elif config.task == "multilabel":
+        expected = f"0 or 1 for each label (b, {num_outputs})"
+        if label.ndim == 2 and label.shape[1] == num_outputs:
+            return label.float()
+    else:
+        expected = "a number per sample, (b,) or (b, 1)"
+        if label.ndim == 1 or (label.ndim == 2 and label.shape[1] == 1):
+            return label.float().view(-1, 1)
+    received = f"label has shape {tuple(label.shape)} and type {label.dtype}"
+    raise ConfigError(f"{received}; the task {config.task} has {expected}")
+
+
+def check_whole_numbers(net: FusionNet, outputs: Outputs) -> None:
+    """Raise ConfigError where the user's unimodal predictions of a regression are parts of a sum.
+
+    Each would be tested on a part of the number. Outputs without unimodal logits are not checked.
+    """
+    if net.config.task != "regression" or net.has_own_heads or net.num_modalities == 1 or outputs.is_fused_only:
+        return
+    fused, total = outputs.fused.detach(), outputs.unimodal.detach().sum(dim=0)
+    size = outputs.unimodal.detach().abs().sum(dim=0).max()
+    if size > 0 and bool(((fused - total).abs() <= 1e-4 * size).all()):  # half precision of inputs does not matter
+        raise ConfigError(
+            "unimodal_logits add up to the fused logits, so that each is a part of the number and not a prediction of "
+            "it: without unimodal_logits each modality gets a head of its own"
+        )
 
 
 def check_first_pass(net: FusionNet, read: Callable[[Callable[[Outputs, Tensor], Tensor]], Tensor]) -> None:
@@ -320,7 +371,8 @@ def check_first_pass(net: FusionNet, read: Callable[[Callable[[Outputs, Tensor],
         ):
             if logits.shape != shape:
                 raise ConfigError(f"{name} returns logits of shape {tuple(logits.shape)}, must be {shape}")
-        return label.float()
+        check_whole_numbers(net, outputs)
+        return outputs.fused.float().sum(dim=1)
 
     try:
         read(check_shapes)

@@ -21,8 +21,11 @@ from ..audit.metrics import Groups, group_codes, jackknife
 LEVEL = 0.05
 POWER = 0.8
 MIN_TEST_SAMPLES = 30  # of fewer, nothing can be shown; ours
+NO_VERDICT = "no verdict"  # in the place of evidence, of one training or too few test samples
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Condition = tuple[str, str]  # manifest, "" without manifests, and method
 Evidence = Literal["helps", "hurts", "no evidence"]
 
 
@@ -107,7 +110,7 @@ def compare_correctness(a: ArrayLike, b: ArrayLike, *, group: Sequence[object] |
         return Difference(mean=mean, low=-1.0, high=1.0, num_samples=n, num_seeds=num_seeds, **nothing)
     sample_error, sample_df = jackknife(d, groups)
     parts = [(_seed_variance(correct) / len(correct), len(correct) - 1) for correct in (first, second)]
-    inside = sum(_residual_square(correct) / (n * len(correct)) for correct in (first, second))
+    inside = sum(residual_square(correct) / (n * len(correct)) for correct in (first, second))
     sample_variance = sample_error**2
     variance = sample_variance + max(0.0, sum(part for part, _ in parts) - inside)
     weights = sample_variance**2 / sample_df + sum(part**2 / df for part, df in parts)
@@ -125,6 +128,12 @@ def compare_correctness(a: ArrayLike, b: ArrayLike, *, group: Sequence[object] |
         num_samples=n,
         num_seeds=num_seeds,
     )
+
+
+def compare_on(mask: Mask, a: Array, b: Array, *, group: Sequence[object] | None) -> Difference:
+    """Compare two methods by their correctness (S, n) on a subset of the test samples, see `compare_correctness`."""
+    groups = None if group is None else [value for value, is_used in zip(group, mask, strict=True) if is_used]
+    return compare_correctness(a[:, mask], b[:, mask], group=groups)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -164,8 +173,8 @@ def _seed_variance(correct: Array) -> float:
     return float(correct.mean(axis=1).var(ddof=1))
 
 
-def _residual_square(correct: Array) -> float:
-    """Compute the mean square of the residuals of samples and seeds without interaction."""
+def residual_square(correct: Array) -> float:
+    """Compute the mean square of the residuals (S, n) of samples and seeds without interaction."""
     num_seeds, n = correct.shape
     residual = correct - correct.mean(axis=0) - correct.mean(axis=1, keepdims=True) + correct.mean()
     return float((residual**2).sum() / ((n - 1) * (num_seeds - 1)))

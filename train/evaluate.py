@@ -7,7 +7,9 @@ absent: its features are 0 (`FusionNet.fused_logits`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from ..audit.metrics import (
     share_interval,
     wilson_interval,
 )
-from ..audit.workers import NETWORK_THREADS, fixed_threads
+from ..audit.workers import fixed_threads
 from ..rebalance.curriculum import RowIndex
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
@@ -261,6 +263,7 @@ def evaluate_network(
     between: str,
     seed: int,
     predictions: Mapping[str, Probabilities] | None = None,
+    values: Mapping[ModalitySet, NDArray[np.float32]] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the reader's network on some rows: {task, answer, test, test_by_class, contribution}.
 
@@ -268,7 +271,7 @@ def evaluate_network(
     overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
     modality's contribution and the confused samples, see `measure_contribution`. Label sets and numbers have the
     metrics of `task_metrics`, and no confused samples; test_by_class has the labels, and nothing of numbers.
-    predictions: those of `predict`, where they are known.
+    predictions: those of `predict`, where they are known; values: those of `values_by_set`.
     """
     task, target = examples.task, examples.target[rows]
     subset_masks = subsets_of_rows(examples, rows, between=between)
@@ -277,14 +280,13 @@ def evaluate_network(
     if predictions is None:
         predictions = predict(reader, rows, examples.modalities)
     sets = shapley_sets(len(examples.modalities), seed=seed)
-    values = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy()
+    values = values_by_set(reader, rows, seed=seed) if values is None else values
     about = {"task": task, "answer": reader.net.config.answer}
     if task != "classification":
         measure = compute_multilabel_metrics
         if task == "regression":
             measure = partial(compute_regression_metrics, signed=is_signed(examples.target))
-        value_by_set = dict(zip(sets, values, strict=True))
-        shares = contribution(value_by_set, examples.modalities, seed=seed, task=task)
+        shares = contribution({key: values[key] for key in sets}, examples.modalities, seed=seed, task=task)
         return {
             **about,
             "test": evaluate(predictions, target, subset_masks, measure=measure),
@@ -292,7 +294,7 @@ def evaluate_network(
             "contribution": {"n": len(rows), "contribution": shares},
         }
     unimodal_correct = np.stack([predictions[name].argmax(axis=1) == target for name in examples.modalities], axis=1)
-    correct_by_modalities = dict(zip(sets, values > 0.5, strict=True))
+    correct_by_modalities = {key: values[key] > 0.5 for key in sets}
     return {
         **about,
         "test": evaluate(predictions, target, subset_masks),
@@ -301,7 +303,22 @@ def evaluate_network(
     }
 
 
-@fixed_threads(NETWORK_THREADS)
+def values_by_set(reader: NetworkReader, rows: RowIndex, *, seed: int) -> dict[ModalitySet, NDArray[np.float32]]:
+    """Compute the value of the tested prediction (n,) with only a set of modalities present, see `correct_by_set`.
+
+    The sets are those of `shapley_sets`, and all modalities but one.
+    """
+    sets = list(dict.fromkeys([*shapley_sets(reader.net.num_modalities, seed=seed), *sets_without(reader.net)]))
+    values = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy()
+    return dict(zip(sets, values, strict=True))
+
+
+def sets_without(net: FusionNet) -> list[ModalitySet]:
+    """Return the set of all other modalities for each modality."""
+    modalities = range(net.num_modalities)
+    return [frozenset(index for index in modalities if index != absent) for absent in modalities]
+
+
 def evaluate_file(
     path: Path,
     examples: Examples,
@@ -322,6 +339,7 @@ def evaluate_file(
     """
     model_config = read_model_config(path)
     check_model_name(model_config.model, model, of=str(path))
+    check_backbones(path, model_config, examples)
     for field_name, trained_on, current in (
         ("modalities", model_config.modalities, examples.modalities),
         ("inputs", model_config.shapes, examples.shapes),
@@ -334,13 +352,16 @@ def evaluate_file(
     rows = examples.rows(split)
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
-    net = _load_network(path, model_config)
-    store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
-    training_data = TrainingData.of(
-        examples, store, train=rows, config=config, seed=seed, device=device, distributed=SINGLE_PROCESS
-    )
-    metrics = evaluate_network(NetworkReader(training_data, net.to(device)), rows, examples, between=between, seed=seed)
-    return {"n": len(rows), **metrics}
+    # The models of the samples, which the user has named, not those that a file names.
+    backbones = examples.backbones if model_config.backbones else ()
+    net = _load_network(path, replace(model_config, backbones=backbones))
+    with fixed_threads(examples.num_threads):
+        store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
+        training_data = TrainingData.of(
+            examples, store, train=rows, config=config, seed=seed, device=device, distributed=SINGLE_PROCESS
+        )
+        reader = NetworkReader(training_data, net.to(device))
+        return {"n": len(rows), **evaluate_network(reader, rows, examples, between=between, seed=seed)}
 
 
 def check_model_name(recorded: str | None, passed: str | None, *, of: str) -> None:
@@ -370,6 +391,19 @@ def _load_network(path: Path, config: ModelConfig) -> FusionNet:
 def _described(value: object) -> str:
     """Return names as a list, other values as they are."""
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_backbones(path: Path, config: ModelConfig, examples: Examples) -> None:
+    """Raise ManifestError where a network was trained with other pretrained models than the samples are inputs of."""
+    pairs = zip_longest(config.backbones or (), examples.backbones if any(examples.backbones) else ())
+    for trained_on, current in pairs:
+        same = trained_on == current or (trained_on and current and trained_on.same_but_place(current))
+        if not same:
+            before, now = (
+                "none" if entry is None else f"{entry.model} of version {entry.version[:24]}"
+                for entry in (trained_on, current)
+            )
+            raise ManifestError(f"{path} was trained end to end with other models: {before}; the samples have {now}")
 
 
 def predict(reader: NetworkReader, rows: RowIndex, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..audit.dataset.samples import Samples
 from ..audit.errors import ConfigError, ManifestError, choices
+from ..audit.features.backbone_inputs import Backbone
 from ..audit.features.cached_matrix import FeatureMatrix
 from ..audit.features.encode import EncodeTask
 from ..audit.features.encoded_samples import Status, missing_in_source, row_content
@@ -21,11 +23,13 @@ from ..audit.features.encoders import input_shape, is_network, stored_pictures
 from ..audit.features.matrix import Inputs, chunks
 from ..audit.hashing import canonical_order
 from ..audit.probes.crops import PictureView
-from ..audit.workers import prefetch_map
+from ..audit.workers import NETWORK_THREADS, NUM_THREADS, fixed_threads, prefetch_map
 from ..rebalance.curriculum import RowIndex, with_validation
 from ..rebalance.manifest import Manifest
 
 Item = TypeVar("Item")
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
 
 NUM_READERS = 2  # threads that read ahead
 
@@ -107,7 +111,8 @@ class Examples:
 
     inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is available. shapes: shape
     of a row of each modality, (d_j,) for vectors, or that of a network's input. views: how each modality's rows become
-    a network's input; None, also for all of them: rows have the shape. content: digests of each sample's media. label:
+    a network's input; None, also for all of them: rows have the shape. backbones: the pretrained model that each
+    modality's rows are inputs of; None, also for all of them: of none. content: digests of each sample's media. label:
     int64 in [0, k), indexing `class_names`. task: classification, multilabel or regression; of the last two, label is
     a stratum, values (n, k) float32 is the target, 0 and 1 or a number in the units of the data, and class_names are
     the names of its k columns. split: train, validation, test. rank: 0 = most balanced, -1 outside the
@@ -130,6 +135,7 @@ class Examples:
     p_balanced: NDArray[np.float64]
     in_manifest: NDArray[np.bool_]
     views: tuple[PictureView | None, ...] = ()
+    backbones: tuple[Backbone | None, ...] = ()
     task: str = "classification"
     values: NDArray[np.float32] | None = None
 
@@ -142,6 +148,16 @@ class Examples:
     def modalities_text(self) -> str:
         """The modalities, for the end of a message."""
         return f"the modalities are {', '.join(self.modalities)}"
+
+    @property
+    def num_threads(self) -> int:
+        """Number of threads of a training.
+
+        The products of vectors are too small for two: they took 1.1 to 1.6 times the CPU time of one thread (hidden 128
+        to 1,024, batches of 64 and 256), and with other jobs on the machine twice its wall time.
+        """
+        are_vectors = all(len(shape) == 1 for shape in self.shapes) and not self.backbones
+        return NUM_THREADS if are_vectors else NETWORK_THREADS
 
     def rows(self, split: str) -> NDArray[np.intp]:
         """Return the rows of one split."""
@@ -159,7 +175,21 @@ class Examples:
             shapes=(self.shapes[index],),
             modalities=(self.modalities[index],),
             views=self.views[index : index + 1],
+            backbones=self.backbones[index : index + 1],
         )
+
+
+def in_fixed_threads(
+    function: Callable[Concatenate[Examples, Options], Result],
+) -> Callable[Concatenate[Examples, Options], Result]:
+    """Run a function of examples with their number of threads, whatever the caller's setting is."""
+
+    @wraps(function)
+    def limited(examples: Examples, /, *args: Options.args, **options: Options.kwargs) -> Result:
+        with fixed_threads(examples.num_threads):
+            return function(examples, *args, **options)
+
+    return limited
 
 
 def load_examples(
@@ -216,6 +246,7 @@ def load_examples(
         p_balanced=np.array(table["p_balanced"].to_pandas(), dtype=np.float64),
         in_manifest=in_manifest,
         views=tuple(_view_of(matrix, tasks) for matrix in inputs),
+        backbones=tuple(Backbone.of(status.modality, tasks[0].media) for status in statuses),
         task=samples.task,
         values=values,
     )

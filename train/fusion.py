@@ -229,9 +229,11 @@ class Mmtm(Fusion):
     the fused logits are the mean of the branches x_j, and `mean` is the mean of each excitation, sigmoid(E_j s), over
     all training steps (its code also counts evaluations, and the second modality gets the mean of the first).
 
-    Ours: one module, on the features. Theirs are three, after the last three stages of two ResNets. That does not fit a
-    network whose features are of one modality alone, on which its unimodal logits, the evaluation without a modality,
-    and every other fusion rest. The factor 2 is that of Vaezi Joze et al., which Greedy's code leaves out.
+    Ours: one module, on the features. Theirs are three, on the feature maps of two ResNets after their stages 2, 3 and
+    4: squeezed by the mean over pixels, Z with half as many outputs as the two have maps.
+    That does not fit a network whose features are of one modality alone, on which its unimodal logits, the evaluation
+    without a modality, and every other fusion rest: with m modalities each would have other features in every set of
+    them. The factor 2 is that of Vaezi Joze et al., which Greedy's code leaves out.
 
     For unimodal logits, f_j is excited by its mean excitation instead: the path without information from the other
     modalities, which Greedy's rebalancing steps use. `cut` (m,): for which modalities the fused logits use that path.

@@ -148,12 +148,12 @@ def _files(shards: Sequence[Shard]) -> list[list[str | int]]:
 
 
 def take_parts(text: str, parts: Sequence[Part]) -> list[Part]:
-    """Return the parts of shard i of n, i/n with i from 0: every n-th, from the i-th.
+    """Return the parts of shard i of n, i/n with i from 1: every n-th, from the i-th.
 
     Raises:
-        ConfigError: The text is not i/n with 0 <= i < n.
+        ConfigError: The text is not i/n with 1 <= i <= n.
     """
     number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise ConfigError(f"--shard {text}: pass the number of this process, from 0, and their count, as 0/8")
-    return list(parts[int(number) :: int(count)])
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ConfigError(f"--shard {text}: not of the form i/n with i from 1 to n, such as 1/4")
+    return list(parts[int(number) - 1 :: int(count)])

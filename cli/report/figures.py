@@ -10,26 +10,20 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ...audit.figure_style import INK, LEVEL, PALE, SOFT, canvas, fit_names, text_width
 from .drawing import (
-    INK,
-    LEVEL,
-    PALE,
     SIDE_TICKS,
-    SOFT,
     WIDTH,
     Palette,
     add_panels,
-    canvas,
     depth,
     draw_histogram_2d,
     draw_sides,
-    fit_names,
     name_sides,
     palette,
     png,
     side_colour,
     text_colour,
-    text_width,
 )
 from .findings import Numbers
 from .outcome_figures import draw_finetune, draw_manifest

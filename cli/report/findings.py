@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ...audit.errors import short
 from ...audit.metrics import (
     BALANCED_WITHIN,
     Groups,
@@ -42,7 +43,6 @@ MAX_CLASSES = 40
 MAX_SPLITS = 6
 MAX_SAMPLES = 20  # per side of two modalities; half as many per modality if there are more
 MAX_SIDES = 6  # modalities whose samples are listed
-MAX_TEXT = 160  # characters of a name or path of the user's data
 
 
 def facts(record: Mapping[str, Any], scores: ScoreTable) -> Numbers:
@@ -271,12 +271,6 @@ def finite(value: Any) -> float | None:
     if value is None or (isinstance(value, int) and abs(value) > sys.float_info.max):  # integers of JSON are unbounded
         return None
     return float(value) if np.isfinite(float(value)) else None
-
-
-def short(text: object, max_length: int = MAX_TEXT) -> str:
-    """Return text of the user's data as one line, cut in the middle to `max_length`; paths differ at their ends."""
-    line = "".join(char if char.isprintable() else " " for char in str(text))
-    return line if len(line) <= max_length else f"{line[: max_length // 3]}…{line[max_length // 3 + 1 - max_length :]}"
 
 
 def _valid(values: Array, groups: Groups) -> tuple[Array, Groups]:

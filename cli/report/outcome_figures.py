@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from .drawing import INK, LEVEL, SOFT, WIDTH, Palette, draw_sides, fit_names, name_sides, text_width
+from ...audit.figure_style import INK, LEVEL, SOFT, fit_names, text_width
+from .drawing import WIDTH, Palette, draw_sides, name_sides
 from .findings import Numbers
 
 _HISTOGRAM_WIDTH = 4.7  # inches, next to the curve

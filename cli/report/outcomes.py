@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...audit.errors import RunError
+from ...audit.errors import RunError, short
 from ...audit.parsing import build_config, check_shape, parse_data_json
 from ...rebalance import manifest
 from ...rebalance.balanced import BalancedConfig
@@ -22,7 +22,7 @@ from ...rebalance.score_files import NO_SPLIT
 from ...rebalance.split_stats import read_numbers
 from ...train.task_metrics import metrics_of
 from ..run import Run, read_metrics
-from .findings import Numbers, finite, short, split_order
+from .findings import Numbers, finite, split_order
 
 Section = Mapping[str, Any]
 

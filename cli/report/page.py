@@ -18,6 +18,7 @@ from ...train.config import MIN_VALIDATION_SAMPLES
 from ..provenance import own_record
 from ..run import Run
 from . import findings
+from .comparison_page import stated_of_comparison
 from .findings import Numbers
 from .outcomes import MAX_DETAILED, finetune_numbers, manifest_numbers
 from .verdict import (
@@ -90,6 +91,7 @@ def report_numbers(run: Run) -> Numbers:
         "quarantine": findings.quarantined(quarantine),
         "manifests": [manifest_numbers(path, fingerprint=record["fingerprint"]) for path in run.manifests()],
         "finetunes": [finetune_numbers(folder, run, **of_run) for folder in run.finetunes()],
+        "comparisons": [stated_of_comparison(path) for path in run.comparisons()],
         "recovery": run.recovery(),
         "max_detailed": MAX_DETAILED,
         "min_validation": MIN_VALIDATION_SAMPLES,

@@ -12,7 +12,7 @@ SAMPLERS = Registry(
         "dus-h": Entry("dus:DusH", "more samples of the modality whose cumulative confidence is behind"),
         "dus-rl": Entry("dus_rl:DusRl", "as dus-h, by quantities that a policy learns"),
         "smv": Entry("smv:Smv", "extra copies in modalities of low Shapley value"),
-        "remix": Entry("remix:Remix", "each sample trains the modality that is least sure of it, in batches of one"),
+        "remix": Entry("remix:Remix", "each sample trains only the modality that is least sure of it"),
         "class-balanced": Entry("sampler:ClassBalanced", "draws with replacement, every class equally likely"),
         "posterior": Entry("sampler:PosteriorWeighted", "draws by P(balanced) of the manifest"),
     },
