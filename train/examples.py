@@ -156,7 +156,7 @@ class Examples:
         The products of vectors are too small for two: they took 1.1 to 1.6 times the CPU time of one thread (hidden 128
         to 1,024, batches of 64 and 256), and with other jobs on the machine twice its wall time.
         """
-        are_vectors = all(len(shape) == 1 for shape in self.shapes) and not self.backbones
+        are_vectors = all(len(shape) == 1 for shape in self.shapes) and not any(self.backbones)
         return NUM_THREADS if are_vectors else NETWORK_THREADS
 
     def rows(self, split: str) -> NDArray[np.intp]:
