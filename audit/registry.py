@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import ConfigError, choices, printable
-from .hashing import digest
 
 
 class Entry(NamedTuple):
@@ -104,6 +103,8 @@ class Registry(Mapping[str, Entry]):
         files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
         files += [Path(spec.origin)] if spec is not None and not folders and spec.has_location and spec.origin else []
         version = "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+        from .hashing import digest  # imports numpy and pyarrow, which listing names does not need
+
         return digest(f"{point.value} {version}".encode(), *(path.read_bytes() for path in files))
 
     def load(self, name: str) -> Any:

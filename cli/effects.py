@@ -69,7 +69,7 @@ def effects_in_scoring(config: RunConfig, modalities: Sequence[Modality]) -> Has
             return any(networks)
         if section == "probe" and all(networks):
             return name in _OF_NETWORKS
-        return key not in without and section in ("seed", "data", "probe", "mixture")
+        return key not in without and section in ("seed", "data", "probe", "mixture", "parts")
 
     return has_effect
 

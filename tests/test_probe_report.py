@@ -18,6 +18,7 @@ from sklearn.metrics import accuracy_score, r2_score
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
+from mmaudit.audit.metrics import group_codes
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.probes.crops import PictureView
 from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
@@ -31,8 +32,15 @@ from mmaudit.audit.probes.probe_set import (
     fit_joint_probe,
     fit_probe,
 )
-from mmaudit.audit.scores.probe_report import ProbeReport, chance_levels, compute_probe_report, to_metric
-from mmaudit.audit.scores.sample_scores import SampleScores, compute_sample_scores
+from mmaudit.audit.scores.probe_report import (
+    Control,
+    ProbeReport,
+    chance_levels,
+    compute_probe_report,
+    fit_controls,
+    to_metric,
+)
+from mmaudit.audit.scores.sample_scores import SampleScores, compute_sample_scores, report_columns
 from mmaudit.audit.workers import no_progress
 
 Floats = NDArray[np.float32]
@@ -98,23 +106,27 @@ def planted(*l2_penalties: float, rows: int = N, seed: int = 0) -> tuple[ProbeSe
 
 
 def report_of(
-    probe_set: ProbeSet, cross_fit: CrossFit | None = None, *, sample_scores: SampleScores | None = None, **changes: Any
+    probe_set: ProbeSet,
+    cross_fit: CrossFit | None = None,
+    *,
+    sample_scores: SampleScores | None = None,
+    controls: bool = False,
+    group: NDArray[np.object_] | None = None,
+    **changes: Any,
 ) -> ProbeReport:
-    n = len(probe_set.target)
-    options: dict[str, Any] = {
-        "fit": HONEST,
-        "controls": False,
-        "sample_id": IDS[:n],
-        "group": None,
-        "seed": 0,
-        **changes,
-    }
     sample_scores = (
         compute_sample_scores(probe_set, seed=0, progress=no_progress) if sample_scores is None else sample_scores
     )
-    return compute_probe_report(
-        probe_set, sample_scores, cross(probe_set.target) if cross_fit is None else cross_fit, **options
-    )
+    calibrations = {calibrated.name: calibrated.calibration for calibrated in probe_set.probes}
+    columns = report_columns(sample_scores, list(calibrations), joint=probe_set.joint is not None)
+    if probe_set.joint is not None:
+        calibrations["joint"] = probe_set.joint.calibration
+    fitted: tuple[Control, ...] = ()
+    if controls:
+        options: dict[str, Any] = {"fit": HONEST, "ids_of": lambda rows: IDS[rows], "seed": 0, **changes}
+        fitted = fit_controls(probe_set, cross(probe_set.target) if cross_fit is None else cross_fit, **options)
+    groups = group_codes(group)
+    return compute_probe_report(columns.__getitem__, probe_set.target, calibrations, groups=groups, controls=fitted)
 
 
 def noisy_logits(share: float, *, seed: int) -> Floats:
