@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from .cli.demo import DemoResult, demo
     from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
     from .cli.methods import MethodTable, methods
+    from .cli.planning import PlanResult, plan
     from .cli.scoring import ReportResult, ScoreResult, report, score
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
+    from .cli.staging import StageResult
     from .cli.study import StudyResult, study
     from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
     from .rebalance.diff import ManifestDiff
@@ -49,7 +51,9 @@ _NAMES = {
     "cli.demo": ["DemoResult", "demo"],
     "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
     "cli.methods": ["MethodTable", "methods"],
+    "cli.planning": ["PlanResult", "plan"],
     "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
+    "cli.staging": ["StageResult"],
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
     "cli.study": ["StudyResult", "study"],
     "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
@@ -87,6 +91,7 @@ __all__ = [
     "Mixture",
     "MmauditError",
     "MultimodalModel",
+    "PlanResult",
     "ReplayResult",
     "ReportResult",
     "RunConfig",
@@ -94,6 +99,7 @@ __all__ = [
     "ScoreResult",
     "ScoreTable",
     "SplitSummary",
+    "StageResult",
     "StudyResult",
     "Verification",
     "__version__",
@@ -114,6 +120,7 @@ __all__ = [
     "methods",
     "open_dataset",
     "order",
+    "plan",
     "read_manifest",
     "read_scores",
     "replay",

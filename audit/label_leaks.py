@@ -6,7 +6,7 @@ thresholds are mmaudit's own. n samples, m modalities.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,53 +38,83 @@ class LabelLeak:
     message: str
 
 
-def find_label_leaks(scores: ScoreTable, *, kinds: Mapping[str, str]) -> list[LabelLeak]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeakColumns:
+    """Columns of n samples that leaks are found in, of which those of a modality are read when they are needed.
+
+    label (n,): class of each sample. train, test: masks (n,) of two splits; None without splits. groups: index of each
+    sample's group (n,), or None. values: returns `correct` (n,), 0 or 1, of a modality of classes, else its confidence,
+    NaN where the modality is missing. is_class: whether they are `correct`.
+    """
+
+    modalities: tuple[str, ...]
+    is_class: bool
+    label: NDArray[np.int32]
+    train: NDArray[np.bool_] | None
+    test: NDArray[np.bool_] | None
+    groups: Groups
+    values: Callable[[int], NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, scores: ScoreTable) -> LeakColumns:
+        """Take the columns of a score table."""
+        prediction, split = scores.prediction, scores.split
+        is_class = prediction is not None and np.issubdtype(prediction.dtype, np.integer)
+
+        def values(index: int) -> NDArray[np.float64]:
+            confidence = scores.confidence[:, index].astype(np.float64)
+            if prediction is None or not is_class:
+                return confidence
+            return np.where(np.isnan(confidence), np.nan, prediction[:, index] == scores.label)
+
+        return cls(
+            modalities=scores.modalities,
+            is_class=bool(is_class),
+            label=scores.label,
+            train=None if split is None else split == "train",
+            test=None if split is None else split == "test",
+            groups=group_codes(scores.group),
+            values=values,
+        )
+
+
+def find_label_leaks(columns: LeakColumns, *, kinds: Mapping[str, str]) -> list[LabelLeak]:
     """Find the modalities whose features seem to be fitted on the training labels, or to hold the label.
 
     Classification is judged by accuracy; other tasks, whose table has no predicted class, by the mean confidence, and
     for the first kind only.
 
     Args:
-        scores: Scores of n samples in m modalities.
+        columns: Columns of the scores of n samples in m modalities.
         kinds: Kind of each modality by name, such as audio or features.
 
     Returns:
         The leaks, those of each modality in the order of the table.
     """
-    is_class = scores.prediction is not None and np.issubdtype(scores.prediction.dtype, np.integer)
-    measure = "accuracy" if is_class else "confidence"
-    groups = group_codes(scores.group)
     leaks = []
-    for index, name in enumerate(scores.modalities):
-        present = ~np.isnan(scores.confidence[:, index])
-        values = scores.confidence[:, index].astype(np.float64)
-        if scores.prediction is not None and is_class:
-            values = (scores.prediction[:, index] == scores.label).astype(np.float64)
-        leaks += _fitted_on_labels(scores, values, present, groups, name=name, measure=measure)
-        if is_class and kinds.get(name) in _KINDS:
-            leaks += _holds_labels(values[present], scores.label[present], name=name)
+    for index, name in enumerate(columns.modalities):
+        values = columns.values(index)
+        present = ~np.isnan(values)
+        leaks += _fitted_on_labels(columns, values, present, name=name)
+        if columns.is_class and kinds.get(name) in _KINDS:
+            leaks += _holds_labels(values[present], columns.label[present], name=name)
     return leaks
 
 
 def _fitted_on_labels(
-    scores: ScoreTable,
-    values: NDArray[np.float64],
-    present: NDArray[np.bool_],
-    groups: Groups,
-    *,
-    name: str,
-    measure: str,
+    columns: LeakColumns, values: NDArray[np.float64], present: NDArray[np.bool_], *, name: str
 ) -> list[LabelLeak]:
-    if scores.split is None:
+    if columns.train is None or columns.test is None:
         return []
-    train, test = present & (scores.split == "train"), present & (scores.split == "test")
+    train, test = present & columns.train, present & columns.test
     if min(train.sum(), test.sum()) < 2:
         return []
     on_train, on_test = float(values[train].mean()), float(values[test].mean())
-    error = standard_error_of_difference(values, train, test, groups)
+    error = standard_error_of_difference(values, train, test, columns.groups)
     z = (on_train - on_test) / error if error > 0 else 0.0
     if z <= FITTED_Z:
         return []
+    measure = "accuracy" if columns.is_class else "confidence"
     message = (
         f"{name}: the out-of-fold {measure} is {on_train:.3f} on train rows and {on_test:.3f} on test rows "
         f"(z = {z:.1f}): its features look fitted on the training labels, or the test rows come from elsewhere; "

@@ -127,12 +127,17 @@ def balance(similarity: Floats, loss: Floats, *, fits: NDArray[np.bool_]) -> Flo
     From BSS, arXiv 2501.01470. `loss` (n,) is the fused cross entropy plus the sum of the unimodal cross entropies.
     Minimum and maximum are those of the training samples, `fits` (n,); samples outside that range are clipped.
     """
-    return minmax(similarity, fits=fits) - minmax(loss, fits=fits)
+    return minmax(similarity, value_range(similarity, fits)) - minmax(loss, value_range(loss, fits))
 
 
-def minmax(values: Floats, *, fits: NDArray[np.bool_]) -> Floats:
-    """Scale values (n,) into [0, 1] by the range over `fits`; equal values become 0."""
-    low, high = values[fits].min(), values[fits].max()
+def value_range(values: Floats, fits: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return the smallest and largest of values (n,) in a mask (n,)."""
+    return float(values[fits].min()), float(values[fits].max())
+
+
+def minmax(values: Floats, bounds: tuple[float, float]) -> Floats:
+    """Scale float32 values (n,) into [0, 1] by a range of float32 values; values of an empty range become 0."""
+    low, high = (np.float32(bound) for bound in bounds)
     if high <= low:
         return np.zeros_like(values)
     return np.asarray((np.clip(values, low, high) - low) / (high - low))

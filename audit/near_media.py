@@ -10,6 +10,7 @@ q tested rows, r reference rows, f frames, h x w levels, b pairs. A distance is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +32,7 @@ QUERY_BLOCK, PAIR_BLOCK = 512, 4096
 
 Window = tuple[float, float, float, float]  # top, bottom, left, right, in shares of the side
 _WHOLE: Window = (0.0, 1.0, 0.0, 1.0)
+_STEP = 0.0125  # of the local search, which halves it once
 
 
 class ThumbnailReader(Protocol):
@@ -61,32 +63,32 @@ def _shifts(down: tuple[float, ...], right: tuple[float, ...]) -> tuple[tuple[fl
     return tuple((a, b) for a in down for b in right if a or b)
 
 
-_PICTURE = _Search(
-    coarse=(
-        (0.05, 0.95, 0.05, 0.95),
-        *((top, top + 0.9, left, left + 0.9) for top in (0.0, 0.1) for left in (0.0, 0.1)),
-    ),
-    shifts=tuple(  # a pixel of 28 is 0.036
-        pair for size in (0.009, 0.018, 0.036) for pair in _shifts((-size, 0, size), (-size, 0, size))
-    ),
-    grid=np.array(
-        [
-            (scale, (1 - scale) * row / 4, scale, (1 - scale) * column / 4)
-            for scale in (0.9, 0.95)
-            for row in range(5)
-            for column in range(5)
-        ]
-    ),
-    moves=np.array([(1.0, 0, 1, 0), (0, 1, 0, 0), (0, 0, 0, 1)]),
-)
-# Rows are time, columns frequency: the bands of a sound played 5% faster shift by 0.012, a semitone by 0.014.
-_SOUND = _Search(
-    coarse=((0.05, 0.95, 0.0, 1.0), (0.0, 0.95, 0.0, 1.0), (0.05, 1.0, 0.0, 1.0), (0, 1, 0.012, 1), (0, 1, 0, 0.988)),
-    shifts=_shifts((-0.018, -0.009, 0, 0.009, 0.018), (-0.012, -0.006, 0, 0.006, 0.012)),
-    grid=np.array([(scale, (1 - scale) * row / 4, 1.0, 0.0) for scale in (0.9, 0.95) for row in range(5)]),
-    moves=np.array([(1.0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 0.5)]),
-)
-_STEP = 0.0125  # of the local search, which halves it once
+@cache
+def _search_of(kind: str) -> _Search:
+    """Return what is compared of sounds, or of pictures."""
+    if kind == "audio":
+        # Rows are time, columns frequency: the bands of a sound played 5% faster shift by 0.012, a semitone by 0.014.
+        ends = ((0.05, 0.95, 0.0, 1.0), (0.0, 0.95, 0.0, 1.0), (0.05, 1.0, 0.0, 1.0))
+        return _Search(
+            coarse=(*ends, (0, 1, 0.012, 1), (0, 1, 0, 0.988)),
+            shifts=_shifts((-0.018, -0.009, 0, 0.009, 0.018), (-0.012, -0.006, 0, 0.006, 0.012)),
+            grid=np.array([(scale, (1 - scale) * row / 4, 1.0, 0.0) for scale in (0.9, 0.95) for row in range(5)]),
+            moves=np.array([(1.0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 0.5)]),
+        )
+    corners = [(top, top + 0.9, left, left + 0.9) for top in (0.0, 0.1) for left in (0.0, 0.1)]
+    sizes = (0.009, 0.018, 0.036)  # a pixel of 28 is 0.036
+    grid = [
+        (scale, (1 - scale) * row / 4, scale, (1 - scale) * column / 4)
+        for scale in (0.9, 0.95)
+        for row in range(5)
+        for column in range(5)
+    ]
+    return _Search(
+        coarse=((0.05, 0.95, 0.05, 0.95), *corners),
+        shifts=tuple(pair for size in sizes for pair in _shifts((-size, 0, size), (-size, 0, size))),
+        grid=np.array(grid),
+        moves=np.array([(1.0, 0, 1, 0), (0, 1, 0, 0), (0, 0, 0, 1)]),
+    )
 
 
 def near_media(fingerprints: ThumbnailReader, reference: RowIndex, tested: RowIndex, *, neighbours: int) -> Links:
@@ -100,7 +102,7 @@ def near_media(fingerprints: ThumbnailReader, reference: RowIndex, tested: RowIn
     if len(reference) <= neighbours:
         return links
     references = fingerprints.read(reference)
-    search = _SOUND if fingerprints.kind == "audio" else _PICTURE
+    search = _search_of(fingerprints.kind)
     searched = _CoarseReferences.of(references, search)
     for start in range(0, len(tested), QUERY_BLOCK):
         rows = tested[start : start + QUERY_BLOCK]

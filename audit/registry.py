@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import ConfigError, choices, printable
-from .hashing import digest
 
 
 class Entry(NamedTuple):
@@ -77,10 +76,18 @@ class Registry(Mapping[str, Entry]):
         """Return the names of all methods, built in and installed."""
         return (*self.entries, *sorted(self.installed()))
 
+    def offers(self, name: str) -> bool:
+        """Return whether a method of this name is built in or installed.
+
+        The metadata of all installed packages is read only for a name that is not built in: with 150 packages that
+        takes 10 to 50 ms, more than anything else in the settings of a training.
+        """
+        return name in self.entries or name in self.installed()
+
     def check(self, name: str) -> None:
         """Raise ConfigError for an unknown name, with the nearest one; nothing is imported."""
-        if name not in self.entries and name not in (names := self.names()):
-            raise ConfigError(f"{self.option} {name}: no such name; {choices(name, names)}")
+        if not self.offers(name):
+            raise ConfigError(f"{self.option} {name}: no such name; {choices(name, self.names())}")
 
     def source_digest(self, name: str) -> str:
         """Return a digest of the source and version of the package of an installed method; "" of a built-in one.
@@ -96,6 +103,8 @@ class Registry(Mapping[str, Entry]):
         files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
         files += [Path(spec.origin)] if spec is not None and not folders and spec.has_location and spec.origin else []
         version = "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+        from .hashing import digest  # imports numpy and pyarrow, which listing names does not need
+
         return digest(f"{point.value} {version}".encode(), *(path.read_bytes() for path in files))
 
     def load(self, name: str) -> Any:

@@ -77,7 +77,7 @@ def run_polars(scores: Path, out: Path) -> dict[str, Any]:
     The same checks are made, in the fastest way known: ranges, and no duplicate hash of an id. KS is computed from fine
     histograms of every class, before and after, as in mmaudit.
     """
-    import run_polars as pl  # type: ignore[import-not-found, unused-ignore]
+    import polars as pl  # type: ignore[import-not-found, unused-ignore]
 
     from mmaudit.rebalance.balanced import fill_bins, share_among_classes
 

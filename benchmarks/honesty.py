@@ -22,17 +22,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.dataset import open_dataset
-from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.features.encode import encode_dataset
-from mmaudit.audit.features.encoded_samples import collect_encoded
+from mmaudit.audit.engine.fitting import NetworkSettings
+from mmaudit.audit.engine.in_memory import Scored, score_in_memory
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.metrics import confidence, gap, is_dominated, mean_interval
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.scores.gap_checks import permute_within_classes
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
-from mmaudit.audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from mmaudit.audit.scores.stability import intervals_of_sets
-from mmaudit.audit.workers import no_progress
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.rebalance.recipe import Recipe, make_split
 from mmaudit.rebalance.score_tables import open_scores
@@ -63,24 +60,14 @@ def draw_features(rng: np.random.Generator, n: int, *, strength: Floats, noise: 
     return columns
 
 
-def audit(columns: dict[str, Any], probe: ProbeConfig, *, seed: int) -> Audit:
+def audit(columns: dict[str, Any], probe: ProbeConfig, *, seed: int) -> Scored:
     """Score a dataset with these columns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pq.write_table(pa.table(columns), folder / "d.parquet")
         dataset = open_dataset(folder / "d.parquet")
-        samples = read_samples(dataset, seed=seed, test_fraction=0.2)
-        tasks = encode_dataset(dataset, folder / "f", media=MediaConfig(), num_workers=0, progress=no_progress)
-        return audit_dataset(
-            collect_encoded(dataset, samples, tasks),
-            tasks,
-            probe=probe,
-            networks=NetworkSettings(config=NetworkConfig(), media=MediaConfig(), folder=folder / "n"),
-            mixture=MixtureConfig(),
-            seed=seed,
-            device="cpu",
-            progress=no_progress,
-        )
+        networks = NetworkSettings(config=NetworkConfig(), media=MediaConfig(), folder=folder / "n")
+        return score_in_memory(dataset, features=folder / "f", probe=probe, networks=networks, seed=seed)
 
 
 def leans(num_datasets: int) -> Iterator[Row]:

@@ -113,6 +113,10 @@ def compare(
     base, given = load_settings(config, settings, {"seed": seed})
     configs = {spec.name: method_config(spec, config, settings, seed) for spec in chosen.methods}
     check_grid(chosen, given, configs)
+    if any(made.finetune.end_to_end for made in (base, *(made for made, _ in configs.values()))):
+        raise ConfigError(
+            "finetune.end_to_end: compare trains on cached vectors; train pretrained models with mmaudit finetune"
+        )
     paths = [run_dir.find_manifest(entry) for entry in chosen.manifests]
     random_of = _random_controls(run_dir, paths, seed=base.seed) if chosen.controls else {}
     loading = Loading(

@@ -176,7 +176,7 @@ def _load(loading: Loading, progress: Progress) -> LoadedManifests:
         check_same_dataset(scores[0], scores[1], name=str(source.path))
     if (task := first.task(loading.config)) != "classification":
         raise ManifestError(f"compare needs classes, whose predictions are right or wrong; the scores are of {task}")
-    encoded = first.read(num_workers=loading.num_workers, progress=progress)
+    encoded = first.read(loading.config, num_workers=loading.num_workers, progress=progress)
     loaded = {name: source.join(encoded, loading.config) for name, source in sources.items()}
     examples, test_ids = _with_common_test({name: entry.examples for name, entry in loaded.items()})
     examples = {name: _in_memory(entry, len(examples)) for name, entry in examples.items()}

@@ -155,7 +155,7 @@ def estimate_seconds(
             continue
         if not seconds:
             _time_training(cell, 1, loading=loading, device=device)  # the first one also loads libraries
-        max_samples = min(cell.budget, _TRIAL_STEPS * cell.config.finetune.batch_size)
+        max_samples = min(cell.budget, _TRIAL_STEPS * cell.config.finetune.step_size)
         fixed, total = (_time_training(cell, number, loading=loading, device=device) for number in (1, max_samples))
         seconds[name] = fixed + max(0.0, total - fixed) * cell.budget / max_samples
     return sum(seconds[cell.method.name] for cell in missing)

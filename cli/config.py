@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.dataset.dataset import DataConfig
+from ..audit.engine.plan import PartsConfig
 from ..audit.errors import ConfigError
 from ..audit.leakage import LeakageConfig
 from ..audit.media.files import MediaConfig
@@ -52,6 +53,7 @@ class RunConfig:
         probe: the linear probes.
         network: the networks that serve as encoders and probes.
         mixture: the mixture of the modality gap.
+        parts: how large data are divided into parts, each scored by itself.
         leakage: the checks for leaks between splits.
         split: the balanced split.
         posterior: P(balanced) from which a sample counts as balanced in `split --gmm`.
@@ -69,6 +71,7 @@ class RunConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    parts: PartsConfig = field(default_factory=PartsConfig)
     leakage: LeakageConfig = field(default_factory=LeakageConfig)
     split: BalancedConfig = field(default_factory=BalancedConfig)
     posterior: float = 0.5

@@ -68,7 +68,11 @@ def configure_logging(level: int = logging.INFO, *, with_seconds: bool = False) 
 
 
 def print_score(record: dict[str, Any]) -> None:
-    """Print the counts of scored and quarantined samples, and the metrics of the probes."""
+    """Print the counts of scored and quarantined samples, and the metrics of the probes; of a stage, what it did."""
+    if "stage" in record:
+        done = f"{len(record['parts'])} of {record['num_parts']} parts"
+        print_line(f"stage {record['stage']}: {done}; when all are done: --stage {record['next_stage']}")
+        return
     counts = record["counts"]
     strata = "classes" if record["config"]["data"]["task"] == "classification" else "strata"
     print_line(
@@ -482,6 +486,11 @@ def print_presets(presets: list[dict[str, Any]]) -> None:
                     print_line(f"{'':<{width}}  {heading}: {text}")
     for text, number in numbers.items():
         print_line(f"[{number}] {text}")
+
+
+def print_plan(summary: dict[str, Any]) -> None:
+    """Print the script of a plan."""
+    print_text(summary["script"].rstrip())
 
 
 def print_report(summary: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def effects_in_scoring(config: RunConfig, modalities: Sequence[Modality]) -> Has
             return any(networks)
         if section == "probe" and all(networks):
             return name in _OF_NETWORKS
-        return key not in without and section in ("seed", "data", "probe", "mixture")
+        return key not in without and section in ("seed", "data", "probe", "mixture", "parts")
 
     return has_effect
 
@@ -124,6 +124,8 @@ def effects_in_training(
     stored = [view.stored for view in examples.views if view is not None and view.stored is not None]
     used = {"seed", *(f"order.{name}" for name in SAMPLERS.load(config.finetune.sampling).order_fields)}
     used |= {f"finetune.{field.name}" for field in fields(config.finetune)}
+    used |= (lora := {f"finetune.lora.{field.name}" for field in fields(config.finetune.lora)})
+    backbones = any(examples.backbones)
     used |= {f"optim.{field.name}" for field in fields(optim)}
     masks = {f"augment.{name}" for name in ("time_masks", "time_share", "band_masks", "band_share")}
     for keys, has_effect in (
@@ -135,6 +137,8 @@ def effects_in_training(
         ({"augment.frames"}, any(form.num_choices > 1 for form in stored)),
         ({"augment.sound", "network.normalise_sound"}, sound),
         (masks, sound and augment.sound),
+        ({"finetune.gradient_checkpointing", "finetune.lora.rank"}, backbones),
+        (lora - {"finetune.lora.rank"}, backbones and config.finetune.lora.rank > 0),
         ({"network.width"}, (pictures or sound) and config.finetune.model is None),
         ({f"finetune.{name}" for name in _OF_OWN_NETWORKS}, config.finetune.model is None),
     ):

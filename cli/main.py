@@ -48,6 +48,7 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="ingest", module="checking", printer="print_ingest"),
     Command(name="check", module="checking", printer="print_check"),
     Command(name="score", module="scoring", printer="print_score"),
+    Command(name="plan", module="planning", printer="print_plan"),
     Command(name="split", module="splitting", printer="print_split"),
     Command(name="verify", module="manifests", printer="print_lines"),
     Command(name="diff", module="manifests", printer="print_lines"),
@@ -71,7 +72,7 @@ _TRAINING, _SETTINGS, _EXECUTION = "Training", "Settings", "Execution"
 # Panels of the options that are not in the first one, which holds at most a dozen.
 _PANELS: dict[str | tuple[str, str], str] = {
     **dict.fromkeys(("config", "settings", "seed", "learn_from", "repeats", "thorough"), _SETTINGS),
-    **dict.fromkeys(("device", "num_workers", "jobs", "shard", "json", "dump"), _EXECUTION),
+    **dict.fromkeys(("device", "num_workers", "jobs", "stage", "shard", "json", "dump"), _EXECUTION),
     **dict.fromkeys(("balanced", "subset", "dominated", "gmm", "like", "intersect", "exclude"), _SELECTION),
     **dict.fromkeys(("tolerance", "size", "bins", "by", "grid", "between", "resplit"), _RULE),
     **dict.fromkeys(("model", "only", "init", "keep_posterior", "epochs", "batch_size", "lr"), _TRAINING),
@@ -98,6 +99,7 @@ _METAVARS: dict[str | tuple[str, str], str] = {
     "between": "A[:B]",
     "resplit": "80/8/12",
     "subset": "RULE",
+    "stage": "STAGE",
     **dict.fromkeys(("like", "intersect", "exclude"), "MANIFEST"),
     "method": "METHOD",
     "probe": "NAME: SECTION.KEY=VALUE",

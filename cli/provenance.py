@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
-from ..audit.hashing import file_digest, is_signed, sign
+from ..audit.hashing import digest, file_digest, is_signed, sign
 from ..audit.parsing import build_config, provenance_section
 from ..audit.scores.table import RANGES, SCHEMA_VERSION
 from ..audit.storage import read_json, write_json
@@ -27,9 +27,8 @@ from .run import RUN_SCHEMA, Run
 
 if TYPE_CHECKING:
     from ..audit.dataset.dataset import DataConfig, Dataset
-    from ..audit.label_leaks import LabelLeak
+    from ..audit.engine.merging import Audit
     from ..audit.scores.mixture import Mixture
-    from ..audit.scores.score_dataset import Audit
 
 # What opens data or encodes is imported inside functions: a split needs signatures only, and no memory for torch.
 log = logging.getLogger("mmaudit")
@@ -69,9 +68,16 @@ def scores_section(record: dict[str, Any]) -> dict[str, Any]:
 
 def signed_record(record: dict[str, Any], *, folder: Path, scores: Path) -> dict[str, Any]:
     """Return run.json with this user's signature for the folder and the score table in it."""
-    signature = {"folder": str(folder.resolve()), "scores": file_digest(scores)}
+    signature = {"folder": str(folder.resolve()), "scores": scores_digest(scores)}
     code = sign(_record_content(record, signature))
     return record if code is None else {**record, "signature": {**signature, "hmac": code}}
+
+
+def scores_digest(path: Path) -> str:
+    """Return the digest of a score table: of its file, or over those of its parts."""
+    if not path.is_dir():
+        return file_digest(path)
+    return digest(*(f"{file.name} {file_digest(file)}".encode() for file in sorted(path.glob("*.parquet"))))
 
 
 def own_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
@@ -103,10 +109,10 @@ def sign_manifest(staged: Path, path: Path, *, run: Path, scores: Path | None) -
         scores: the file it was made from, if any.
     """
     record, doubt = own_record(run)
-    table = run / "scores.parquet"
+    table = Run(run).score_source
     if record is not None and (scores is None or scores.resolve() != table.resolve()):
         record, doubt = None, "it was not made from the scores of its run"
-    if record is not None and file_digest(table) != record["signature"]["scores"]:
+    if record is not None and scores_digest(table) != record["signature"]["scores"]:
         record, doubt = None, f"{table} is not the score table that the run was signed with"
     digests = read_stated_digests(staged)
     signature = {
@@ -222,27 +228,21 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
         "modalities": described_modalities(dataset, config),
         "columns": asdict(dataset.columns),
         "code": {modality.encoder: encoder_location(modality.encoder) for modality in dataset.modalities},
-        "counts": {"input": dataset.num_rows, "scored": len(audit.scores), "quarantined": num_quarantined},
+        "counts": {"input": dataset.num_rows, "scored": audit.num_scored, "quarantined": num_quarantined},
         "quarantine": dict(Counter(row.reason.value for row in audit.quarantined).most_common()),
-        "num_classes": len(set(audit.scores.label.tolist())),
-        "num_groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
-        "num_folds": int(audit.scores.fold.max()) + 1 if audit.scores.fold is not None else None,
+        "num_classes": audit.num_classes,
+        "num_groups": audit.num_groups,
+        "num_folds": audit.num_folds,
         "probe_report": audit.probe_report.to_json(),
         "gap_verdict": _verdict(audit.mixture),
         "class_check": audit.class_check.to_json(),
-        "label_leaks": [asdict(leak) for leak in _label_leaks(dataset, audit)],
+        "label_leaks": [asdict(leak) for leak in audit.label_leaks],
         "margin_check": audit.margin_check.to_json(),
         "balanced_side": audit.balanced_side,
         "halves": None if audit.halves is None else audit.halves.to_json(),
         "bisections": None if audit.bisections is None else audit.bisections.to_json(),
         "seconds": seconds,
     }
-
-
-def _label_leaks(dataset: Dataset, audit: Audit) -> list[LabelLeak]:
-    from ..audit.label_leaks import find_label_leaks
-
-    return find_label_leaks(audit.scores, kinds={modality.name: modality.kind for modality in dataset.modalities})
 
 
 def score_provenance(record: dict[str, Any]) -> dict[str, Any]:

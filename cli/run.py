@@ -17,13 +17,14 @@ from typing import Any
 from ..audit.errors import ConfigError, RunError, choices, printable
 from ..audit.locks import Lock, find_holders, write_lock
 from ..audit.parsing import RequiredKeys, Shape, check_shape
-from ..audit.scores.table import ScoreTable, read_scores
+from ..audit.scores.table import ScoreTable, read_score_sample, read_scores
 from ..audit.storage import flush, read_json, write_json
 
 _STAGED, _COMMITTED, _CLEARED = ".overwrite-new", ".overwrite-committed", ".overwrite-cleared"
 _JOURNAL = "swap.json"
 RUN_SCHEMA = "mmaudit.run/3"  # of run.json; another number means other keys
 _WAIT_SECONDS = 60.0
+REPORT_ROWS = 200_000  # ours: of a table in parts; a share of so many rows has an interval of 0.002
 
 
 @contextmanager
@@ -175,6 +176,30 @@ class Run:
         return self.folder / "scores.parquet"
 
     @property
+    def score_source(self) -> Path:
+        """Path of the score table: a file, or the folder of its parts."""
+        return parts if (parts := self.folder / "scores").is_dir() else self.scores_file
+
+    def score_part(self, number: int) -> Path:
+        """Return the path of a part of the score table of large data."""
+        return self.folder / "scores" / f"part-{number:05d}.parquet"
+
+    @property
+    def shards_file(self) -> Path:
+        """Path of the plan of parts."""
+        return self.folder / "shards.json"
+
+    @property
+    def probes(self) -> Path:
+        """Folder of the probes of a run in several parts or stages."""
+        return self.folder / "probes"
+
+    @property
+    def stages(self) -> Path:
+        """Folder of what passes between stages; removed when the run is finished."""
+        return self.folder / "stages"
+
+    @property
     def quarantine_file(self) -> Path:
         """Path of the quarantine table, one row per reason for not scoring a sample."""
         return self.folder / "quarantine.parquet"
@@ -273,7 +298,13 @@ class Run:
     def scores(self) -> ScoreTable:
         """Read the score table; raise RunError if the run is not scored."""
         self.record()
-        return read_scores(self.scores_file)
+        return read_scores(self.score_source)
+
+    def report_scores(self) -> ScoreTable:
+        """Read what a report is made of: the score table, or a sample of one in parts; RunError without scores."""
+        self.record()
+        parts = self.score_source
+        return read_score_sample(parts, max_rows=REPORT_ROWS) if parts.is_dir() else read_scores(parts)
 
     def check_folder(self) -> None:
         """Raise RunError if the folder holds something other than a run; a new or empty folder is accepted."""
@@ -281,14 +312,15 @@ class Run:
             raise RunError(f"{self.folder} is a file; pass a folder with --run")
         if not self.folder.exists() or self.is_scored():
             return
-        own = {*SCORE_FILES, *REPORT_FILES, *MADE_FROM_SCORES, "features"}
+        own = {*SCORE_FILES, *REPORT_FILES, *MADE_FROM_SCORES, "features", "stages"}
         foreign = [path.name for path in self.folder.iterdir() if path.name not in own and path.name[0] != "."]
         if foreign:
             raise RunError(f"{self.folder} holds {sorted(foreign)[0]} and is not a run; pass another folder with --run")
 
     def check_links(self) -> None:
         """Raise RunError if a report would read or write through a link that leads out of the run folder."""
-        names = [self.record_file, self.scores_file, self.quarantine_file, self.mixture_file, self.recovery_file]
+        names = [self.record_file, self.quarantine_file, self.mixture_file, self.recovery_file]
+        names += [self.scores_file, self.score_source, *self.score_source.glob("*")]
         inside = [*self.manifests_folder.glob("*"), *(self.folder / "finetune").glob("*/*"), self.figures]
         inside += self.comparisons()
         root = self.folder.resolve()
@@ -380,7 +412,10 @@ def _checked_name(name: str) -> str:
     return name
 
 
-SCORE_FILES = ("run.json", "scores.parquet", "quarantine.parquet", "mixture.json")
+SCORE_FILES = (
+    *("run.json", "scores.parquet", "scores", "quarantine.parquet", "mixture.json"),
+    *("shards.json", "probes"),
+)
 REPORT_FILES = ("report.html", "report.json", "figures")
 MADE_FROM_SCORES = ("compare", "finetune", "manifests", "recovery.json")
 

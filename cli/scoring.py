@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.joined import join_vectors
-from ..audit.dataset.samples import read_samples
-from ..audit.errors import ConfigError, RunError, quarantine_table
+from ..audit.engine.part_store import FolderStore, MemoryStore
+from ..audit.engine.plan import SINGLE
+from ..audit.engine.stages import fingerprint_of_data, run_all
+from ..audit.errors import ConfigError, RunError
 from ..audit.features.encode import EncodeTask, encode_dataset
-from ..audit.features.encoded_samples import collect_encoded
-from ..audit.locks import WAIT_SECONDS, Lock, write_lock
+from ..audit.locks import WAIT_SECONDS, write_lock
 from ..audit.parsing import RequiredKeys, build_config
-from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
-from ..audit.scores.table import ScoreTable, write_scores
-from ..audit.storage import read_json, write_json, write_parquet
+from ..audit.scores.table import ScoreTable
+from ..audit.storage import read_json, scratch_folder
 from ..audit.workers import Progress, default_workers
 from .config import RunConfig, load_settings, preset_content, preset_record
 from .effects import effects_in_scoring, warn_without_effect
 from .progress import progress_bars
-from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
-from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
+from .provenance import check_config, open_encodable, own_record
+from .run import Run
+from .staging import StageResult, check_stage, open_job, publish, run_merge, run_stage
 
 log = logging.getLogger("mmaudit")
 
@@ -90,6 +89,7 @@ class ReportResult:
         return {"report": str(self.page), "numbers": str(self.numbers), "figures": [str(path) for path in self.figures]}
 
 
+@overload
 def score(
     data: str | Path | None = None,
     *,
@@ -111,10 +111,71 @@ def score(
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
+    stage: None = None,
+    shard: None = None,
     config: RunConfig | str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
     progress: bool = True,
-) -> ScoreResult:
+) -> ScoreResult: ...
+
+
+@overload
+def score(
+    data: str | Path | None = None,
+    *,
+    run: str | Path = "mmaudit-run",
+    features: Mapping[str, str | Path] | Sequence[str] | None = None,
+    preset: str | None = None,
+    modality: Mapping[str, str] | Sequence[str] | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    task: str | None = None,
+    label: str | None = None,
+    id: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
+    allow_outside: bool = False,
+    learn_from: str | None = None,
+    repeats: int | None = None,
+    thorough: bool = False,
+    overwrite: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    stage: str,
+    shard: str | None = None,
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    progress: bool = True,
+) -> ScoreResult | StageResult: ...
+
+
+def score(
+    data: str | Path | None = None,
+    *,
+    run: str | Path = "mmaudit-run",
+    features: Mapping[str, str | Path] | Sequence[str] | None = None,
+    preset: str | None = None,
+    modality: Mapping[str, str] | Sequence[str] | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    task: str | None = None,
+    label: str | None = None,
+    id: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
+    allow_outside: bool = False,
+    learn_from: str | None = None,
+    repeats: int | None = None,
+    thorough: bool = False,
+    overwrite: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    stage: str | None = None,
+    shard: str | None = None,
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    progress: bool = True,
+) -> ScoreResult | StageResult:
     """Fit a probe per modality, score every sample out of fold, and write the report.
 
     A finished run of the same data and config is not changed; cached features are reused. With `features` the
@@ -140,12 +201,15 @@ def score(
         seed: Random seed; by default 0.
         device: auto, cpu or cuda.
         num_workers: Processes that decode media; 0: none; by default one per CPU.
+        stage: One stage, in a process of its own: encode, fit, score or merge; by default all.
+        shard: Parts of the stages encode and score, as i/n: those of process i of n, from 1.
         config: TOML file with settings; in Python also a RunConfig.
         settings: One setting, such as probe.folds=10; in Python also {"probe.folds": 10}.
         progress: Show a progress bar in a terminal or notebook.
 
     Returns:
-        The run folder, the counts and the content of run.json; `.scores` reads the score table.
+        The run folder, the counts and the content of run.json; `.scores` reads the score table. Of a stage before
+        merge, its parts and the next stage.
 
     Raises:
         RunError: The folder holds a run of other data or config and `overwrite` is False.
@@ -160,6 +224,7 @@ def score(
     """
     if data is None and not features:
         raise ConfigError("pass the data to score, or files of vectors with labels: mmaudit score --features FILE")
+    check_stage(stage, shard)
     keywords = data_settings(
         modality=modality,
         encoder=encoder,
@@ -183,18 +248,31 @@ def score(
     dataset = open_encodable(str(data), config.data)
     warn_without_effect("score", given, effects_in_scoring(config, dataset.modalities))
     with progress_bars(progress) as report_progress:
-        encode = partial(
-            encode_missing, run_dir, dataset, config, device=device, num_workers=num_workers, progress=report_progress
-        )
+        options: dict[str, Any] = {"device": device, "num_workers": num_workers, "progress": report_progress}
+        if stage is not None and stage != "merge":
+            job = open_job(run_dir, dataset, config, **options, staged=True)
+            return run_stage(run_dir, job, stage, shard=shard)
         if overwrite or not run_dir.is_scored():
             with write_lock(run_dir.folder, command="mmaudit score") as lock:
                 if overwrite or not run_dir.is_scored():  # another process may have finished it meanwhile
-                    audit, record = _score(run_dir, dataset, config, encode, device=device, progress=report_progress)
-                    record |= about
-                    _write_audit(run_dir, audit, record, overwrite=overwrite, lock=lock)
+                    if overwrite and stage is None:
+                        shutil.rmtree(run_dir.stages, ignore_errors=True)
+                    job = open_job(run_dir, dataset, config, **options, staged=stage is not None)
+                    results, merged, seconds = run_all(job) if stage is None else run_merge(job)
+                    publish(
+                        run_dir,
+                        job,
+                        config,
+                        results,
+                        merged,
+                        seconds=seconds,
+                        about=about,
+                        overwrite=overwrite,
+                        lock=lock,
+                    )
                     _write_report(run_dir)
                     return _score_result(run_dir)
-        _check_unchanged(run_dir, dataset, config, encode)
+        _check_unchanged(run_dir, dataset, config, options)
     if not (run_dir.report_file.exists() and run_dir.report_file.with_suffix(".json").exists()):
         report(run=run_dir.folder)
     return _score_result(run_dir)
@@ -254,76 +332,22 @@ def _score_result(run_dir: Run) -> ScoreResult:
     )
 
 
-def _score(
-    run_dir: Run,
-    dataset: Dataset,
-    config: RunConfig,
-    encode: Callable[[], list[EncodeTask]],
-    *,
-    device: str,
-    progress: Progress,
-) -> tuple[Audit, dict[str, Any]]:
-    """Score every sample; return the scores and the content of run.json."""
-    seconds: dict[str, float] = {}
-    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
-    if dataset.columns.split is None:
-        num_test = int((samples.split == "test").sum())
-        log.info("no split column: %d of %d samples are held out as test", num_test, len(samples))
-    with _timed(seconds, "encode"):
-        tasks = encode()
-    encoded = collect_encoded(dataset, samples, tasks)
-    with _timed(seconds, "probe"):
-        audit = audit_dataset(
-            encoded,
-            tasks,
-            probe=config.probe,
-            networks=NetworkSettings(config=config.network, media=config.media, folder=run_dir.features / "networks"),
-            mixture=config.mixture,
-            seed=config.seed,
-            device=device,
-            progress=progress,
-            keep_duplicates=config.data.keep_duplicates,
-        )
-    return audit, record_of(dataset, audit, config, seconds=seconds)
-
-
-def _check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, encode: Callable[[], list[EncodeTask]]) -> None:
+def _check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, options: dict[str, Any]) -> None:
     """Raise RunError if a finished run was made from other data or another config."""
     record = run_dir.record()
     check_config(run_dir, record, dataset, config)
-    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
-    fingerprint = collect_encoded(dataset, samples, encode()).fingerprint
-    if record["fingerprint"] != fingerprint:
+    with scratch_folder(run_dir.folder) as folder:
+        in_memory = dataset.num_rows <= SINGLE * config.parts.rows
+        store = MemoryStore() if in_memory else FolderStore(folder=folder, config="")
+        found = fingerprint_of_data(open_job(run_dir, dataset, config, **options, store=store))
+    if record["fingerprint"] != found:
         raise RunError(
             f"{run_dir.folder} was made from other data (fingerprint {record['fingerprint'][:8]}, now "
-            f"{fingerprint[:8]}); pass another folder with --run, or --overwrite"
+            f"{found[:8]}); pass another folder with --run, or --overwrite"
         )
     log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
     if doubt := own_record(run_dir.folder)[1]:
         log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it again", doubt)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    seconds[stage] = round(time.monotonic() - start, 3)
-    log.debug("%s took %.1f s", stage, seconds[stage])
-
-
-def _write_audit(run_dir: Run, audit: Audit, record: dict[str, Any], *, overwrite: bool, lock: Lock) -> None:
-    """Replace the files of the run at once; without `overwrite`, manifests from other score tables are kept."""
-    manifests, finetunes = run_dir.manifests(), run_dir.finetunes()
-    if overwrite and (manifests or finetunes):
-        log.info("removing %d manifests and %d fine-tunings of the old scores", len(manifests), len(finetunes))
-    replaced = (*SCORE_FILES, *REPORT_FILES, *(MADE_FROM_SCORES if overwrite else ()))
-    provenance = score_provenance(record)
-    with replacing(run_dir.folder, replaced, lock=lock) as folder:
-        staged_run = Run(folder)
-        write_scores(replace(audit.scores, provenance=provenance), staged_run.scores_file)
-        write_parquet(quarantine_table(audit.quarantined), staged_run.quarantine_file, provenance=provenance)
-        write_json(dict(audit.mixture.to_json()), staged_run.mixture_file)
-        staged_run.write_record(signed_record(record, folder=run_dir.folder, scores=staged_run.scores_file))
 
 
 def data_settings(

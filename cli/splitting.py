@@ -178,7 +178,7 @@ def split(
         resplit=resplit,
     )
     scored = run_dir.record()["config"] if scores is None else None
-    scores = run_dir.scores_file if scores is None else scores
+    scores = run_dir.score_source if scores is None else scores
     effects = effects_in_splitting(config, balanced=balanced, gmm=gmm is not None)
     warn_without_effect("split", given, effects, recorded=scored)
     shards = open_scores(scores, seed=config.seed)

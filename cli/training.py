@@ -17,6 +17,7 @@ from ..audit.parsing import build_config
 from ..audit.storage import write_json, write_parquet, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance.manifest import read_manifest
+from ..train.backbones import check_lora
 from ..train.evaluate import check_model_name, evaluate_file
 from ..train.examples import Examples
 from ..train.finetune import finetune_on
@@ -217,9 +218,9 @@ def finetune(
         with progress_bars(progress) as report_progress:
             digest = source.digest(config, num_workers=workers, progress=report_progress)
         return _result(folder, _finished(folder, resolved, digest, code=code))
-    weights = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
-    if overwrite and weights is not None and folder.resolve() in weights.resolve().parents:
-        raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
+    weights = _initial_weights(run_dir, config, replaced=folder if overwrite else None)
+    if config.finetune.end_to_end:
+        check_lora(config.finetune.lora)
     if config.finetune.report_to:
         load_trackers(config.finetune.report_to)  # before any data is read
     target = new_finetune(run_dir.folder, folder.name) if overwrite else folder  # moved to `folder` when finished
@@ -262,6 +263,16 @@ def finetune(
             _write_finetune(target, metrics, loaded)
             swap_finetune(run_dir.folder, folder.name)
     return _result(folder, metrics)
+
+
+def _initial_weights(run_dir: Run, config: RunConfig, *, replaced: Path | None) -> Path | None:
+    """Return the file that --init loads; ConfigError where it lies in the folder that is replaced."""
+    if config.finetune.init is None:
+        return None
+    weights = _find_model(run_dir, config.finetune.init)
+    if replaced is not None and replaced.resolve() in weights.resolve().parents:
+        raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
+    return weights
 
 
 def _write_finetune(target: Path, metrics: dict[str, Any], loaded: LoadedSource) -> None:

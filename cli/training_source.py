@@ -12,6 +12,7 @@ from ..audit.dataset.formats import READERS
 from ..audit.dataset.modalities import Modality
 from ..audit.dataset.samples import Samples, read_samples
 from ..audit.errors import Quarantined, RunError, printable
+from ..audit.features.backbone_inputs import with_backbone_inputs
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import EncodedSamples, Status, collect_encoded
 from ..audit.features.encoders import ENCODERS
@@ -116,12 +117,13 @@ class ManifestSource:
 
         Media that are unchanged since the run cached their vectors, by path, size and times, are not opened.
         """
-        return self.join(self.read(num_workers=num_workers, progress=progress), config)
+        return self.join(self.read(config, num_workers=num_workers, progress=progress), config)
 
-    def read(self, *, num_workers: int, progress: Progress) -> EncodedSource:
+    def read(self, config: RunConfig, *, num_workers: int, progress: Progress) -> EncodedSource:
         """Open the manifest's source and encode what the run's cache lacks."""
         origin = origin_of(self.path, self.manifest.provenance, self.manifest.digests)
         dataset, scored_config = open_source(origin, self.options)
+        dataset = with_backbone_inputs(dataset, config.finetune.end_to_end)
         tasks = encode_dataset(
             dataset,
             self.run_dir.features,
@@ -192,8 +194,9 @@ class UnscoredSource:
     def load(self, config: RunConfig, *, num_workers: int, progress: Progress) -> LoadedSource:
         """Open the data, encode what the run's cache lacks, and load all usable samples."""
         dataset = open_encodable(self.data, config.data)
+        trained = with_backbone_inputs(dataset, config.finetune.end_to_end)
         tasks = encode_dataset(
-            dataset,
+            trained,
             self.run_dir.features,
             media=config.media,
             num_workers=num_workers,
@@ -204,7 +207,7 @@ class UnscoredSource:
         if dataset.columns.split is None:
             num_test = int((samples.split == "test").sum())
             log.info("no split column: %d of %d samples are held out as test", num_test, len(samples))
-        encoded = collect_encoded(dataset, samples, tasks)
+        encoded = collect_encoded(trained, samples, tasks)
         manifest, quarantined = unscored_manifest(encoded, keep_duplicates=config.data.keep_duplicates)
         num_quarantined = len({row.sample_id for row in quarantined})
         if num_quarantined:
@@ -305,7 +308,7 @@ def resolve_methods(config: RunConfig) -> RunConfig:
 
 
 def decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove settings that have no effect on the weights: trackers, checkpoint interval, resident memory."""
-    without_effect = ("report_to", "save_steps", "resident_mib")
+    """Remove settings that have no effect on the weights: trackers, checkpoints, resident memory."""
+    without_effect = ("report_to", "save_steps", "resident_mib", "gradient_checkpointing")
     finetune_settings = {key: value for key, value in settings.get("finetune", {}).items() if key not in without_effect}
     return {**settings, "finetune": finetune_settings}

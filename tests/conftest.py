@@ -33,6 +33,8 @@ def pytest_configure() -> None:
     torch reads the variable when it is imported, so nothing in this file imports torch before.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Else each of the eighty processes that tests start would compile the package again, 0.4 s.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     import torch
 
     torch.set_num_threads(1)  # tests run in parallel by xdist's workers
@@ -55,6 +57,29 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plain_figures() -> Iterator[None]:
+    """Build the figures of every report and encode a pixel in place of each: drawing them is half the time of a score.
+
+    Tests that look at the figures ask for `drawn_figures`.
+    """
+    from mmaudit.cli.report import figures
+
+    pixel = io.BytesIO()
+    Image.new("RGB", (1, 1), "white").save(pixel, "png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "png", lambda figure: pixel.getvalue())
+        yield
+
+
+@pytest.fixture
+def drawn_figures(plain_figures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the figures of reports, as users have them."""
+    from mmaudit.cli.report import drawing, figures
+
+    monkeypatch.setattr(figures, "png", drawing.png)
+
+
 @pytest.fixture(scope="session")
 def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 clips of 0.25 s and 16 x 16 pixels, in three classes that pitch and colour both separate; read-only."""
@@ -69,6 +94,14 @@ def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["id", "audio_file_name", "image_file_name", "label", "speaker"], *rows])
     return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny pretrained models, each in a folder of its name; read-only."""
+    from tiny_models import save_models
+
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

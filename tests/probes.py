@@ -22,3 +22,7 @@ class StoredProbe:
 
     def logits_by_epoch(self, rows: RowIndex) -> NDArray[np.float32]:
         return (self.by_repeat if self.by_epoch is None else self.by_epoch)[:, rows]
+
+    def take(self, samples: RowIndex, inputs: Inputs) -> StoredProbe:
+        epochs = None if self.by_epoch is None else self.by_epoch[:, samples]
+        return StoredProbe(by_repeat=self.by_repeat[:, samples], by_epoch=epochs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
@@ -13,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from training import TwoEqualProcesses, weight_changes
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing import BALANCERS
@@ -27,14 +27,6 @@ torch.set_num_threads(1)
 NO_READER: ModelReader = None  # type: ignore[assignment]  # nothing is read
 AUTHORS = AgmConfig()
 OURS = AgmConfig(absent="features", modulated="encoders", clip=0.0)
-
-
-class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same data."""
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            tensor.mul_(2)
 
 
 def build_method(
@@ -86,12 +78,6 @@ def make_batch(*, modalities: int = 2, seed: int = 1, share: float = 1.0, copies
         loss_weight=torch.full((1 + modalities, total), share / total),
         size=total,
     )
-
-
-def weight_changes(method: Balancer, batch: Batch) -> dict[str, Tensor]:
-    before = {name: weight.detach().clone() for name, weight in method.net.named_parameters()}
-    method.step(batch)
-    return {name: before[name] - weight.detach() for name, weight in method.net.named_parameters()}
 
 
 def test_shapley_weights_of_two_and_three_modalities() -> None:
@@ -367,7 +353,7 @@ def test_modality_absent_from_all_samples_is_not_compared(agm: AgmConfig) -> Non
 @pytest.mark.parametrize("agm", [AUTHORS, OURS])
 def test_two_processes_take_the_step_of_one(agm: AgmConfig) -> None:
     single = build_method(agm=agm)
-    distributed = build_method(agm=agm, distributed=TwoEqualProcesses(world_size=2))
+    distributed = build_method(agm=agm, distributed=TwoEqualProcesses())
     for seed in (1, 2):
         expected = weight_changes(single, make_batch(copies=2, seed=seed))
         for name, step in weight_changes(distributed, make_batch(share=0.5, seed=seed)).items():

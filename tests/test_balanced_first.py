@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from training import make_pool
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.rebalance.curriculum import OrderConfig, id_keys
+from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.train.optimizer import SINGLE_PROCESS
 from mmaudit.train.sampling.balanced_first import BalancedFirst
-from mmaudit.train.sampling.sampler import Pool
 
 DISCREPANCIES = st.lists(st.floats(-1, 1), min_size=1, max_size=60).map(np.array)
 
@@ -22,17 +22,7 @@ DISCREPANCIES = st.lists(st.floats(-1, 1), min_size=1, max_size=60).map(np.array
 def sampler_of(discrepancy: NDArray[np.float64], *, order: OrderConfig | None = None) -> BalancedFirst:
     """Build the sampler on a pool whose other columns would give other orders."""
     n = len(discrepancy)
-    none = np.full(n, np.nan)
-    pool = Pool(
-        key=id_keys(f"s{row}" for row in range(n)),
-        rank=np.arange(n)[::-1].copy(),
-        discrepancy=discrepancy,
-        balance=none,
-        p_balanced=none,
-        label=np.zeros(n, np.int64),
-        num_classes=1,
-        num_modalities=2,
-    )
+    pool = make_pool(n, rank=np.arange(n)[::-1].copy(), discrepancy=discrepancy, num_classes=1)
     return BalancedFirst(pool, order or OrderConfig(), batch_size=8, seed=0, distributed=SINGLE_PROCESS)
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from training import make_pool
 
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.metrics import similarity
-from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
+from mmaudit.rebalance.curriculum import OrderConfig, epoch_order
 from mmaudit.train.batches import ModelReader, OutputFunction
 from mmaudit.train.config import FinetuneConfig, TrainConfig
 from mmaudit.train.methods import list_unused, resolve
@@ -51,16 +52,7 @@ def as_model_reader(model_reader: FixedOutputs) -> ModelReader:
 
 
 def pool_of(balance: NDArray[np.float64]) -> Pool:
-    return Pool(
-        key=id_keys(f"s{row}" for row in range(N)),
-        rank=np.zeros(N, np.int64),
-        discrepancy=np.full(N, np.nan),
-        balance=balance,
-        p_balanced=np.full(N, np.nan),
-        label=LABEL,
-        num_classes=3,
-        num_modalities=2,
-    )
+    return make_pool(N, rank=np.zeros(N, np.int64), balance=balance, label=LABEL, num_classes=3)
 
 
 def sampler_of(bss: BssConfig, *, order: OrderConfig | None = None, balance: NDArray[np.float64] | None = None) -> BssL:

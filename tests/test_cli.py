@@ -20,7 +20,7 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.cli.demo import KeypadConfig, write_keypad
 from mmaudit.cli.main import app
 
-QUICK = ["--repeats", "1", "--num-workers", "0"]
+QUICK = ["--repeats", "1", "--num-workers", "0", "--set", "probe.folds=2"]
 
 
 def mmaudit(*words: str | Path) -> Result:
@@ -34,7 +34,7 @@ def output_of(result: Result) -> str:
 
 @pytest.fixture(scope="module")
 def keypad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_keypad(tmp_path_factory.mktemp("keypad"), config=KeypadConfig(num_samples=120), seed=0)
+    return write_keypad(tmp_path_factory.mktemp("keypad"), config=KeypadConfig(num_samples=80), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def write_features(path: Path, *, num_rows: int = 60, bad: dict[int, list[float]
         ),
         (
             ["split", "--run", "SCORED", "--balanced", "--size", "100000"],
-            "--size: requested 100000 samples, available 120",
+            "--size: requested 100000 samples, available 80",
         ),
         (
             ["split", "--run", "SCORED", "--balanced", "--tolerance", "2"],
@@ -188,7 +188,7 @@ def test_damaged_media_are_quarantined_with_their_reason(data: Path, tmp_path: P
     result = mmaudit("score", data, "--run", run, *QUICK, "--json")
     assert result.exit_code == 0
     counts = json.loads(result.stdout)["counts"]
-    assert counts["input"] == 120 == counts["scored"] + counts["quarantined"]
+    assert counts["input"] == 80 == counts["scored"] + counts["quarantined"]
     quarantine = pq.read_table(run / "quarantine.parquet").to_pylist()
     reasons = {row["sample_id"]: (row["modality"], row["reason"]) for row in quarantine}
     expected = [
@@ -305,7 +305,7 @@ def test_split_prints_number_of_kept_samples(scored: Path, tmp_path: Path) -> No
     assert mmaudit("split", "--balanced", "--run", run, "--dry-run").exit_code == 0
     result = mmaudit("split", "--balanced", "--run", run, "--overwrite")
     num_kept = len(pq.read_table(run / "manifests" / "balanced.parquet"))
-    assert f"balanced: kept {num_kept} of 120 samples (audio:image)" in output_of(result)
+    assert f"balanced: kept {num_kept} of 80 samples (audio:image)" in output_of(result)
     assert "samples kept by tolerance 0: " in output_of(result)
 
 

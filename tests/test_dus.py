@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
+from training import make_pool
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.metrics import discrepancy
-from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
+from mmaudit.rebalance.curriculum import OrderConfig, epoch_order
 from mmaudit.train.batches import Batch, ModelReader, Step, to_batch
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.sampling.dus import Dus, DusConfig, DusH, cumulative_discrepancy, lagging_quantities
 from mmaudit.train.sampling.dus_rl import DusRl
-from mmaudit.train.sampling.sampler import Pool
 
 torch.set_num_threads(1)
 
@@ -39,17 +39,7 @@ def sampler_of(
     batch_size: int = B,
     **changes: Any,
 ) -> Dus:
-    none = np.full(N, np.nan)
-    pool = Pool(
-        key=id_keys(f"s{row}" for row in range(N)),
-        rank=np.arange(N),
-        discrepancy=none,
-        balance=none,
-        p_balanced=none,
-        label=np.zeros(N, np.int64),
-        num_classes=2,
-        num_modalities=num_modalities,
-    )
+    pool = make_pool(N, num_modalities=num_modalities)
     config = DusConfig(**{"every_steps": 1, **changes})
     return sampler_class(pool, OrderConfig(), config, batch_size=batch_size, seed=0, distributed=distributed)
 

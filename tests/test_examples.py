@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mmaudit.audit.dataset.dataset import Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, ManifestError
+from mmaudit.audit.features.backbone_inputs import Backbone, InputLayout
 from mmaudit.audit.features.encode import EncodeTask, encode_dataset
 from mmaudit.audit.features.encoded_samples import collect_encoded
 from mmaudit.audit.features.matrix import Inputs
@@ -155,6 +156,16 @@ def test_rows_are_joined_by_id(write: Write) -> None:
         np.testing.assert_array_equal(visual[row], np.float32(columns["visual"][number]))
         assert examples.class_names[examples.label[row]] == str(columns["label"][number])
         assert (examples.split[row] == "test") == (SPLITS[number] == "test")
+
+
+def test_vectors_are_computed_in_one_thread_and_inputs_of_encoders_in_two(write: Write) -> None:
+    source = write(make_columns())
+    manifest, dropped = make_manifest(make_scores(source))
+    examples = replace(load(source, manifest, dropped), backbones=(None, None))
+    assert examples.num_threads == 1
+    text = Backbone(model="hf:model", kind="text", version="", layout=InputLayout(name="input_ids", shape=(2, 2)))
+    assert replace(examples, backbones=(text, None)).num_threads == 2
+    assert replace(examples, shapes=((4,), (3, 8, 8))).num_threads == 2
 
 
 def test_order_and_shards_of_the_source_do_not_matter(write: Write) -> None:

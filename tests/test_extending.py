@@ -100,7 +100,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(package: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory) -> mmaudit.ScoreResult:
-    return mmaudit.score(
+    result = mmaudit.score(
         samples,
         run=tmp_path_factory.mktemp("scored") / "run",
         encoder={"text": "style"},
@@ -108,6 +108,8 @@ def scored(package: Path, samples: Path, tmp_path_factory: pytest.TempPathFactor
         settings={"data.reader": "json-array", "probe.folds": 2},
         **QUICK,
     )
+    assert isinstance(result, mmaudit.ScoreResult)
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,14 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.errors import MixtureError
 from mmaudit.audit.metrics import gap
-from mmaudit.audit.scores.gap_checks import ClassCheck, balanced_side, fit_by_class, permute_within_classes
+from mmaudit.audit.scores.gap_checks import (
+    ClassCheck,
+    balanced_side,
+    count_balanced,
+    fit_by_class,
+    permute_within_classes,
+)
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
-from mmaudit.audit.scores.table import ScoreTable
 
 CONFIG = MixtureConfig()
 NUM_SAMPLES = 20_000
@@ -177,13 +182,9 @@ def test_a_gap_of_one_mode_is_not_permuted() -> None:
 
 def test_balanced_side_counts_samples_that_all_modalities_get_right_or_wrong() -> None:
     label = np.array([0, 0, 1, 1, 0], np.int32)
-    scores = ScoreTable(
-        sample_id=np.array(list("abcde"), dtype=object),
-        label=label,
-        label_name=label.astype(str).astype(object),
-        modalities=("audio", "image", "text"),
-        confidence=np.array([[0.9, 0.9, np.nan], [0.1, 0.1, 0.1], [0.2, 0.2, 0.1], [0.9, 0.8, 0.4], [0.9, 0.1, 0.5]]),
-        prediction=np.array([[0, 0, -1], [1, 1, 1], [0, 0, -1], [1, 1, 0], [0, 1, 1]], np.int32),
-        p_balanced=np.array([1, 1, 1, 0.5, 0.2], np.float32),
-    )
-    assert balanced_side(scores) == {"n": 4, "all_correct": 0.25, "all_wrong": 0.5}
+    prediction = np.array([[0, 0, -1], [1, 1, 1], [0, 0, -1], [1, 1, 0], [0, 1, 1]], np.int32)
+    right, balanced = prediction == label[:, None], np.array([1, 1, 1, 0.5, 0.2]) >= 0.5
+    counts = [count_balanced(balanced[rows], right[rows], prediction[rows] >= 0) for rows in (slice(2), slice(2, 5))]
+    assert balanced_side(counts) == {"n": 4, "all_correct": 0.25, "all_wrong": 0.5}
+    assert balanced_side([*counts, None]) is None
+    assert balanced_side([{"n": 0, "all_correct": 0, "all_wrong": 0}]) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from training import TwoEqualProcesses
 
 from mmaudit.rebalance.curriculum import RowIndex
 from mmaudit.train.balancing import BALANCERS
@@ -27,14 +27,6 @@ STRONG = torch.tensor([0.90, 0.95, 0.80, 0.90])
 GAP = torch.tensor([0.02, 0.10, 0.55, 0.80])  # two balanced, two imbalanced
 NET = FusionNet(ModelConfig(modalities=("a",), shapes=((1,),), classes=("x", "y")))
 LOSS_WEIGHT = torch.tensor([0.1, 0.2, 0.3, 0.4])
-
-
-class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same data."""
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            tensor.mul_(2)
 
 
 class PlantedGaps:
@@ -285,7 +277,7 @@ def test_sample_with_one_modality_has_the_ordinary_loss() -> None:
 def test_two_processes_have_the_loss_of_one() -> None:
     single = build_method().loss(make_outputs(STRONG, GAP, LABEL), make_batch()).item()
     half = (
-        build_method(distributed=TwoEqualProcesses(world_size=2))
+        build_method(distributed=TwoEqualProcesses())
         .loss(make_outputs(STRONG, GAP, LABEL), make_batch(loss_weight=LOSS_WEIGHT / 2))
         .item()
     )

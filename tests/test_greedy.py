@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from training import draw_batch
+from training import TwoEqualProcesses, draw_batch
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing.greedy import Greedy, GreedyConfig, conditional_speeds, slowest_modality
@@ -29,17 +28,6 @@ SGD = OptimConfig(precision="float32", optimizer="sgd", lr=0.5, momentum=0.0, we
 NAMES = ("audio", "visual", "text")
 AUDIO_SLOW = torch.tensor([[1e9, 1e7], [1e8, 1e8]])  # so large that a few steps do not change the comparison
 BALANCED = torch.tensor([[1e8, 1e8], [1e8, 1e8]])
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same rows: sums are twice those of one."""
-
-    world_size: int = 2
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            tensor *= 2
 
 
 def build_greedy(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmaudit.audit.label_leaks import LabelLeak, find_label_leaks, standard_error_of_difference
+from mmaudit.audit.label_leaks import LabelLeak, LeakColumns, find_label_leaks, standard_error_of_difference
 from mmaudit.audit.scores.table import ScoreTable
 
 KINDS = {"audio": "audio", "text": "text", "numbers": "features"}
@@ -42,7 +42,7 @@ def summary(leaks: list[LabelLeak]) -> list[tuple[str, str]]:
 
 
 def test_features_fitted_on_training_labels_are_found() -> None:
-    leaks = find_label_leaks(table({"text": (0.983, 0.765), "audio": (0.7, 0.7)}), kinds=KINDS)
+    leaks = find_label_leaks(LeakColumns.of(table({"text": (0.983, 0.765), "audio": (0.7, 0.7)})), kinds=KINDS)
     assert summary(leaks) == [("fitted on labels", "text")]
     assert leaks[0].z is not None
     assert leaks[0].z > 8
@@ -54,7 +54,9 @@ def test_features_fitted_on_training_labels_are_found() -> None:
 def test_honest_features_are_not(groups: int) -> None:
     for seed in range(20):
         assert (
-            find_label_leaks(table({"text": (0.7, 0.7), "audio": (0.5, 0.5)}, groups=groups, seed=seed), kinds=KINDS)
+            find_label_leaks(
+                LeakColumns.of(table({"text": (0.7, 0.7), "audio": (0.5, 0.5)}, groups=groups, seed=seed)), kinds=KINDS
+            )
             == []
         )
 
@@ -76,7 +78,7 @@ def test_difference_between_few_groups_is_not_evidence() -> None:
 
 @pytest.mark.parametrize(("kind", "expected"), [("text", 1), ("numbers", 1), ("audio", 0)])
 def test_only_columns_of_numbers_or_text_may_hold_the_label(kind: str, expected: int) -> None:
-    leaks = find_label_leaks(table({kind: (0.999, 0.999), "other": (0.5, 0.5)}), kinds=KINDS)
+    leaks = find_label_leaks(LeakColumns.of(table({kind: (0.999, 0.999), "other": (0.5, 0.5)})), kinds=KINDS)
     assert summary(leaks) == [("holds labels", kind)] * expected
 
 
@@ -93,7 +95,7 @@ def test_high_accuracy_of_the_most_common_class_says_nothing() -> None:
         split=scores.split,
         prediction=prediction,
     )
-    assert find_label_leaks(common, kinds=KINDS) == []
+    assert find_label_leaks(LeakColumns.of(common), kinds=KINDS) == []
 
 
 def test_without_classes_confidence_is_compared() -> None:
@@ -106,6 +108,6 @@ def test_without_classes_confidence_is_compared() -> None:
         confidence=scores.confidence,
         split=scores.split,
     )
-    leaks = find_label_leaks(regression, kinds=KINDS)
+    leaks = find_label_leaks(LeakColumns.of(regression), kinds=KINDS)
     assert summary(leaks) == [("fitted on labels", "text")]
     assert "confidence" in leaks[0].message

@@ -178,7 +178,7 @@ def test_balance_by_hand() -> None:
 def test_constant_values_are_scaled_to_zero(value: float) -> None:
     values = np.full(5, value, dtype=np.float32)
     fits = np.array([True, True, False, True, False])
-    assert metrics.minmax(values, fits=fits).tolist() == [0] * 5
+    assert metrics.minmax(values, metrics.value_range(values, fits)).tolist() == [0] * 5
     assert metrics.balance(values, values, fits=fits).tolist() == [0] * 5
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
-from training import draw_batch, select_rows
+from training import TwoEqualProcesses, draw_batch, select_rows
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing.mla import Mla, MlaConfig, project_out, relax_to_identity
@@ -31,17 +30,6 @@ SEEDS = st.integers(0, 10**6)
 WEIGHT = np.array([1, 2, 3, 2, 1, 1], dtype=np.float32)
 ADAMW = OptimConfig(precision="float32", lr=0.01, weight_decay=0.1)
 PLAIN = OptimConfig(precision="float32", lr=0.5, optimizer="sgd", momentum=0.0, weight_decay=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same rows: sums are twice those of one."""
-
-    world_size: int = 2
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            tensor *= 2
 
 
 class RecordingOptimization(Optimization):

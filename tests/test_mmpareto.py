@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from training import draw_batch
+from training import TwoEqualProcesses, draw_batch, weight_changes
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing.mmpareto import MmPareto, MmParetoConfig, combine_gradients
@@ -30,17 +30,6 @@ Floats = NDArray[np.float64]
 
 GAMMA = 1.5
 SEEDS = st.integers(0, 10**6)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same rows: sums are twice those of one."""
-
-    world_size: int = 2
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            tensor *= 2
 
 
 def build_mmpareto(
@@ -69,12 +58,6 @@ def build_mmpareto(
 
 def make_batch(present: list[list[bool]] | None = None, *, seed: int = 1) -> Batch:
     return draw_batch([0, 1, 2, 1, 0, 0], weight=[1, 2, 3, 2, 1, 1], present=present, seed=seed)
-
-
-def weight_changes(balancer: MmPareto, batch: Batch) -> dict[str, Tensor]:
-    before = copy.deepcopy(dict(balancer.net.named_parameters()))
-    balancer.step(batch)
-    return {name: (before[name] - p).detach() for name, p in balancer.net.named_parameters()}
 
 
 def loss_gradients(balancer: MmPareto, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

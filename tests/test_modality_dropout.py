@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from training import select_rows
+from training import TwoEqualProcesses, select_rows
 
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.balancing.balancer import Balancer
@@ -20,14 +18,6 @@ from mmaudit.train.network import FusionNet, ModelConfig
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
-
-
-class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same data."""
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            tensor.mul_(2)
 
 
 def build_method(
@@ -107,7 +97,7 @@ def test_unimodal_weights_are_over_remaining_rows_and_fused_over_all() -> None:
 
 
 def test_unimodal_weights_sum_over_all_processes() -> None:
-    prepared = build_method(0.5, distributed=TwoEqualProcesses(world_size=2)).prepare(make_batch(50, share=0.5))
+    prepared = build_method(0.5, distributed=TwoEqualProcesses()).prepare(make_batch(50, share=0.5))
     torch.testing.assert_close(prepared.loss_weight.sum(dim=1), torch.full((3,), 0.5))
 
 

@@ -20,9 +20,9 @@ from mmaudit.train.network import (
     Outputs,
     correct_by_set,
     cross_entropy,
-    initialise_xavier,
     separate_losses,
 )
+from mmaudit.train.network_encoders import initialise_xavier
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmaudit.audit.probes.crops import to_pictures
 from mmaudit.audit.probes.network import Network, build_network
-from mmaudit.train.network import PictureEncoder, VectorEncoder, build_encoder
+from mmaudit.train.network_encoders import PictureEncoder, VectorEncoder, build_encoder
 
 torch.set_num_threads(1)
 

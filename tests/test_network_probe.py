@@ -47,13 +47,18 @@ def planted(
 
 
 def cross(
-    label: NDArray[np.int32], *, group: list[str] | None = None, fits: NDArray[np.bool_] | None = None, seed: int = 0
+    label: NDArray[np.int32],
+    *,
+    group: list[str] | None = None,
+    fits: NDArray[np.bool_] | None = None,
+    num_folds: int = 3,
+    seed: int = 0,
 ) -> CrossFit:
     ids = np.array([f"s{number:03d}" for number in range(len(label))], dtype=object)
     fits = np.ones(len(label), dtype=bool) if fits is None else fits
     groups = None if group is None else np.array(group, dtype=object)
     fold, inner = (
-        assign_folds(ids, label, groups, fits, num_folds=3, seed=fold_seed) for fold_seed in (seed, seed + 99)
+        assign_folds(ids, label, groups, fits, num_folds=num_folds, seed=fold_seed) for fold_seed in (seed, seed + 99)
     )
     return CrossFit(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
 
@@ -104,7 +109,7 @@ Fitted = tuple[Bytes, Target, Probe]
 )
 def test_planted_signal_is_found_out_of_fold(shape: tuple[int, ...], dtype: Any) -> None:
     rows, target = planted(shape, dtype=dtype)
-    probe = fit(rows, target, shape=shape, config=THOROUGH)
+    probe = fit(rows, target, cross(target.label, num_folds=2), shape=shape, config=THOROUGH)
     assert accuracy(probe, target) > 0.8
 
 
@@ -131,7 +136,7 @@ def test_multilabel_and_regression_signals_are_found() -> None:
     rows, target = planted(PICTURE)
     values = np.stack([target.label != 2, target.label != 0], axis=1).astype(np.float32)
     several = replace(target, task="multilabel", num_outputs=2, values=values)
-    logits = fit(rows, several, config=THOROUGH).logits(ROWS)[0]
+    logits = fit(rows, several, cross(target.label, num_folds=2), config=THOROUGH).logits(ROWS)[0]
     assert ((logits > 0) == (values > 0)).mean() > 0.8
     number = (5000 + 100 * target.label[:, None]).astype(np.float32)
     regression = replace(target, task="regression", num_outputs=1, values=number)
@@ -428,7 +433,7 @@ def test_probe_of_stored_pictures_is_independent_of_row_order_and_learns_from_cr
     sizes = np.tile(np.array([16, 12], "<u2").view(np.uint8), (len(rows), 1))
     stored = StoredPictures(num_frames=1, num_choices=1, side=12, is_sized=True)
     matrix = np.concatenate([rows, sizes], axis=1)
-    own = cross(target.label)
+    own = cross(target.label, num_folds=2)
     options: dict[str, Any] = {"shape": (8, 8, 3), "stored": stored}
     assert accuracy(fit(matrix, target, own, config=THOROUGH, **options), target) > 0.6
     probe = fit(matrix, target, own, **options)

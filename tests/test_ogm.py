@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
+from training import TwoEqualProcesses, weight_changes
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing import BALANCERS
@@ -25,14 +25,6 @@ from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimiza
 torch.set_num_threads(1)
 DEFAULT = OgmConfig()
 NO_READER: ModelReader = None  # type: ignore[assignment]  # nothing is read
-
-
-class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same data."""
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            tensor.mul_(2)
 
 
 def build_method(
@@ -70,12 +62,6 @@ def make_batch(num_samples: int = 12, *, share: float = 1.0, copies: int = 1) ->
         loss_weight=torch.full((3, total), share / total),
         size=total,
     )
-
-
-def weight_changes(method: Balancer, batch: Batch) -> dict[str, Tensor]:
-    before = {name: weight.detach().clone() for name, weight in method.net.named_parameters()}
-    method.step(batch)
-    return {name: before[name] - weight.detach() for name, weight in method.net.named_parameters()}
 
 
 def test_two_coefficients_by_hand() -> None:
@@ -238,7 +224,7 @@ def test_frozen_encoders_are_not_updated() -> None:
 
 def test_two_processes_take_the_step_of_one() -> None:
     single = build_method("ogm", ogm=OgmConfig(alpha=0.5))
-    distributed = build_method("ogm", ogm=OgmConfig(alpha=0.5), distributed=TwoEqualProcesses(world_size=2))
+    distributed = build_method("ogm", ogm=OgmConfig(alpha=0.5), distributed=TwoEqualProcesses())
     expected = weight_changes(single, make_batch(copies=2))
     for name, step in weight_changes(distributed, make_batch(share=0.5)).items():
         torch.testing.assert_close(step, expected[name], atol=1e-6, rtol=1e-4)

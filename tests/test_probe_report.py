@@ -18,6 +18,7 @@ from sklearn.metrics import accuracy_score, r2_score
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
+from mmaudit.audit.metrics import group_codes
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.probes.crops import PictureView
 from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
@@ -31,8 +32,15 @@ from mmaudit.audit.probes.probe_set import (
     fit_joint_probe,
     fit_probe,
 )
-from mmaudit.audit.scores.probe_report import ProbeReport, chance_levels, compute_probe_report, to_metric
-from mmaudit.audit.scores.sample_scores import SampleScores, compute_sample_scores
+from mmaudit.audit.scores.probe_report import (
+    Control,
+    ProbeReport,
+    chance_levels,
+    compute_probe_report,
+    fit_controls,
+    to_metric,
+)
+from mmaudit.audit.scores.sample_scores import SampleScores, compute_sample_scores, report_columns
 from mmaudit.audit.workers import no_progress
 
 Floats = NDArray[np.float32]
@@ -98,23 +106,27 @@ def planted(*l2_penalties: float, rows: int = N, seed: int = 0) -> tuple[ProbeSe
 
 
 def report_of(
-    probe_set: ProbeSet, cross_fit: CrossFit | None = None, *, sample_scores: SampleScores | None = None, **changes: Any
+    probe_set: ProbeSet,
+    cross_fit: CrossFit | None = None,
+    *,
+    sample_scores: SampleScores | None = None,
+    controls: bool = False,
+    group: NDArray[np.object_] | None = None,
+    **changes: Any,
 ) -> ProbeReport:
-    n = len(probe_set.target)
-    options: dict[str, Any] = {
-        "fit": HONEST,
-        "controls": False,
-        "sample_id": IDS[:n],
-        "group": None,
-        "seed": 0,
-        **changes,
-    }
     sample_scores = (
         compute_sample_scores(probe_set, seed=0, progress=no_progress) if sample_scores is None else sample_scores
     )
-    return compute_probe_report(
-        probe_set, sample_scores, cross(probe_set.target) if cross_fit is None else cross_fit, **options
-    )
+    calibrations = {calibrated.name: calibrated.calibration for calibrated in probe_set.probes}
+    columns = report_columns(sample_scores, list(calibrations), joint=probe_set.joint is not None)
+    if probe_set.joint is not None:
+        calibrations["joint"] = probe_set.joint.calibration
+    fitted: tuple[Control, ...] = ()
+    if controls:
+        options: dict[str, Any] = {"fit": HONEST, "ids_of": lambda rows: IDS[rows], "seed": 0, **changes}
+        fitted = fit_controls(probe_set, cross(probe_set.target) if cross_fit is None else cross_fit, **options)
+    groups = group_codes(group)
+    return compute_probe_report(columns.__getitem__, probe_set.target, calibrations, groups=groups, controls=fitted)
 
 
 def noisy_logits(share: float, *, seed: int) -> Floats:
@@ -274,14 +286,18 @@ def test_network_control_has_two_folds_of_half_the_rows() -> None:
     assert all(np.bincount(halves.fold[expected_fold == fold]).min() > 40 for fold in range(5))
 
 
-@pytest.mark.parametrize("leaks", [False, True], ids=["apart", "together"])
+# The quicker twins of "apart": test_shuffled_labels_of_clean_data_are_at_chance and that of memorisation in
+# test_network_probe.py.
+@pytest.mark.parametrize(
+    "leaks", [pytest.param(False, id="apart", marks=pytest.mark.slow), pytest.param(True, id="together")]
+)
 def test_network_control_detects_training_on_scored_rows(leaks: bool) -> None:
     """24 pictures of random patches: memorisation helps only if the same rows are scored."""
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 255, (24, 2, 2, 3)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     rows = MatrixInputs(matrix=patches.reshape(24, 192))
     target = CLASSES.take(np.arange(24) % 2 * 2)
-    config = NetworkConfig(epochs=40, batch_size=8, lr=0.02, lr_step=16, min_crop=1.0, flip=False, width=1 / 8)
+    config = NetworkConfig(epochs=25, batch_size=8, lr=0.02, lr_step=16, min_crop=1.0, flip=False, width=1 / 8)
 
     def train(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         if inputs.num_features == 2:

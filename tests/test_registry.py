@@ -92,3 +92,19 @@ def test_interrupt_on_import_is_not_caught(installed: Path, error: type[BaseExce
     (installed / "t_plugin.py").write_text(f"raise {error.__name__}\n")
     with pytest.raises(error):
         registry().load("extra")
+
+
+def test_metadata_of_packages_are_read_for_names_that_are_not_built_in_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[str] = []
+
+    def read(*, group: str) -> tuple[()]:
+        groups.append(group)
+        return ()
+
+    monkeypatch.setattr("mmaudit.audit.registry.entry_points", read)
+    assert registry().offers("encode")
+    registry().check("encode")
+    registry().load("encode")
+    assert groups == []
+    assert not registry().offers("extra")
+    assert groups == ["t.group"]

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training import QUICK, with_options
+from training import QUICK, make_pool, with_options
 
-from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
+from mmaudit.rebalance.curriculum import OrderConfig, epoch_order
 from mmaudit.train.batches import ModelReader, OutputFunction, Step
 from mmaudit.train.methods import check_schedule, resolve
 from mmaudit.train.network import Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS
 from mmaudit.train.sampling.remix import Remix, RemixConfig, choose_modality
-from mmaudit.train.sampling.sampler import Pool
 
 torch.set_num_threads(1)
 
@@ -46,17 +45,7 @@ class FixedReader:
 
 
 def sampler_of(n: int = 6, *, num_modalities: int = 2, batch_size: int = 4, **changes: int) -> Remix:
-    none = np.full(n, np.nan)
-    pool = Pool(
-        key=id_keys(f"s{row}" for row in range(n)),
-        rank=np.arange(n),
-        discrepancy=none,
-        balance=none,
-        p_balanced=none,
-        label=np.zeros(n, np.int64),
-        num_classes=2,
-        num_modalities=num_modalities,
-    )
+    pool = make_pool(n, num_modalities=num_modalities)
     config = RemixConfig(**{"warmup_epochs": 0, **changes})
     return Remix(pool, OrderConfig(), config, batch_size=batch_size, seed=0, distributed=SINGLE_PROCESS)
 

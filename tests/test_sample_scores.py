@@ -47,6 +47,9 @@ class JointProbe:
     def logits_by_epoch(self, rows: RowIndex) -> Floats:
         raise AssertionError("the training of the joint probe is not used")
 
+    def take(self, samples: RowIndex, inputs: Inputs) -> JointProbe:
+        raise AssertionError("all samples are scored")
+
 
 def calibrated(
     name: str, probe: Probe, *, present: NDArray[np.bool_] | None = None, scale: float = 1.0, width: int = 1

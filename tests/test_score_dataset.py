@@ -16,16 +16,12 @@ from scipy.special import softmax
 from scipy.stats import spearmanr
 
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
-from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.engine.fitting import NetworkSettings
+from mmaudit.audit.engine.in_memory import Scored, score_in_memory
 from mmaudit.audit.errors import Reason, ScoreError
-from mmaudit.audit.features.encode import encode_dataset
-from mmaudit.audit.features.encoded_samples import collect_encoded
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
-from mmaudit.audit.scores.mixture import MixtureConfig
-from mmaudit.audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable
-from mmaudit.audit.workers import no_progress
 
 # One l2 and one repeat unless a test needs more: most tests are about which rows are scored, not how well.
 QUICK = ProbeConfig(folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False, halves=False)
@@ -38,14 +34,10 @@ MEDIA = MediaConfig(image_size=16, network_size=16)
 
 def audit(
     data: Path, cache: Path, *, config: DataConfig | None = None, probe: ProbeConfig = QUICK, **rest: Any
-) -> Audit:
-    dataset = open_dataset(data, config)
-    samples = read_samples(dataset, seed=0, test_fraction=0.2)
-    tasks = encode_dataset(dataset, cache, media=MEDIA, num_workers=0, progress=no_progress)
+) -> Scored:
     networks = NetworkSettings(config=NetworkConfig(), media=MEDIA, folder=cache / "networks")
-    defaults: dict[str, Any] = {"networks": networks, "mixture": MixtureConfig(), "seed": 0, "device": "cpu"}
-    options = {**defaults, "progress": no_progress, **rest}
-    return audit_dataset(collect_encoded(dataset, samples, tasks), tasks, probe=probe, **options)
+    options: dict[str, Any] = {"networks": networks, **rest}
+    return score_in_memory(open_dataset(data, config), features=cache, probe=probe, **options)
 
 
 def rows_of(path: Path) -> dict[str, list[Any]]:
@@ -60,7 +52,7 @@ def rewrite(path: Path, columns: dict[str, list[Any]], order: Sequence[int] | No
     return path
 
 
-def by_id(result: Audit) -> dict[str, dict[str, Any]]:
+def by_id(result: Scored) -> dict[str, dict[str, Any]]:
     return {row["sample_id"]: row for row in result.scores.to_arrow().to_pylist()}
 
 
@@ -89,9 +81,9 @@ def test_clips_with_an_informative_feature_are_predicted(clip_source: Path, tmp_
     assert scores.paths is not None
     assert scores.paths["image_file_name"].to_pylist()[:2] == ["0.png", "1.png"]
     steps = list(dict.fromkeys(steps))  # a fit reports its beginning and its end
-    assert steps[:4] == [("probe", step, 5) for step in (0, 1, 2, 3)]  # both, then the joint probe
-    assert steps[4] == ("score", 24, 24)
-    assert steps[5:] == [("probe", step, 5) for step in (4, 5)]  # the controls
+    assert steps[0] == ("encode", 1, 1)
+    assert steps[1:-1] == [("probe", step, 5) for step in range(6)]  # both, the joint probe, the controls
+    assert steps[-1] == ("score", 24, 24)
     assert not any(control.leaks for control in result.probe_report.controls)
 
 
@@ -102,7 +94,7 @@ def test_network_has_a_control_if_configured(clip_source: Path, tmp_path: Path) 
     networks = NetworkSettings(config=quick, media=MEDIA, folder=tmp_path / "networks")
     steps: list[tuple[str, int, int]] = []
 
-    def go(probe: ProbeConfig) -> Audit:
+    def go(probe: ProbeConfig) -> Scored:
         return audit(
             clip_source,
             tmp_path,

@@ -14,7 +14,7 @@ from runs import copy_run
 
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.locks import write_lock
-from mmaudit.cli import scoring, training
+from mmaudit.cli import scoring, staging, training
 from mmaudit.cli.checking import check
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.manifests import export
@@ -97,8 +97,8 @@ def test_killed_overwrite_keeps_the_old_run_and_can_be_repeated(
     def overwrite() -> None:
         score(data, run=run, config=replace(QUICK, seed=1), num_workers=0, overwrite=True)
 
-    for name in ("audit_dataset", "write_parquet", "write_json"):
-        kill_in(monkeypatch, scoring, name, overwrite)
+    for name in ("finished_parts", "write_parquet", "write_json"):
+        kill_in(monkeypatch, staging, name, overwrite)
         assert files(run) == before
     overwrite()
     assert Run(run).record()["seed"] == 1

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from training import make_pool
 
 from mmaudit.audit.metrics import shapley
-from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
+from mmaudit.rebalance.curriculum import OrderConfig, epoch_order
 from mmaudit.train.batches import ModelReader, OutputFunction, Step
 from mmaudit.train.network import Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS
-from mmaudit.train.sampling.sampler import Pool
 from mmaudit.train.sampling.smv import Smv, SmvConfig, num_copies
 
 torch.set_num_threads(1)
@@ -59,17 +59,7 @@ class FixedReader:
 
 
 def sampler_of(n: int = 5, *, batch_size: int = 4, seed: int = 0, **changes: int) -> Smv:
-    none = np.full(n, np.nan)
-    pool = Pool(
-        key=id_keys(f"s{row}" for row in range(n)),
-        rank=np.arange(n),
-        discrepancy=none,
-        balance=none,
-        p_balanced=none,
-        label=np.zeros(n, np.int64),
-        num_classes=2,
-        num_modalities=2,
-    )
+    pool = make_pool(n)
     config = SmvConfig(**{"warmup_epochs": 0, **changes})
     return Smv(pool, OrderConfig(), config, batch_size=batch_size, seed=seed, distributed=SINGLE_PROCESS)
 

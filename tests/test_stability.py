@@ -14,16 +14,12 @@ from numpy.typing import NDArray
 from scipy.stats import t
 
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
-from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.features.encode import encode_dataset
-from mmaudit.audit.features.encoded_samples import collect_encoded
+from mmaudit.audit.engine.fitting import NetworkSettings
+from mmaudit.audit.engine.in_memory import Scored, score_in_memory
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.scores import stability
-from mmaudit.audit.scores.mixture import MixtureConfig
-from mmaudit.audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from mmaudit.audit.scores.stability import intervals_of_sets, reliability_within_classes
-from mmaudit.audit.workers import no_progress
 
 Floats = NDArray[np.float64]
 QUICK = ProbeConfig(kind="linear", folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False)
@@ -44,20 +40,10 @@ def write_features(path: Path, *, rows: int = 300, num_features: int = 8, qualit
     return path
 
 
-def audit(data: Path, folder: Path, probe: ProbeConfig, *, group: str | None = None) -> Audit:
+def audit(data: Path, folder: Path, probe: ProbeConfig, *, group: str | None = None) -> Scored:
     dataset = open_dataset(data, DataConfig(group=group, modality=("audio=audio", "image=image")))
-    samples = read_samples(dataset, seed=0, test_fraction=0.2)
-    tasks = encode_dataset(dataset, folder / "f", media=MediaConfig(), num_workers=0, progress=no_progress)
-    return audit_dataset(
-        collect_encoded(dataset, samples, tasks),
-        tasks,
-        probe=probe,
-        networks=NetworkSettings(config=NetworkConfig(), media=MediaConfig(), folder=folder / "n"),
-        mixture=MixtureConfig(),
-        seed=0,
-        device="cpu",
-        progress=no_progress,
-    )
+    networks = NetworkSettings(config=NetworkConfig(), media=MediaConfig(), folder=folder / "n")
+    return score_in_memory(dataset, features=folder / "f", probe=probe, networks=networks)
 
 
 def test_z_is_in_units_of_permutations_within_classes() -> None:

@@ -18,7 +18,10 @@ import pytest
 from processes import run_in_processes
 from safetensors.torch import load_file
 from training import with_options
+from typer.testing import CliRunner
 
+import mmaudit
+from mmaudit.cli.main import app
 from mmaudit.train.config import TrainConfig
 
 PAIRS = [
@@ -143,17 +146,12 @@ def run_torchrun(folder: Path, *words: str, size: int) -> subprocess.CompletedPr
 
 
 def test_command_line_gives_the_same_results_under_torchrun(planted: Callable[..., Path], tmp_path: Path) -> None:
-    data = planted(num_samples=300)
-    for words in (["score", str(data), "--repeats", "1"], ["split", "--subset", "most-balanced:100%", "--name", "all"]):
-        subprocess.run([sys.executable, "-m", "mmaudit", *words], cwd=tmp_path, check=True, capture_output=True)
+    run = tmp_path / "mmaudit-run"
+    mmaudit.score(planted(num_samples=300), run=run, repeats=1, num_workers=0)
+    mmaudit.split(subset="most-balanced:100%", name="all", run=run)
     tuning = ["finetune", "--manifest", "all", "--device", "cpu", "--epochs", "3", "--set", "finetune.dropout=0.0"]
-    alone = subprocess.run(
-        [sys.executable, "-m", "mmaudit", *tuning, "--name", "alone", "--json"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    alone = CliRunner().invoke(app, [*tuning, "--run", str(run), "--name", "alone", "--json"])
+    assert alone.exit_code == 0, alone.output
     # Without the -- before mmaudit, torchrun takes --run for an option of its own.
     together = run_torchrun(tmp_path, *tuning, "--run", "mmaudit-run", "--name", "together", "--json", size=2)
     assert together.returncode == 0, together.stderr

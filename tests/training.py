@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,31 @@ from torch import Tensor
 
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.workers import Progress, no_progress
-from mmaudit.rebalance.curriculum import OrderConfig
+from mmaudit.rebalance.curriculum import OrderConfig, id_keys
+from mmaudit.train.balancing.balancer import Balancer
 from mmaudit.train.batches import Batch, Step, to_batch
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import Finetuned, finetune_on
-from mmaudit.train.optimizer import SINGLE_PROCESS
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.sampling.sampler import Pool
 
 QUICK = TrainConfig(
     finetune=FinetuneConfig(epochs=5, batch_size=16, hidden=6),
     optim=OptimConfig(lr=1e-2),
     order=OrderConfig(grow_epochs=4),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoEqualProcesses(DistributedContext):
+    """Two processes with the same rows: sums are twice those of one."""
+
+    world_size: int = 2
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            tensor *= 2
 
 
 def make_examples(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modalities: int = 2) -> Examples:
@@ -113,6 +126,21 @@ def select_rows(present: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(inputs)
     modality_mask = torch.as_tensor(np.asarray(present))
     return tuple(x[modality_mask[:, j]] for j, x in enumerate(inputs))
+
+
+def weight_changes(balancer: Balancer, batch: Batch) -> dict[str, Tensor]:
+    """Take a step; return by how much it lowered each weight."""
+    before = {name: weight.detach().clone() for name, weight in balancer.net.named_parameters()}
+    balancer.step(batch)
+    return {name: before[name] - weight.detach() for name, weight in balancer.net.named_parameters()}
+
+
+def make_pool(n: int, *, num_modalities: int = 2, num_classes: int = 2, **columns: Any) -> Pool:
+    """Build a pool of samples s0, s1, ... of one class, without scores unless they are passed."""
+    filled: dict[str, Any] = {"rank": np.arange(n), "label": np.zeros(n, np.int64)}
+    filled |= dict.fromkeys(("discrepancy", "balance", "p_balanced"), np.full(n, np.nan)) | columns
+    key = id_keys(f"s{row}" for row in range(n))
+    return Pool(key=key, num_classes=num_classes, num_modalities=num_modalities, **filled)
 
 
 def draw_batch(

@@ -111,6 +111,32 @@ class Batch:
             self, present=present, inputs=tuple(x[rows] for x, rows in zip(self.inputs, row_masks, strict=True))
         )
 
+    def parts(self, size: int | None, *, world_size: int) -> list[Batch]:
+        """Return parts of the batch, of at most about `size` samples over all processes, equally many in each process.
+
+        Losses of parts add up to that of the batch: each sample keeps its weight. size: None: one part.
+        """
+        num_parts = 1 if size is None else min(-(-self.size // size), max(1, self.size // world_size))
+        if num_parts == 1:
+            return [self]
+        ends = [len(self.rows) * part // num_parts for part in range(num_parts + 1)]
+        if self.present is None:
+            input_ends = [ends] * len(self.inputs)
+        else:  # the inputs have the rows only that use the modality
+            counts = torch.cat([self.present.new_zeros(1, len(self.inputs), dtype=torch.int64), self.present.cumsum(0)])
+            input_ends = counts[ends].T.tolist()
+        return [
+            replace(
+                self,
+                rows=self.rows[ends[k] : ends[k + 1]],
+                inputs=tuple(x[rows[k] : rows[k + 1]] for x, rows in zip(self.inputs, input_ends, strict=True)),
+                label=self.label[ends[k] : ends[k + 1]],
+                present=None if self.present is None else self.present[ends[k] : ends[k + 1]],
+                loss_weight=self.loss_weight[:, ends[k] : ends[k + 1]],
+            )
+            for k in range(num_parts)
+        ]
+
     def mean_fused(self, values: Tensor) -> Tensor:
         """Return this process's part of the step's mean of values (b,) over the rows of the fused loss."""
         return (values * self.loss_weight[0]).sum()

@@ -149,12 +149,12 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
             )
     content = "\0".join(examples.content[train_and_validation])
     config = asdict(training_data.config)
-    for name in ("report_to", "resident_mib", "save_steps"):
+    for name in ("report_to", "resident_mib", "save_steps", "gradient_checkpointing"):
         del config["finetune"][name]
     weights = b"" if init is None else init.read_bytes()
     model = training_data.config.finetune.model
     source = b"" if model is None else function_version(model).encode()
-    inputs = (examples.class_names, examples.modalities, examples.shapes, examples.views)
+    inputs = (examples.class_names, examples.modalities, examples.shapes, examples.views, examples.backbones)
     settings = repr((_STATE_VERSION, config, *inputs, training_data.seed))
     texts = (settings.encode(), content.encode(), *(text.encode() for text in ids))
     return digest(*texts, *(np.ascontiguousarray(array).tobytes() for array in arrays), weights, source)

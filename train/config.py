@@ -41,6 +41,29 @@ def parse_factors(key: str, entries: Sequence[str], *, example: str) -> dict[str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) of the models of finetune.end_to_end. The defaults are ours.
+
+    Only adapters, fusion and heads are trained then, and only they are saved. Needs peft: pip install "mmaudit[lora]".
+
+    Args:
+        rank: Rank of the adapters; 0: none, the whole models are trained.
+        alpha: Scale of the adapters: their output is multiplied by alpha / rank.
+        dropout: Dropout probability of the adapters' inputs, in [0, 1).
+        target_modules: Layers that get an adapter, by the end of their names, such as "q_proj"; none named: all linear
+            layers.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_ranges("finetune.lora", self, rank="[0, inf)", alpha="(0, inf)", dropout="[0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneConfig:
     """What is trained, on which samples, and for how long. All default values are mmaudit's own.
 
@@ -55,8 +78,15 @@ class FinetuneConfig:
         only: Name of the one modality to train on; None trains on all.
         init: Start from the weights of another fine-tuning: its name in the run, a folder or a file.
         keep_posterior: Train only on samples with P(balanced) of at least this value (GMM-filtered fine-tuning).
+        end_to_end: Names of modalities whose pretrained encoder, hf:MODEL, is trained with the rest, from the inputs of
+            the model; that of the others is frozen, and its vectors are read.
+        lora: Low-rank adapters of these encoders, of which nothing else is trained then.
+        gradient_checkpointing: Compute the activations of these encoders again in the backward pass instead of keeping
+            them: less memory, more time, the same gradients.
         epochs: Number of epochs, at least 1.
-        batch_size: Samples per step, over all processes.
+        batch_size: Samples per step, over all processes; with `accumulate`, of each of its parts.
+        accumulate: Parts of `batch_size` samples whose gradients are summed for one step of the optimiser: as one
+            batch of accumulate x batch_size samples, but batch normalisation, which sees one part at a time.
         hidden: Width of the vector encoders and of layers that the fusion adds.
         dropout: Dropout probability in [0, 1).
         own_heads: Give each modality a separate head even where the fused classifier can be split by modality.
@@ -88,8 +118,12 @@ class FinetuneConfig:
     only: str | None = None
     init: str | None = None
     keep_posterior: float | None = None
+    end_to_end: tuple[str, ...] = ()
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gradient_checkpointing: bool = False
     epochs: int = 60
     batch_size: int = 64
+    accumulate: int = 1
     hidden: int = 128
     dropout: float = 0.3
     own_heads: bool = False
@@ -110,13 +144,18 @@ class FinetuneConfig:
             TRACKERS.check(name)
         choices = {"answer": ANSWERS, "regression_loss": REGRESSION_LOSSES}
         check_choices("finetune", self, initialisation=INITIALISATIONS, keep=KEEP, **choices)
-        check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "hidden"), "[1, inf)"))
+        check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "accumulate", "hidden"), "[1, inf)"))
         check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
         check_ranges("finetune", self, dropout="[0, 1)", validation_fraction="[0, 1)", keep_posterior="[0, 1]")
         if self.model is not None:
             self._check_model(self.model)
         if self.keep == "last" and self.patience:
             raise ConfigError("finetune.patience stops by the best epoch, and finetune.keep is last: set one of them")
+
+    @property
+    def step_size(self) -> int:
+        """Samples of a step of the optimiser, over all processes."""
+        return self.batch_size * self.accumulate
 
     def _check_model(self, model: str) -> None:
         """Raise ConfigError for a name of another form, and for settings of mmaudit's own networks."""
@@ -126,6 +165,11 @@ class FinetuneConfig:
             raise ConfigError(
                 f"--model {model}: a network of your own fuses its features itself; remove --fusion {self.fusion}, or "
                 "where a file or preset sets it, pass --fusion auto"
+            )
+        if self.end_to_end:
+            raise ConfigError(
+                f"--model {model}: finetune.end_to_end is for mmaudit's own networks; one of your own loads its models "
+                "itself"
             )
         if self.init is not None:
             raise ConfigError(

@@ -14,7 +14,8 @@ from ..audit.errors import ConfigError, MmauditError, TrainError
 from ..audit.features.encoders import load_function
 from ..audit.probes.crops import to_pictures
 from .fusion import Fusion
-from .network import FusionNet, ModelConfig, Outputs, VectorStandardization
+from .network import FusionNet, ModelConfig, Outputs
+from .network_encoders import VectorStandardization
 
 
 @runtime_checkable

@@ -7,7 +7,9 @@ absent: its features are 0 (`FusionNet.fused_logits`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +339,7 @@ def evaluate_file(
     """
     model_config = read_model_config(path)
     check_model_name(model_config.model, model, of=str(path))
+    check_backbones(path, model_config, examples)
     for field_name, trained_on, current in (
         ("modalities", model_config.modalities, examples.modalities),
         ("inputs", model_config.shapes, examples.shapes),
@@ -349,7 +352,9 @@ def evaluate_file(
     rows = examples.rows(split)
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
-    net = _load_network(path, model_config)
+    # The models of the samples, which the user has named, not those that a file names.
+    backbones = examples.backbones if model_config.backbones else ()
+    net = _load_network(path, replace(model_config, backbones=backbones))
     with fixed_threads(examples.num_threads):
         store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
         training_data = TrainingData.of(
@@ -386,6 +391,19 @@ def _load_network(path: Path, config: ModelConfig) -> FusionNet:
 def _described(value: object) -> str:
     """Return names as a list, other values as they are."""
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_backbones(path: Path, config: ModelConfig, examples: Examples) -> None:
+    """Raise ManifestError where a network was trained with other pretrained models than the samples are inputs of."""
+    pairs = zip_longest(config.backbones or (), examples.backbones if any(examples.backbones) else ())
+    for trained_on, current in pairs:
+        same = trained_on == current or (trained_on and current and trained_on.same_but_place(current))
+        if not same:
+            before, now = (
+                "none" if entry is None else f"{entry.model} of version {entry.version[:24]}"
+                for entry in (trained_on, current)
+            )
+            raise ManifestError(f"{path} was trained end to end with other models: {before}; the samples have {now}")
 
 
 def predict(reader: NetworkReader, rows: RowIndex, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:

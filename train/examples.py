@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..audit.dataset.samples import Samples
 from ..audit.errors import ConfigError, ManifestError, choices
+from ..audit.features.backbone_inputs import Backbone
 from ..audit.features.cached_matrix import FeatureMatrix
 from ..audit.features.encode import EncodeTask
 from ..audit.features.encoded_samples import Status, missing_in_source, row_content
@@ -110,7 +111,8 @@ class Examples:
 
     inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is available. shapes: shape
     of a row of each modality, (d_j,) for vectors, or that of a network's input. views: how each modality's rows become
-    a network's input; None, also for all of them: rows have the shape. content: digests of each sample's media. label:
+    a network's input; None, also for all of them: rows have the shape. backbones: the pretrained model that each
+    modality's rows are inputs of; None, also for all of them: of none. content: digests of each sample's media. label:
     int64 in [0, k), indexing `class_names`. task: classification, multilabel or regression; of the last two, label is
     a stratum, values (n, k) float32 is the target, 0 and 1 or a number in the units of the data, and class_names are
     the names of its k columns. split: train, validation, test. rank: 0 = most balanced, -1 outside the
@@ -133,6 +135,7 @@ class Examples:
     p_balanced: NDArray[np.float64]
     in_manifest: NDArray[np.bool_]
     views: tuple[PictureView | None, ...] = ()
+    backbones: tuple[Backbone | None, ...] = ()
     task: str = "classification"
     values: NDArray[np.float32] | None = None
 
@@ -153,7 +156,8 @@ class Examples:
         The products of vectors are too small for two: they took 1.1 to 1.6 times the CPU time of one thread (hidden 128
         to 1,024, batches of 64 and 256), and with other jobs on the machine twice its wall time.
         """
-        return NUM_THREADS if all(len(shape) == 1 for shape in self.shapes) else NETWORK_THREADS
+        are_vectors = all(len(shape) == 1 for shape in self.shapes) and not any(self.backbones)
+        return NUM_THREADS if are_vectors else NETWORK_THREADS
 
     def rows(self, split: str) -> NDArray[np.intp]:
         """Return the rows of one split."""
@@ -171,6 +175,7 @@ class Examples:
             shapes=(self.shapes[index],),
             modalities=(self.modalities[index],),
             views=self.views[index : index + 1],
+            backbones=self.backbones[index : index + 1],
         )
 
 
@@ -205,16 +210,9 @@ def load_examples(
     table, in_manifest = _with_dropped_test(manifest.table, dropped)
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
     rows = _find_rows(ids, samples.sample_id)
-    names = np.array(samples.class_names, dtype=object)[samples.label[rows]]
     content = row_content([status.content for status in statuses])[rows]
-    for field_name, column, current in (
-        ("content", "content", content),
-        ("label", "label_name", names),
-        ("split", "split", samples.split[rows]),
-    ):
-        if column == "split" and manifest.provenance.get("recipe", {}).get("resplit"):
-            continue  # the manifest has its own splits
-        _check_same(field_name, ids, np.array(table[column].to_pylist(), dtype=object), current)
+    has_own_splits = bool(manifest.provenance.get("recipe", {}).get("resplit"))
+    _check_unchanged(table, samples, rows, content=content, with_splits=not has_own_splits)
     _check_usable(ids, rows, statuses)
     order = canonical_order(ids)  # the order of the manifest does not change a training
     table, in_manifest = table.take(order), in_manifest[order]
@@ -241,9 +239,25 @@ def load_examples(
         p_balanced=np.array(table["p_balanced"].to_pandas(), dtype=np.float64),
         in_manifest=in_manifest,
         views=tuple(_view_of(matrix, tasks) for matrix in inputs),
+        backbones=tuple(Backbone.of(status.modality, tasks[0].media) for status in statuses),
         task=samples.task,
         values=values,
     )
+
+
+def _check_unchanged(
+    table: pa.Table, samples: Samples, rows: RowIndex, *, content: NDArray[np.object_], with_splits: bool
+) -> None:
+    """Raise ManifestError where the content, label or split of a manifest's row differs from those of its source."""
+    columns = {
+        "content": ("content", content),
+        "label": ("label_name", np.array(samples.class_names, dtype=object)[samples.label[rows]]),
+        "split": ("split", samples.split[rows]),
+    }
+    ids = np.array(table["sample_id"].to_pylist(), dtype=object)
+    for name, (column, current) in columns.items():
+        if name != "split" or with_splits:
+            _check_same(name, ids, np.array(table[column].to_pylist(), dtype=object), current)
 
 
 def _view_of(matrix: FeatureMatrix, tasks: Sequence[EncodeTask]) -> PictureView | None:

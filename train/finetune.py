@@ -112,13 +112,16 @@ def finetune_on(
     check_first_pass(net, lambda function: reader.read_samples(function, first_rows))
     net.freeze_encoders([examples.modalities.index(name) for name in config.optim.freeze])
     by_modality = methods.balancer.sets_rates
-    optimization = Optimization(net, config.optim, device=device, distributed=distributed, by_modality=by_modality)
+    part_size = settings.batch_size if settings.accumulate > 1 else None
+    optimization = Optimization(
+        net, config.optim, device=device, distributed=distributed, by_modality=by_modality, part_size=part_size
+    )
     balancer = methods.balancer(net, optimization, methods.balancer_config, epochs=settings.epochs)
     sampler = methods.sampler(
         training_data.pool,
         config.order,
         methods.sampler_config,
-        batch_size=settings.batch_size,
+        batch_size=settings.step_size,
         seed=seed,
         distributed=distributed,
     )

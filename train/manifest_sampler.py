@@ -308,7 +308,7 @@ def _open_sampler(pool: Pool, sampling: str, settings: Mapping[str, Any], *, see
         name = "bss-l"
         bss = {**sections["sampling"].get("bss", {}), "score_source": "manifest"}
         sections["sampling"] = {**sections["sampling"], "bss": bss}
-    elif sampling not in SAMPLERS.names():
+    elif not SAMPLERS.offers(sampling):
         raise ConfigError(f"sampling {sampling}: no such name; {choices(sampling, [*_names(), _WEIGHTED])}")
     methods = resolve(
         TrainConfig(

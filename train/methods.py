@@ -13,7 +13,7 @@ from ..audit.parsing import build_config, plain
 from ..audit.registry import Registry, read_arguments
 from . import FUSIONS
 from .balancing import BALANCERS
-from .config import OWN_FUSION, FinetuneConfig, TrainConfig
+from .config import OWN_FUSION, REGRESSION_LOSSES, FinetuneConfig, TrainConfig
 from .sampling import SAMPLERS
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ def resolve(config: TrainConfig) -> Methods:
     config = replace(config, finetune=resolved, sampling=sampling, balancing=balancing_sections)
     sampler.check(sampler_config, config)
     balancer.check(balancer_config, config)
+    if settings.accumulate > 1 and (reason := _accumulation_reason(balancing, balancer)):
+        raise ConfigError(
+            f"--balancing {balancing} does not train with finetune.accumulate = {settings.accumulate}: {reason}"
+        )
     methods = Methods(
         config=config,
         sampler=sampler,
@@ -120,7 +124,7 @@ def load_fusion(name: str) -> type[Fusion]:
     if name in FUSIONS:
         fusion: type[Fusion] = FUSIONS.load(name)
         return fusion
-    own_fusion: type[Fusion] | None = BALANCERS.load(name).own_fusion if name in BALANCERS.names() else None
+    own_fusion: type[Fusion] | None = BALANCERS.load(name).own_fusion if BALANCERS.offers(name) else None
     if own_fusion is None:
         raise RunError(f"the model was trained with the fusion {name}, which is not installed")
     return own_fusion
@@ -146,6 +150,28 @@ def list_unused(methods: Methods) -> list[str]:
         for name, reason in method.unused(config).items():
             if (value := getattr(config, name)) != getattr(default, name):
                 warnings.append(f"{config.section}.{name} = {value} has no effect: {reason}")
+    return warnings
+
+
+def _accumulation_reason(name: str, balancer: type[Balancer]) -> str:
+    """Return why a balancer does not accumulate gradients; one of a package must state that it does."""
+    if name not in BALANCERS and "accumulation_reason" not in vars(balancer):
+        return 'it does not state that it may, accumulation_reason = ""'
+    return balancer.accumulation_reason
+
+
+def list_ineffective(methods: Methods, *, task: str) -> list[str]:
+    """Return one warning for each setting that another one makes ineffective."""
+    settings = methods.config.finetune
+    warnings = []
+    if settings.regression_loss != REGRESSION_LOSSES[0] and task != "regression":
+        warnings.append(f"finetune.regression_loss has no effect: the task is {task}")
+    if settings.drop_last and methods.sampler.adaptive:
+        warnings.append(
+            f"finetune.drop_last has no effect: --sampling {settings.sampling} chooses the size of every step"
+        )
+    if settings.initialisation != "default" and settings.init is not None:
+        warnings.append(f"finetune.initialisation has no effect: --init {settings.init} replaces all weights")
     return warnings
 
 
@@ -218,8 +244,10 @@ def _resolve_sections(
     config_types = _config_types([method], axis=axis)
     own_section = next(iter(config_types), None)
     if not sections.keys() <= config_types.keys():
-        methods = [registry.load(name) for name in registry.names() if name in registry or name in sections]
-        config_types = _config_types([method, *methods], axis=axis)
+        config_types = _config_types([method, *map(registry.load, registry)], axis=axis)
+    if not sections.keys() <= config_types.keys():
+        installed = [registry.load(name) for name in registry.installed() if name in sections]
+        config_types = _config_types([method, *map(registry.load, registry), *installed], axis=axis)
     config = method.default_config()
     for section, values in sections.items():
         if section not in config_types:

@@ -11,95 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..audit.features.backbone_inputs import Backbone
 from ..audit.metrics import Floats, shapley
-from ..audit.probes.crops import to_pictures
-from ..audit.probes.network import build_trunk
 from . import FUSIONS
-from .config import REGRESSION_LOSSES
+from .backbones import PretrainedEncoder
+from .config import REGRESSION_LOSSES, LoraConfig
 from .fusion import Fusion
+from .network_encoders import Encoder, build_encoder
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 ModalitySet = frozenset[int]  # of indices; a modality outside the set is absent: its features are 0
 NO_MODALITY: ModalitySet = frozenset()
-
-
-class VectorStandardization(nn.Module):
-    """Standardisation of vectors (b, d) by the training rows. NaN counts as their mean."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.inputs_standardized = False  # whether rows arrive standardised, as from a store that was
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("scale", torch.ones(dim))
-
-    def standardise_by(self, mean: Tensor, scale: Tensor, *, largest: Tensor) -> None:
-        """Set mean and standard deviation of each feature (d,); one that varies only by rounding keeps scale 1."""
-        self.mean.copy_(mean)
-        self.scale.copy_(torch.where(scale > 1e-6 * largest, scale, 1.0))
-
-    def standardize(self, rows: Tensor) -> Tensor:
-        """Standardise rows; NaN becomes 0, the mean."""
-        return ((rows - self.mean) / self.scale).nan_to_num(nan=0.0)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Standardise rows that are not yet."""
-        return rows if self.inputs_standardized else self.standardize(rows)
-
-
-class VectorEncoder(VectorStandardization):
-    """Encoder of vectors (b, d) into features (b, hidden)."""
-
-    def __init__(self, dim: int, *, hidden: int, dropout: float) -> None:
-        super().__init__(dim)
-        self.num_features = hidden
-        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout))
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Compute the features of a batch."""
-        features: Tensor = self.layers(super().forward(rows))
-        return features
-
-
-class PictureEncoder(nn.Module):
-    """ResNet-18 on flattened network inputs (b, d), or pictures (b, f, c, h, w); features (b, 512 width)."""
-
-    def __init__(self, shape: tuple[int, ...], *, width: float, dropout: float) -> None:
-        super().__init__()
-        self.shape = shape
-        self.trunk = build_trunk(shape, width=width)
-        self.num_features = self.trunk.num_features
-        self.dropout = nn.Dropout(dropout)
-
-    def standardise_by(self, mean: Tensor, scale: Tensor) -> None:
-        """Set mean and standard deviation of each channel (c,)."""
-        self.trunk.standardise_by(np.asarray(mean.double().cpu()), np.asarray(scale.double().cpu()))
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Compute the features of a batch; fewer than two pictures have no variance and use the running means."""
-        pictures = rows if rows.ndim == 5 else to_pictures(rows, self.shape)
-        by_batch = self.trunk.training and pictures.shape[0] * pictures.shape[1] > 1
-        features = self.trunk(pictures) if by_batch == self.trunk.training else self._by_running_means(pictures)
-        output: Tensor = self.dropout(features)
-        return output
-
-    def _by_running_means(self, pictures: Tensor) -> Tensor:
-        self.trunk.eval()
-        features: Tensor = self.trunk(pictures)
-        self.trunk.train()
-        return features
-
-
-Encoder = VectorEncoder | PictureEncoder
-
-
-def build_encoder(shape: Sequence[int], *, hidden: int, dropout: float, width: float) -> Encoder:
-    """Build the encoder for rows of a shape: (d,) vectors; (mel, t), (h, w, c) or (f, h, w, c) for a ResNet-18."""
-    if len(shape) == 1:
-        return VectorEncoder(shape[0], hidden=hidden, dropout=dropout)
-    return PictureEncoder(tuple(shape), width=width, dropout=dropout)
 
 
 @dataclass(slots=True)
@@ -115,6 +37,24 @@ class Outputs:
     features: tuple[Tensor, ...]
     loss_of: LossFunction = field(default_factory=lambda: cross_entropy)
     _losses: Tensor | None = None  # computed once: the loss and the confidences use them
+
+    def detached(self) -> Outputs:
+        """Return the same outputs without their graph."""
+        unimodal = None if self._unimodal is None else self._unimodal.detach()
+        return Outputs(self.fused.detach(), unimodal, tuple(f.detach() for f in self.features), self.loss_of)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Outputs]) -> Outputs:
+        """Return the outputs for a batch from those for its parts."""
+        if len(parts) == 1:
+            return parts[0]
+        unimodal = [part._unimodal for part in parts if part._unimodal is not None]
+        return cls(
+            torch.cat([part.fused for part in parts]),
+            torch.cat(unimodal, dim=1) if unimodal else None,
+            tuple(torch.cat(features) for features in zip(*(part.features for part in parts), strict=True)),
+            parts[0].loss_of,
+        )
 
     @property
     def is_fused_only(self) -> bool:
@@ -157,7 +97,8 @@ class ModelConfig:
     modality even where the fusion decomposes. answer: the logits that are the prediction of all modalities, one of
     config.ANSWERS. classes: names of the k outputs, of labels or of the number where the task is multilabel or
     regression. regression_loss: one of REGRESSION_LOSSES. model: name of the factory of a network of the user's, None
-    for mmaudit's own.
+    for mmaudit's own. backbones: pretrained model of each modality that is trained end to end, with adapters `lora`;
+    () or None: it has an encoder of mmaudit's.
     """
 
     modalities: tuple[str, ...]
@@ -172,6 +113,8 @@ class ModelConfig:
     dropout: float = 0.3
     width: float = 1.0
     model: str | None = None
+    backbones: tuple[Backbone | None, ...] = ()
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ModelConfig:
@@ -179,7 +122,21 @@ class ModelConfig:
         fields = {name: values[name] for name in cls.__dataclass_fields__}
         for name in ("modalities", "classes"):
             fields[name] = tuple(fields[name])
-        return cls(**{**fields, "shapes": tuple(tuple(shape) for shape in fields["shapes"])})
+        fields["shapes"] = tuple(tuple(shape) for shape in fields["shapes"])
+        fields["backbones"] = tuple(entry and Backbone.from_values(entry) for entry in fields["backbones"])
+        lora = {**fields["lora"], "target_modules": tuple(fields["lora"]["target_modules"])}
+        return cls(**{**fields, "lora": LoraConfig(**lora)})
+
+
+def _build_encoders(config: ModelConfig) -> list[Encoder]:
+    """Build the encoder of each modality; a pretrained model for the rows that are its inputs."""
+    backbones = config.backbones or (None,) * len(config.shapes)
+    return [
+        build_encoder(shape, hidden=config.hidden, dropout=config.dropout, width=config.width)
+        if backbone is None
+        else PretrainedEncoder(backbone, lora=config.lora, dropout=config.dropout)
+        for shape, backbone in zip(config.shapes, backbones, strict=True)
+    ]
 
 
 class FusionNet(nn.Module):
@@ -194,10 +151,7 @@ class FusionNet(nn.Module):
     def __init__(self, config: ModelConfig, *, fusion: type[Fusion] | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoders = nn.ModuleList(
-            build_encoder(shape, hidden=config.hidden, dropout=config.dropout, width=config.width)
-            for shape in config.shapes
-        )
+        self.encoders = nn.ModuleList(_build_encoders(config))
         sizes = [int(encoder.num_features) for encoder in self.encoders]  # type: ignore[arg-type]
         fusion_type: type[Fusion] = fusion or FUSIONS.load(config.fusion)
         self.fusion = fusion_type(sizes, num_classes=len(config.classes), hidden=config.hidden)
@@ -340,22 +294,6 @@ class FusionNet(nn.Module):
         yield from (parameter for parameter in self.encoders[modality].parameters() if parameter.requires_grad)
         if self.has_own_heads:
             yield from self.heads[modality].parameters()
-
-
-def initialise_xavier(module: nn.Module) -> None:
-    """Draw new weights for a layer, as the code of OGM-GE and BSS does: `net.apply(initialise_xavier)`.
-
-    Linear layers: normal by Xavier's rule, biases 0. Convolutions: normal by He's rule, fan out. Batch normalisation:
-    scale 1 and shift 0.
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_normal_(module.weight)
-    elif isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.ones_(module.weight)
-    if isinstance(module, (nn.Linear, nn.BatchNorm2d)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

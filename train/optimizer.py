@@ -118,6 +118,7 @@ class Optimization:
 
     A loss passed to it is this process's part of the step's mean loss; gradients are sums over all processes, unscaled.
     `generator` is reseeded for every step with the same seed in all processes, for random numbers that all must share.
+    part_size: samples over all processes of the parts of a step whose gradients are accumulated; None: steps are whole.
     by_modality: whether a method sets `lr_factors`. Where none does and no factor is configured, the optimiser has one
     parameter group instead of 1 + m, which saves 3% of a small step.
     """
@@ -130,8 +131,10 @@ class Optimization:
         device: str,
         distributed: DistributedContext,
         by_modality: bool = True,
+        part_size: int | None = None,
     ) -> None:
         self.net, self.config, self.distributed = net, config, distributed
+        self.part_size = part_size
         self.device_type = torch.device(device).type
         self.generator = torch.Generator(device=device)
         self._cuda_index = torch.device(device).index or 0
@@ -153,7 +156,8 @@ class Optimization:
             for j in range(self.net.num_modalities if by_modality else 0)
         ]
         assigned = {id(parameter) for group in groups for parameter in group["params"]}
-        shared_parameters = [parameter for parameter in self._parameters if id(parameter) not in assigned]
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        shared_parameters = [parameter for parameter in trained if id(parameter) not in assigned]
         groups.append({"params": shared_parameters, "modality": None})
         config = self.config
         # A fused SGD whose first step the scaler skips starts with uninitialised memory as its momentum.
@@ -174,7 +178,8 @@ class Optimization:
         gets its first gradient later, as in alternating training, after unfreezing, or when no sample of the first step
         has a modality.
         """
-        for parameter in self._parameters if self.config.momentum else ():
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        for parameter in trained if self.config.momentum else ():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def begin_epoch(self, epoch: int, *, epochs: int) -> float:
@@ -201,11 +206,16 @@ class Optimization:
         """Return the autocast context of the configured precision."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
 
-    def backward(self, loss: Tensor) -> None:
-        """Replace all gradients by those of the loss."""
+    def backward(self, loss: Tensor | Iterator[Tensor]) -> None:
+        """Replace all gradients by those of the loss, or of the sum of several losses.
+
+        Of several each is computed, by the iterator, when the graph of the one before is freed; processes communicate
+        and the scaler looks for infinities after the last.
+        """
         for parameter in self._parameters:  # not zero_grad, whose profiling hook takes 3% of a small step
             parameter.grad = None
-        torch.autograd.backward(self._scaler.scale(loss))
+        for part in (loss,) if isinstance(loss, Tensor) else loss:
+            torch.autograd.backward(self._scaler.scale(part))
         self._clear_frozen_gradients()
         self._sum_gradients()  # before the scaler looks for inf and NaN: all processes must find the same
         if self._scaler.is_enabled():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,15 @@ from ..audit.hashing import digest
 from ..audit.probes.config import fixed_moments
 from ..rebalance.curriculum import RowIndex, id_keys, training_rows
 from .augment import InputForm, augment, local_rows
+from .backbones import PretrainedEncoder
 from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, to_batch, whole_batches
-from .config import REGRESSION_LOSSES, FinetuneConfig, TrainConfig
+from .config import FinetuneConfig, LoraConfig, TrainConfig
 from .custom_network import PictureStandardization, build_custom
 from .examples import NUM_READERS, Examples, Store
-from .methods import Methods, check_schedule, check_task, list_unused
-from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorStandardization, initialise_xavier
+from .methods import Methods, check_schedule, check_task, list_ineffective, list_unused
+from .network import FusionNet, ModelConfig, Outputs
+from .network_encoders import PictureEncoder, VectorStandardization, apply_outside_pretrained, initialise_xavier
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
 from .task_metrics import mean_average_precision
@@ -40,7 +42,8 @@ class TrainingData:
     """Samples of a training on their device, and its settings. Rows index the samples of `store`.
 
     forms: how a row becomes the input of each modality; present (n, m): whether a row has the modality. label (n,) on
-    the device, weight (n,). pool: what samplers draw from.
+    the device, weight (n,). pool: what samplers draw from. has_backbones: whether a modality's rows are the inputs of a
+    pretrained model.
     """
 
     store: Store
@@ -56,6 +59,7 @@ class TrainingData:
     seed: int
     device: str
     distributed: DistributedContext
+    has_backbones: bool = False
 
     @classmethod
     def of(
@@ -97,6 +101,7 @@ class TrainingData:
             seed=seed,
             device=device,
             distributed=distributed,
+            has_backbones=any(examples.backbones),
         )
 
     def derive_seed(self, *purpose: object) -> int:
@@ -112,7 +117,7 @@ class TrainingData:
         """
         finetune = self.config.finetune
         if finetune.drop_last and prefetch:  # steps that depend on the last one cannot be read ahead
-            steps = whole_batches(steps, batch_size=finetune.batch_size, num_done=first_step - 1)
+            steps = whole_batches(steps, batch_size=finetune.step_size, num_done=first_step - 1)
         present = self.present[self.train]
         if not present.all():
             steps = (step.masked_by(present) for step in steps)
@@ -216,8 +221,8 @@ class NetworkReader:
     def read_samples(self, function: OutputFunction, rows: RowIndex, *, net: FusionNet | None = None) -> Tensor:
         """Evaluate the function on any samples, by their row in the store."""
         data, network = self.training_data, self.net if net is None else net
-        vectors = all(len(form.shape) == 1 for form in data.forms)
-        size = _READ_BATCH_SIZE if vectors else data.config.finetune.batch_size
+        small = all(len(form.shape) == 1 for form in data.forms) and not data.has_backbones
+        size = _READ_BATCH_SIZE if small else data.config.finetune.batch_size
         local_rows, all_present = rows[data.distributed.slice(len(rows))], bool(data.present[rows].all())
 
         def rows_of(batch_rows: RowIndex) -> list[RowIndex]:
@@ -241,23 +246,31 @@ class NetworkReader:
         """See ModelReader.train_copy. The copy starts with a new optimiser at the rate of a first epoch."""
         data, net = self.training_data, copy.deepcopy(self.net)
         finetune, distributed = data.config.finetune, data.distributed
+        part_size = finetune.batch_size if finetune.accumulate > 1 else None
         optimization = Optimization(
             net, data.config.optim, device=data.device, distributed=distributed, by_modality=False
         )
         seed = data.derive_seed("copy")
         sampler = Uniform(
-            data.pool, data.config.order, batch_size=finetune.batch_size, seed=seed, distributed=distributed
+            data.pool, data.config.order, batch_size=finetune.step_size, seed=seed, distributed=distributed
         )
         net.train()
         for epoch in range(1, epochs + 1):
             optimization.begin_epoch(epoch, epochs=finetune.epochs)
             for step_number, batch in enumerate(data.batches(sampler.steps(epoch), epoch=epoch), start=1):
                 optimization.begin_step(data.derive_seed("copy", epoch, step_number))
-                with optimization.autocast():
-                    outputs = net(batch.inputs, batch.present)
-                optimization.backward(loss(outputs, batch))
+                parts = batch.parts(part_size, world_size=distributed.world_size)
+                optimization.backward(_part_losses(net, parts, loss, optimization))
                 optimization.apply()
         return net
+
+
+def _part_losses(net: FusionNet, parts: Sequence[Batch], loss: Loss, optimization: Optimization) -> Iterator[Tensor]:
+    """Yield the loss of each part of a step."""
+    for part in parts:
+        with optimization.autocast():
+            outputs = net(part.inputs, part.present)
+        yield loss(outputs, part)
 
 
 def validate(reader: NetworkReader, *, net: FusionNet | None = None) -> Validation:
@@ -311,13 +324,12 @@ def set_up(
     unknown = sorted({*config.optim.freeze, *config.optim.modality_lr_factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
-    warnings = (*check_schedule(methods), *list_unused(methods), *_without_effect(methods, task=examples.task))
+    warnings = (*check_schedule(methods), *list_unused(methods), *list_ineffective(methods, task=examples.task))
     for warning in warnings if distributed.is_first else ():
         log.warning("%s", warning)
-    if config.optim.freeze and config.finetune.init is None and config.finetune.model is None:
-        log.info(
-            "frozen encoders without --init: those of %s keep their random weights", ", ".join(config.optim.freeze)
-        )
+    random = sorted({*config.optim.freeze} - {*config.finetune.end_to_end})
+    if random and config.finetune.init is None and config.finetune.model is None:
+        log.info("frozen encoders without --init: those of %s keep their random weights", ", ".join(random))
     for option, name, method in (
         ("sampling", config.finetune.sampling, methods.sampler),
         ("balancing", config.finetune.balancing, methods.balancer),
@@ -345,21 +357,6 @@ def _check_unvalidated(methods: Methods) -> None:
         )
 
 
-def _without_effect(methods: Methods, *, task: str) -> list[str]:
-    """Return one warning for each setting that another one makes ineffective."""
-    settings = methods.config.finetune
-    warnings = []
-    if settings.regression_loss != REGRESSION_LOSSES[0] and task != "regression":
-        warnings.append(f"finetune.regression_loss has no effect: the task is {task}")
-    if settings.drop_last and methods.sampler.adaptive:
-        warnings.append(
-            f"finetune.drop_last has no effect: --sampling {settings.sampling} chooses the size of every step"
-        )
-    if settings.initialisation != "default" and settings.init is not None:
-        warnings.append(f"finetune.initialisation has no effect: --init {settings.init} replaces all weights")
-    return warnings
-
-
 def build_network(examples: Examples, methods: Methods) -> FusionNet:
     """Build the network that the methods train, with random weights."""
     settings = methods.config.finetune
@@ -376,11 +373,18 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
         dropout=settings.dropout,
         width=methods.config.width,
         model=settings.model,
+        backbones=examples.backbones if any(examples.backbones) else (),
+        lora=settings.lora if any(examples.backbones) else LoraConfig(),
     )
     if settings.model is not None:
         return build_custom(config)
     net = FusionNet(config, fusion=methods.fusion)
-    return net.apply(initialise_xavier) if settings.initialisation == "xavier" else net
+    if settings.initialisation == "xavier":
+        apply_outside_pretrained(net, initialise_xavier)
+    for encoder in net.encoders if settings.gradient_checkpointing else ():
+        if isinstance(encoder, PretrainedEncoder):
+            encoder.checkpoint_gradients()
+    return net
 
 
 def _predicts_parts(examples: Examples, settings: FinetuneConfig) -> bool:

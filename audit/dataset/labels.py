@@ -6,9 +6,9 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -110,26 +110,82 @@ def read_classes(
     `declared` are the source's names of 0 .. k-1; `classes` lists the allowed classes by number or name. Raises
     DatasetError for lists, structs and fractions.
     """
+    _check_class_cells(cells)
+    codes: dict[tuple[type, object], int] = {}  # 1, 1.0 and True are equal, but different labels
+    code = np.array([codes.setdefault((type(cell), cell), len(codes)) for cell in cells], dtype=np.intp)
+    labels = _read_coded_classes([cell for _, cell in codes], code, declared=declared, classes=classes)
+    if names is None or declared:
+        return labels
+    last = {index: str(name) for index, name in zip(labels.label.tolist(), names, strict=True) if name is not None}
+    return _with_names(labels, last)
+
+
+def read_class_column(
+    column: pa.ChunkedArray, names: pa.ChunkedArray | None, *, declared: Sequence[str], classes: Sequence[str]
+) -> Labels:
+    """Read class labels as `read_classes` does, from a column of strings or numbers, without an object per row."""
+    values, code = coded_column(column)
+    _check_class_cells(values)
+    labels = _read_coded_classes(values, code, declared=declared, classes=classes)
+    if names is None or declared:
+        return labels
+    name_values, name_code = coded_column(names)
+    is_named = np.array([value is not None for value in name_values], dtype=bool)[name_code]
+    last_row = np.full(len(labels.names) + 2, -1, dtype=np.intp)  # negative labels index the last two
+    np.maximum.at(last_row, labels.label[is_named], np.flatnonzero(is_named))
+    last = {index: str(name_values[name_code[row]]) for index, row in enumerate(last_row[:-2].tolist()) if row >= 0}
+    return _with_names(labels, last)
+
+
+def coded_column(column: pa.ChunkedArray) -> tuple[list[Any], NDArray[np.int32]]:
+    """Return the distinct values of a column of scalars, in order of occurrence, and the index of each row's (n,)."""
+    if pa.types.is_null(column.type):
+        return [None], np.zeros(len(column), dtype=np.int32)
+    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    coded = coded.unify_dictionaries()
+    values = coded.chunk(0).dictionary.to_pylist() if coded.num_chunks else []
+    indices = [chunk.indices.fill_null(len(values)).to_numpy().astype(np.int32, copy=False) for chunk in coded.chunks]
+    codes = np.concatenate([np.zeros(0, np.int32), *indices])
+    return ([*values, None] if len(codes) and codes.max() == len(values) else values), codes
+
+
+def _check_class_cells(cells: Sequence[object]) -> None:
     if any(isinstance(cell, dict) for cell in cells):
         raise DatasetError(f"the labels are structs of several fields: {_CLASS_HINT}")
     if any(isinstance(cell, list) for cell in cells):
         raise DatasetError(f"the labels are lists: {_CLASS_HINT}, or pass --task multilabel")
-    cells = [None if cell != cell else cell for cell in cells]  # pandas writes NaN for a missing label
-    if any(isinstance(cell, float) and not cell.is_integer() for cell in cells):
+    if any(isinstance(cell, float) and cell == cell and not cell.is_integer() for cell in cells):
         raise DatasetError(f"the labels are fractions: {_CLASS_HINT}, or pass --task regression")
+
+
+def _read_coded_classes(
+    values: Sequence[object], code: NDArray[np.integer[Any]], *, declared: Sequence[str], classes: Sequence[str]
+) -> Labels:
+    """Read the classes of n rows from the distinct values and the index (n,) of each row's value."""
+    cells = [None if value != value else value for value in values]  # pandas writes NaN for a missing label
     texts = [None if cell is None else _label_text(cell) for cell in cells]
     if not declared and not classes:
         _check_not_numbers(texts)
-        warn_of_similar(texts)
+        counts = np.bincount(code, minlength=len(texts)).tolist()
+        counter: Counter[str] = Counter()  # two values may have one text
+        for text, count in zip(texts, counts, strict=True):
+            if text is not None:
+                counter[text] += count
+        _warn_of_similar(counter)
     class_names, class_of_text = _number_classes(texts, cells, declared=declared, classes=classes)
-    class_of_row = [None if text is None else class_of_text.get(text) for text in texts]
-    label = np.array([NO_LABEL if index is None else index for index in class_of_row], dtype=np.int32)
-    unknown = tuple((row, text) for row, text in enumerate(texts) if text is not None and class_of_row[row] is None)
-    label[[row for row, _ in unknown]] = UNKNOWN_LABEL
-    if names is not None and not declared:
-        by_class = {index: str(name) for index, name in zip(label.tolist(), names, strict=True) if name is not None}
-        class_names = [by_class.get(index, name) for index, name in enumerate(class_names)]
+    class_of_value = [None if text is None else class_of_text.get(text) for text in texts]
+    numbers = [
+        NO_LABEL if text is None else UNKNOWN_LABEL if index is None else index
+        for text, index in zip(texts, class_of_value, strict=True)
+    ]
+    label = np.array(numbers, dtype=np.int32)[code]
+    unknown = tuple((row, str(texts[code[row]])) for row in np.flatnonzero(label == UNKNOWN_LABEL).tolist())
     return Labels(label=label, names=tuple(class_names), outputs=tuple(class_names), unknown=unknown)
+
+
+def _with_names(labels: Labels, name_of_class: dict[int, str]) -> Labels:
+    names = tuple(name_of_class.get(index, name) for index, name in enumerate(labels.names))
+    return replace(labels, names=names, outputs=names)
 
 
 def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes: Sequence[str]) -> Labels:
@@ -170,10 +226,22 @@ def read_regression_targets(cells: Sequence[object], *, name: str) -> Labels:
     The strata are deciles, fewer if values repeat. Raises DatasetError for a cell that is not a number.
     """
     numbers = np.array([_parse_number(cell, name=name) for cell in cells], dtype=np.float64)
+    return _read_numbers(numbers, cells.__getitem__, name=name)
+
+
+def read_number_column(column: pa.ChunkedArray, *, name: str) -> Labels:
+    """Read regression targets as `read_regression_targets` does, of numbers without an object per row."""
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        return read_regression_targets(column.to_pylist(), name=name)
+    numbers = column.cast(pa.float64(), safe=False).to_numpy()  # null is NaN
+    return _read_numbers(numbers, lambda row: column[row].as_py(), name=name)
+
+
+def _read_numbers(numbers: NDArray[np.float64], cell_of_row: Callable[[int], object], *, name: str) -> Labels:
     valid = np.abs(numbers) <= MAX_NUMBER
     if not valid.any():
         raise DatasetError(f"no sample has a number in column {name!r}: choose another column with --label")
-    unknown = tuple((row, str(cells[row])) for row in np.flatnonzero(~valid & ~np.isnan(numbers)).tolist())
+    unknown = tuple((row, str(cell_of_row(row))) for row in np.flatnonzero(~valid & ~np.isnan(numbers)).tolist())
     edges = np.unique(np.quantile(numbers[valid], np.linspace(0, 1, _NUM_DECILES + 1)))
     label = np.full(len(numbers), NO_LABEL, dtype=np.int32)
     label[valid] = np.searchsorted(edges[1:-1], numbers[valid], side="right")
@@ -201,7 +269,10 @@ def _check_not_numbers(texts: Sequence[str | None]) -> None:
 
 def warn_of_similar(texts: Sequence[str | None]) -> None:
     """Log a warning of labels that differ only by case, blanks or Unicode form, with each spelling and its count."""
-    counts = Counter(text for text in texts if text is not None)
+    _warn_of_similar(Counter(text for text in texts if text is not None))
+
+
+def _warn_of_similar(counts: Mapping[str, int]) -> None:
     spellings: dict[str, list[str]] = {}
     for text in sorted(counts):
         spellings.setdefault(fold_text(text), []).append(text)

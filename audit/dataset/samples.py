@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,18 @@ from numpy.typing import NDArray
 
 from ..errors import DatasetError
 from ..hashing import hash_rank
-from .columns import SPLIT_NAMES, compose_ids
+from .columns import SPLIT_NAMES, SPLITS, compose_ids
 from .dataset import Dataset
-from .labels import Labels, Target, declared_classes, read_classes, read_label_sets, read_regression_targets
+from .labels import (
+    Labels,
+    Target,
+    coded_column,
+    declared_classes,
+    read_class_column,
+    read_classes,
+    read_label_sets,
+    read_number_column,
+)
 from .modalities import is_text
 
 
@@ -51,10 +61,33 @@ class Samples:
     def __post_init__(self) -> None:
         repeated = [name for name, count in Counter(self.sample_id).items() if count > 1]
         if repeated:
-            raise _repeated_ids(repeated)
+            raise repeated_ids(repeated)
 
     def __len__(self) -> int:
         return len(self.sample_id)
+
+    @property
+    def is_test(self) -> NDArray[np.bool_]:
+        """Mask (n,) of the test split."""
+        return np.asarray(self.split == "test")
+
+    def ids_of(self, rows: NDArray[np.intp]) -> NDArray[np.object_]:
+        """Return the ids of these rows."""
+        return self.sample_id[rows]
+
+    def hash_ids(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
+        """Return hash(seed, purpose, id) of each sample (n,)."""
+        return hash_rank(self.sample_id, seed=seed, purpose=purpose)
+
+    @property
+    def group_codes(self) -> NDArray[np.intp] | None:
+        """Index of each sample's group (n,) in the sorted names; None without groups."""
+        return None if self.group is None else np.unique(self.group.astype(str), return_inverse=True)[1]
+
+    def hash_groups(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
+        """Return hash(seed, purpose, name) of each group (g,), in the order of `group_codes`."""
+        assert self.group is not None
+        return hash_rank(np.unique(self.group.astype(str)).tolist(), seed=seed, purpose=purpose)
 
     @property
     def target(self) -> Target:
@@ -75,11 +108,11 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
             )
     if columns.id and len(set(sample_id)) < len(sample_id):
         repeated = [name for name, count in Counter(sample_id).items() if count > 1]
-        raise _repeated_ids(repeated, columns=columns.id, way_out=_unique_columns(dataset))
-    labels = _read_labels(dataset, rows)
+        raise repeated_ids(repeated, columns=columns.id, way_out=unique_columns(dataset))
+    labels = read_labels(dataset, rows)
     group = _read_group(rows[columns.group].to_pylist(), sample_id) if columns.group else None
     if columns.split:
-        split = _read_split(rows[columns.split].to_pylist(), column=columns.split)
+        split = np.array(SPLITS, dtype=object)[read_split_codes(rows[columns.split], name=columns.split)]
     else:
         is_test = stratified_cut(
             sample_id, labels.label, group, fraction=test_fraction, seed=seed, purpose="test split"
@@ -99,7 +132,7 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     )
 
 
-def _repeated_ids(repeated: Sequence[str], *, columns: Sequence[str] = (), way_out: str | None = None) -> DatasetError:
+def repeated_ids(repeated: Sequence[str], *, columns: Sequence[str] = (), way_out: str | None = None) -> DatasetError:
     """Return the error of ids that are not unique, with the option of --id that makes them so, if there is one."""
     source = f" in {','.join(columns)}" if columns else ""
     hint = f"they are with --id {way_out}" if way_out else "choose another column with --id"
@@ -108,7 +141,7 @@ def _repeated_ids(repeated: Sequence[str], *, columns: Sequence[str] = (), way_o
     )
 
 
-def _unique_columns(dataset: Dataset) -> str | None:
+def unique_columns(dataset: Dataset) -> str | None:
     """Return the value of --id that makes ids unique: the id columns after one of groups or ids, else one column."""
     types = zip(dataset.schema.names, dataset.schema.types, strict=True)
     names = [name for name, type_ in types if (is_text(type_) or pa.types.is_integer(type_)) and "," not in name]
@@ -151,24 +184,42 @@ def stratified_cut(
     them is passed over. Where every group would, the mask is False everywhere.
     """
     if group is None:
-        keys = hash_rank(sample_id, seed=seed, purpose=purpose)
+        keys, codes = hash_rank(sample_id, seed=seed, purpose=purpose), None
+    else:
+        names, codes = np.unique(group.astype(str), return_inverse=True)
+        keys = hash_rank(names.tolist(), seed=seed, purpose=purpose)
+    return cut_by_keys(keys, label, codes, fraction=fraction, at_most=at_most)
+
+
+def cut_by_keys(
+    keys: NDArray[np.uint64],
+    label: NDArray[np.int32],
+    group: NDArray[np.integer[Any]] | None,
+    *,
+    fraction: float,
+    at_most: bool = False,
+) -> NDArray[np.bool_]:
+    """Return a mask (n,) of `fraction` of the rows as `stratified_cut` does.
+
+    keys: of the rows (n,), or of the groups (g,), of which each row has one, group (n,).
+    """
+    if group is None:
         drawn_rows = np.lexsort((keys, stratify(keys, label)))[: max(1, round(fraction * len(label)))]
         is_drawn = np.zeros(len(label), dtype=bool)
         is_drawn[drawn_rows] = True
         return is_drawn
-    names, sizes = np.unique(group.astype(str), return_counts=True)
-    order = np.argsort(hash_rank(names.tolist(), seed=seed, purpose=purpose), kind="stable")
+    sizes, order, drawn = np.bincount(group), np.argsort(keys, kind="stable"), np.zeros(len(keys), dtype=bool)
     if at_most:
-        rows_left, drawn = max(1, round(fraction * len(label))), np.zeros(len(names), dtype=bool)
+        rows_left = max(1, round(fraction * len(label)))
         for index in order.tolist():
-            if sizes[index] <= rows_left and drawn.sum() < len(names) - 1:
+            if sizes[index] <= rows_left and drawn.sum() < len(keys) - 1:
                 drawn[index] = True
                 rows_left -= int(sizes[index])
-        return np.isin(group.astype(str), names[drawn])
+        return np.asarray(drawn[group])
     group_middle = np.cumsum(sizes[order]) - sizes[order] / 2  # a group is drawn if its middle lies below the fraction
     num_groups = max(1, int((group_middle < fraction * sizes.sum()).sum()))
-    drawn_groups = order[: min(num_groups, len(names) - 1)]  # at least one group is not drawn
-    return np.isin(group.astype(str), names[drawn_groups])
+    drawn[order[: min(num_groups, len(keys) - 1)]] = True  # at least one group is not drawn
+    return np.asarray(drawn[group])
 
 
 def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDArray[np.object_]:
@@ -177,24 +228,28 @@ def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDA
     return np.array(groups, dtype=object)
 
 
-def _read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
-    column = dataset.columns.label
-    cells = rows[column].to_pylist()
+def read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
+    """Read the labels of rows with the columns of the label and its name."""
+    column = rows[dataset.columns.label]
     if dataset.task == "regression":
-        return read_regression_targets(cells, name=column)
-    declared = declared_classes(dataset.schema, column)
+        return read_number_column(column, name=dataset.columns.label)
+    declared = declared_classes(dataset.schema, dataset.columns.label)
     if dataset.task == "multilabel":
-        return read_label_sets(cells, declared=declared, classes=dataset.classes)
-    names = rows[dataset.columns.label_name].to_pylist() if dataset.columns.label_name else None
-    return read_classes(cells, names, declared=declared, classes=dataset.classes)
+        return read_label_sets(column.to_pylist(), declared=declared, classes=dataset.classes)
+    names = rows[dataset.columns.label_name] if dataset.columns.label_name else None
+    if pa.types.is_nested(column.type):
+        return read_classes(column.to_pylist(), None, declared=declared, classes=dataset.classes)  # refused
+    return read_class_column(column, names, declared=declared, classes=dataset.classes)
 
 
-def _read_split(values: Sequence[object], *, column: str) -> NDArray[np.object_]:
+def read_split_codes(column: pa.ChunkedArray, *, name: str) -> NDArray[np.int8]:
+    """Return the split of each row (n,) of a column as its index in SPLITS; raise DatasetError for other names."""
+    values, code = coded_column(column)
     names = [str(value).strip().lower() for value in values]
-    unknown = sorted({str(value) for value, name in zip(values, names, strict=True) if name not in SPLIT_NAMES})
+    unknown = sorted({str(value) for value, text in zip(values, names, strict=True) if text not in SPLIT_NAMES})
     if unknown:
         raise DatasetError(
-            f"column {column!r} holds {', '.join(unknown[:3])}; a split is train, validation or test: "
+            f"column {name!r} holds {', '.join(unknown[:3])}; a split is train, validation or test: "
             "rename them, or pass --split none to have a test split cut"
         )
-    return np.array([SPLIT_NAMES[name] for name in names], dtype=object)
+    return np.array([SPLITS.index(SPLIT_NAMES[text]) for text in names], dtype=np.int8)[code]

@@ -7,21 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from ..dataset.modalities import Modality
 from .encode import EncodeTask, column_of, read_arrow
-from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs
+from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs, chunks
 from .vectors import count_terms, holds_terms, keep_buckets, weigh_terms
 
 if TYPE_CHECKING:
     from .encoded_samples import Status
-from typing import TYPE_CHECKING
 
-from .matrix import chunks
+
+class ModalityRows(Protocol):
+    """Which rows of a dataset have a modality: a Status, or UsableRows."""
+
+    @property
+    def modality(self) -> Modality:
+        """The modality."""
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """Whether each row has it (n,)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsableRows:
+    """Which rows have a modality, usable (n,)."""
+
+    modality: Modality
+    usable: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +51,21 @@ class FeatureMatrix:
     """
 
     tasks: tuple[EncodeTask, ...]
-    status: Status
+    status: ModalityRows
     row: RowIndex
     shard_starts: RowIndex
     num_features: int
     columns: RowIndex | None = None
 
     @classmethod
-    def of(cls, tasks: Sequence[EncodeTask], status: Status, row: RowIndex) -> FeatureMatrix:
-        """Open the vectors of these dataset rows, of which at least one must be usable."""
+    def of(
+        cls, tasks: Sequence[EncodeTask], status: ModalityRows, row: RowIndex, *, num_features: int | None = None
+    ) -> FeatureMatrix:
+        """Open the vectors of these dataset rows, of which one must be usable, unless `num_features` is known."""
         shard_starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)])
         opened = cls(tasks=tuple(tasks), status=status, row=row, shard_starts=shard_starts, num_features=0)
+        if num_features is not None:
+            return replace(opened, num_features=num_features)
         first = row[np.argmax(status.usable[row])]
         if opened.has_terms:
             return replace(opened, num_features=tasks[0].media.text_buckets)
@@ -147,6 +169,8 @@ class FeatureMatrix:
         # No copy: often only a few rows are read.
         vector = column_of(read_arrow(task.file(self.status.modality)), "vector")
         shard_usable = self.status.usable[start : start + task.shard.num_rows]
+        if not shard_usable.any():
+            return np.full((len(dataset_rows), self.num_features), np.nan, np.float32)
         # Nulls have no values. `flatten` would copy those of the whole shard where there is one, 100 MB of pictures.
         first, last = vector.offsets.to_numpy()[[0, -1]].tolist()
         usable_vectors = vector.values.to_numpy()[first:last].reshape(int(shard_usable.sum()), -1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,8 @@ from .cached_matrix import recurring_rows
 from .encode import EncodeTask, column_of, content_of, load_cell_content, read_arrow
 from .vectors import check_lengths, encode_vectors
 
-_DATA_CHANGED = "the data changed while they were read: run the command again"
+SORTED_ROWS = 1 << 20  # of a fingerprint: a million rows of 100 bytes are sorted in a second
+DATA_CHANGED = "the data changed while they were read: run the command again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,32 @@ class EncodedSamples:
         return row_content([status.content for status in self.statuses])
 
     @property
+    def usable(self) -> NDArray[np.bool_]:
+        """Whether each modality of each sample was encoded, (n, m)."""
+        return np.stack([status.usable for status in self.statuses], axis=1)
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """Whether the sample lacks the modality in the source, (n, m)."""
+        return np.stack([missing_in_source(status) for status in self.statuses], axis=1)
+
+    def content_word(self, number: int) -> NDArray[np.uint64]:
+        """Return the first or the second word of the content digest of each sample, (n,)."""
+        return np.asarray(digest_words(self.content)[number])
+
+    @property
+    def recurs(self) -> NDArray[np.bool_]:
+        """Whether the content of each modality recurs by chance, (n, m)."""
+        return np.stack([status.recurs for status in self.statuses], axis=1)
+
+    def problems(self, rows: NDArray[np.bool_]) -> Iterator[tuple[int, str, Reason, str]]:
+        """Yield row, modality, reason and detail of what is not usable in the rows of a mask (n,), by modality."""
+        for status in self.statuses:
+            for row, reason, detail in status.problem:
+                if rows[row]:
+                    yield row, status.modality.name, reason, detail
+
+    @property
     def fingerprint(self) -> str:
         """Fingerprint of ids, labels, splits, groups and content; independent of row order and file format."""
         return dataset_fingerprint(self.samples, self.content)
@@ -62,7 +90,21 @@ def dataset_fingerprint(samples: Samples, content: NDArray[np.object_]) -> str:
     names = np.array([*samples.class_names, "", ""], dtype=object)[samples.label]
     group = samples.group if samples.group is not None else np.full(len(samples), "", dtype=object)
     rows = zip(samples.sample_id, names, samples.split, group, content, strict=True)
-    return digest(*sorted("\0".join(row).encode() for row in rows))
+    return fingerprint_of(("\0".join(row).encode() for row in rows), num_rows=len(samples))
+
+
+def fingerprint_of(rows: Iterable[bytes], *, num_rows: int) -> str:
+    """Return the fingerprint of the rows of a dataset, in any order: bytes of id, class, split, group and content.
+
+    That of up to SORTED_ROWS rows is the digest of the sorted rows; that of more, which are not held at once, the sum
+    of their digests.
+    """
+    if num_rows <= SORTED_ROWS:
+        return digest(*sorted(rows))
+    total = 0
+    for row in rows:
+        total += int(digest(row), 16)
+    return f"{total % (1 << 128):032x}"
 
 
 def collect_encoded(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTask]) -> EncodedSamples:
@@ -71,12 +113,15 @@ def collect_encoded(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTa
     return EncodedSamples(samples=samples, statuses=statuses)
 
 
-def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDArray[np.object_]) -> Status:
+def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDArray[np.object_] | None) -> Status:
     """Read the status of all samples of a dataset, in dataset order, in one modality from the cache.
 
-    A million samples take 33 MB. Raises DatasetError if no sample is usable, or vectors differ in length.
+    A million samples take 33 MB. Raises DatasetError if no sample is usable, vectors differ in length, or the ids of
+    the cache are not `sample_id` (n,), unless None.
     """
-    num_rows = len(sample_id)
+    num_rows = sum(task.shard.num_rows for task in tasks)
+    if sample_id is not None and len(sample_id) != num_rows:
+        raise DatasetError(DATA_CHANGED)
     usable, content = np.zeros(num_rows, dtype=bool), np.zeros(num_rows, dtype="S32")
     problem: list[tuple[int, Reason, str]] = []
     lengths: set[int] = set()
@@ -84,15 +129,14 @@ def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDAr
     for task in tasks:
         table = read_arrow(task.file(modality))
         rows = slice(start, start + table.num_rows)
-        if not column_of(table, "sample_id").equals(pa.array(sample_id[rows], pa.string())):
-            raise DatasetError(_DATA_CHANGED)
+        expected = column_of(table, "sample_id") if sample_id is None else pa.array(sample_id[rows], pa.string())
+        if table.num_rows != task.shard.num_rows or not column_of(table, "sample_id").equals(expected):
+            raise DatasetError(DATA_CHANGED)
         usable[rows] = column_of(table, "reason").is_null().to_numpy(zero_copy_only=False)
         content[rows] = content_of(table)
         problem += [(start + row, reason, detail) for row, reason, detail in problems_of(table)]
         lengths |= lengths_of(table)
         start = rows.stop
-    if start != num_rows:
-        raise DatasetError(_DATA_CHANGED)
     if not usable.any():
         first = problem[0]
         raise DatasetError(f"no sample has a usable {modality.name}; the first: {first[1].value}, {first[2]}")
@@ -124,34 +168,88 @@ def row_content(contents: Sequence[NDArray[np.bytes_]]) -> NDArray[np.object_]:
     return np.array([digest(b"".join(row)) for row in parts], dtype=object)
 
 
+def digest_words(digests: Iterable[str]) -> NDArray[np.uint64]:
+    """Return digests (n,) of 32 hexadecimal digits as two words each, (2, n), whose order is that of the digests."""
+    words = np.frombuffer(bytes.fromhex("".join(digests)), dtype=">u8").reshape(-1, 2)
+    return np.ascontiguousarray(words.T, dtype=np.uint64)
+
+
 def missing_in_source(status: Status) -> NDArray[np.bool_]:
     """Return a mask (n,) of the samples that lack this modality in the source.
 
     Their cell is null, or their clip has other tracks only, as a silent film among films with sound.
     """
     missing = np.zeros(len(status.usable), dtype=bool)
-    null = null_error(status.modality.column)
     for row, reason, detail in status.problem:
-        missing[row] = reason is Reason.NO_TRACK or (reason, detail) == (null.reason, null.detail)
+        missing[row] = reason is Reason.NO_TRACK or is_null_cell(reason, detail, status.modality)
     return missing
 
 
-def select_usable(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[NDArray[np.intp], list[Quarantined]]:
+def is_null_cell(reason: Reason, detail: str, modality: Modality) -> bool:
+    """Return whether a sample is not usable because its cell is null."""
+    null = null_error(modality.column)
+    return (reason, detail) == (null.reason, null.detail)
+
+
+class EncodedRows(Protocol):
+    """What the selection of usable samples needs of n encoded rows: EncodedSamples, or columns of many rows."""
+
+    @property
+    def samples(self) -> LabelledRows:
+        """Labels and ids."""
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """Whether each modality of each row was encoded, (n, m)."""
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """Whether the row lacks the modality in the source, (n, m)."""
+
+    def content_word(self, number: int) -> NDArray[np.uint64]:
+        """Return the first or the second word of the content digest of each row, (n,)."""
+
+    @property
+    def recurs(self) -> NDArray[np.bool_]:
+        """Whether the content of each modality recurs by chance, (n, m)."""
+
+    def problems(self, rows: NDArray[np.bool_]) -> Iterator[tuple[int, str, Reason, str]]:
+        """Yield row, modality, reason and detail of what is not usable in the rows of a mask (n,), by modality."""
+
+
+class LabelledRows(Protocol):
+    """Labels of n rows, and their ids."""
+
+    @property
+    def label(self) -> NDArray[np.int32]:
+        """Class or stratum (n,), negative without one."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes or strata."""
+
+    @property
+    def unknown(self) -> tuple[tuple[int, str], ...]:
+        """Row and label of each row whose label is not among the classes."""
+
+    def ids_of(self, rows: NDArray[np.intp]) -> NDArray[np.object_]:
+        """Return the ids of a few rows."""
+
+
+def select_usable(encoded: EncodedRows, *, keep_duplicates: bool) -> tuple[NDArray[np.intp], list[Quarantined]]:
     """Return the rows that can be scored, and the reasons for every excluded sample.
 
     A sample is scored if it has a label, at least two usable modalities and no damaged one: a null in the source, or a
     clip without this track, counts as a missing modality. Of samples with the same content in every modality only the
     one with the smallest id is scored, unless `keep_duplicates`, or unless the content of all of them recurs by chance.
     """
-    samples, statuses = encoded.samples, encoded.statuses
-    missing = np.stack([missing_in_source(status) for status in statuses], axis=1)
-    usable = np.stack([status.usable for status in statuses], axis=1)
-    is_scorable = (usable | missing).all(axis=1) & (usable.sum(axis=1) >= 2)
+    samples, usable = encoded.samples, encoded.usable
+    is_scorable = np.asarray((usable | encoded.missing).all(axis=1) & (usable.sum(axis=1) >= 2))
+    problems = list(encoded.problems(~is_scorable))
+    names = samples.ids_of(np.array([row for row, _, _, _ in problems], dtype=np.intp))
     quarantined = [
-        Quarantined(sample_id=samples.sample_id[row], modality=status.modality.name, reason=reason, detail=detail)
-        for status in statuses
-        for row, reason, detail in status.problem
-        if not is_scorable[row]
+        Quarantined(sample_id=name, modality=modality, reason=reason, detail=detail)
+        for name, (_, modality, reason, detail) in zip(names, problems, strict=True)
     ]
     quarantined += _without_label(samples)
     rows = np.flatnonzero((samples.label >= 0) & is_scorable)
@@ -170,37 +268,53 @@ def sort_quarantined(quarantined: Sequence[Quarantined], sample_id: NDArray[np.o
     return tuple(sorted(quarantined, key=lambda entry: row_of_id[entry.sample_id]))
 
 
-def _without_label(samples: Samples) -> list[Quarantined]:
+def _without_label(samples: LabelledRows) -> list[Quarantined]:
     """Return an entry for each sample without a label, or with an unknown one."""
     unknown, quarantined = dict(samples.unknown), []
-    for row in np.flatnonzero(samples.label < 0).tolist():
+    rows = np.flatnonzero(samples.label < 0)
+    for row, name in zip(rows.tolist(), samples.ids_of(rows), strict=True):
         reason, detail = Reason.NO_LABEL, "the label is null"
         if row in unknown and samples.class_names:
             reason, detail = Reason.UNKNOWN_LABEL, f"{unknown[row]!r} is not among the classes"
         elif row in unknown:
             reason, detail = Reason.UNKNOWN_LABEL, f"{unknown[row]} is not a number of at most {MAX_NUMBER:g}"
-        quarantined.append(Quarantined(sample_id=samples.sample_id[row], reason=reason, detail=detail))
+        quarantined.append(Quarantined(sample_id=name, reason=reason, detail=detail))
     return quarantined
 
 
-def _drop_duplicates(encoded: EncodedSamples, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:
+def _drop_duplicates(encoded: EncodedRows, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:
     """Return the rows without duplicates in every modality, and the duplicates; of equal rows the smallest id stays."""
-    samples, content = encoded.samples, encoded.content[rows]
-    order = np.lexsort((samples.sample_id[rows].astype(str), content.astype(str)))
-    is_distinctive = np.any([status.usable & ~status.recurs for status in encoded.statuses], axis=0)
-    is_copy = np.r_[False, content[order][1:] == content[order][:-1]] & is_distinctive[rows[order]]
-    if not is_copy.any():
+    repeated = _repeated(encoded.content_word(0)[rows])  # of other rows neither id nor recurrence is looked up
+    if not repeated.any():
         return rows, []
+    samples, same = encoded.samples, rows[repeated]
+    names, (high, low) = samples.ids_of(same), (encoded.content_word(number)[same] for number in (0, 1))
+    order = np.lexsort((names.astype(str), low, high))
+    equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+    if not equal.any():
+        return rows, []
+    is_distinctive = np.asarray((encoded.usable[same] & ~encoded.recurs[same]).any(axis=1))
+    is_copy = np.r_[False, equal] & is_distinctive[order]
     first = order[np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(order))))]
     copies = []
     for position in np.flatnonzero(is_copy):
-        row, original = rows[order[position]], rows[first[position]]
-        note = "" if samples.label[row] == samples.label[original] else ", which has another label"
-        detail = f"the same content as {samples.sample_id[original]}{note}"
-        copies.append(Quarantined(sample_id=samples.sample_id[row], reason=Reason.DUPLICATE, detail=detail))
+        row, original = order[position], first[position]
+        note = "" if samples.label[same[row]] == samples.label[same[original]] else ", which has another label"
+        detail = f"the same content as {names[original]}{note}"
+        copies.append(Quarantined(sample_id=names[row], reason=Reason.DUPLICATE, detail=detail))
     keep = np.ones(len(rows), dtype=bool)
-    keep[order[is_copy]] = False
+    keep[np.flatnonzero(repeated)[order[is_copy]]] = False
     return rows[keep], copies
+
+
+def _repeated(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return which words (n,) occur more than once."""
+    order = np.argsort(words, kind="stable")
+    equal = words[order][1:] == words[order][:-1]
+    repeated = np.zeros(len(words), dtype=bool)
+    repeated[order[1:][equal]] = True
+    repeated[order[:-1][equal]] = True
+    return repeated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

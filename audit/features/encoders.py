@@ -37,6 +37,7 @@ from ..media.pictures import (
     decode_sized_image,
 )
 from ..registry import Entry, Registry
+from .backbone_inputs import decode_input, inputs_version, is_backbone_input, model_of
 from .descriptors import audio_statistics, fingerprint, image_statistics, video_statistics
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
 from .vectors import EncodedCell, Vector, check_vector, text_terms
@@ -102,7 +103,7 @@ def check_encoder(modality: Modality) -> None:
             check_model(name[3:], kind)
         elif all(name.partition(":")):
             load_function(name)
-        elif name not in ENCODERS.names():
+        elif not ENCODERS.offers(name):
             raise ConfigError(f"no such encoder; {choices(name, (*ENCODERS.names(), *_OTHER_FORMS))}")
         elif kind not in _encoders_by_kind(name):
             raise ConfigError(f"it does not read {kind}; {choices(kind, _encoders_by_kind(name))}")
@@ -121,6 +122,14 @@ def load_encoder(modality: Modality) -> Encoder:
             version=model_version(name[3:]),
             decode=lambda loaded, media: open_model(name[3:], kind).prepare(loaded, media),
             encode=lambda inputs, media: open_model(name[3:], kind).encode([inputs])[0],
+        )
+    if is_backbone_input(modality):
+        model = model_of(modality)
+        return Encoder(
+            name="hf-inputs",
+            version=inputs_version(model),
+            decode=lambda loaded, media: decode_input(loaded, model, kind, media),
+            encode=lambda row, media: row,
         )
     if ":" in name:
         function = load_function(name)

@@ -94,74 +94,110 @@ ModelInputs = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pretrained:
-    """A model and its processor; `num_frames` is None for a network of single images."""
+class InputProcessor:
+    """What makes a sample the input of a model, by its transformers processor, `transform`.
+
+    num_frames: None for a network of single images. max_tokens: most tokens of a text.
+    """
 
     kind: str
-    model: Any
-    processor: Any
+    transform: Any
     num_frames: int | None
-    has_pooler: bool
-    device: str
-
-    def batch_size(self, media: MediaConfig) -> int:
-        """Return how many samples are encoded at once."""
-        frames = (self.num_frames or media.num_frames) if self.kind in ("video", "frames") else 1
-        return max(1, MAX_BATCH_INPUTS // frames)
+    max_tokens: int
 
     def prepare(self, loaded: Any, media: MediaConfig) -> ModelInputs:
         """Decode a sample and convert it to model inputs without a batch dimension. Thread-safe."""
         if self.kind == "text":
             text_words(loaded)  # raises for a text without words
-            return dict(self.processor(loaded, truncation=True, max_length=_max_tokens(self), return_tensors=None))
+            return dict(self.transform(loaded, truncation=True, max_length=self.max_tokens, return_tensors=None))
         if self.kind == "audio":
-            rate = int(self.processor.sampling_rate)
-            wave = decode_audio(loaded, media, sample_rate=rate)
-            wave = np.pad(wave, (0, max(0, round(MIN_SECONDS * rate) - len(wave))))
-            return _drop_batch(self.processor(wave, sampling_rate=rate, return_tensors="np"))
+            return self.from_wave(decode_audio(loaded, media, sample_rate=self.sample_rate))
+        return self.from_pictures(self.pictures(loaded, media))
+
+    @property
+    def sample_rate(self) -> int:
+        """Sample rate of a model of sound, in Hz."""
+        return int(self.transform.sampling_rate)
+
+    def from_wave(self, wave: NDArray[np.float32]) -> ModelInputs:
+        """Convert a waveform (t,) at `sample_rate`."""
+        wave = np.pad(wave, (0, max(0, round(MIN_SECONDS * self.sample_rate) - len(wave))))
+        return _drop_batch(self.transform(wave, sampling_rate=self.sample_rate, return_tensors="np"))
+
+    def from_pictures(self, pictures: NDArray[np.uint8], **options: Any) -> ModelInputs:
+        """Convert an image (1, h, w, 3), or the frames (f, h, w, 3) of a clip. options: of the processor."""
+        images = [Image.fromarray(picture) for picture in pictures]
         if self.kind == "image":
-            picture = decode_sized_image(loaded, size=None, config=media).pixels
-            return _drop_batch(self.processor(images=[Image.fromarray(picture)], return_tensors="np"))
-        frames = [Image.fromarray(frame) for frame in self._frames(loaded, media)]
+            return _drop_batch(self.transform(images=images, return_tensors="np", **options))
         if self.num_frames:
-            return _drop_batch(self.processor([frames], return_tensors="np"))
-        return dict(self.processor(images=frames, return_tensors="np"))
+            return _drop_batch(self.transform([images], return_tensors="np", **options))
+        return dict(self.transform(images=images, return_tensors="np", **options))
+
+    def pictures(self, loaded: Any, media: MediaConfig) -> NDArray[np.uint8]:
+        """Decode an image (1, h, w, 3), or the frames (f, h, w, 3) of a clip."""
+        if self.kind == "image":
+            return decode_sized_image(loaded, size=None, config=media).pixels[None]
+        num_frames = self.num_frames or media.num_frames
+        if self.kind == "frames":
+            return decode_sized_folders(loaded, num_frames=num_frames, size=_FRAME_SIZE, config=media).pixels
+        return decode_sized_frames(loaded, num_frames=num_frames, size=None, config=media).pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pretrained:
+    """A frozen model and its processor."""
+
+    processor: InputProcessor
+    model: Any
+    has_pooler: bool
+    device: str
+
+    @property
+    def kind(self) -> str:
+        """Kind of modality."""
+        return self.processor.kind
+
+    def batch_size(self, media: MediaConfig) -> int:
+        """Return how many samples are encoded at once."""
+        frames = (self.processor.num_frames or media.num_frames) if self.kind in ("video", "frames") else 1
+        return max(1, MAX_BATCH_INPUTS // frames)
+
+    def prepare(self, loaded: Any, media: MediaConfig) -> ModelInputs:
+        """See InputProcessor.prepare."""
+        return self.processor.prepare(loaded, media)
 
     def encode(self, batch: Sequence[ModelInputs]) -> NDArray[np.float32]:
         """Compute the vectors (b, d) of prepared samples; except for texts all inputs must have the same shape."""
         import torch
 
         if self.kind == "text":
-            inputs = dict(self.processor.pad(list(batch), return_tensors="pt"))
+            inputs = dict(self.processor.transform.pad(list(batch), return_tensors="pt"))
         else:
             inputs = {name: torch.from_numpy(np.stack([sample[name] for sample in batch])) for name in batch[0]}
-        by_frame = self.kind in ("video", "frames") and not self.num_frames
+        by_frame = self.kind in ("video", "frames") and not self.processor.num_frames
         if by_frame:
             inputs = {name: value.flatten(0, 1) for name, value in inputs.items()}
         with torch.no_grad():
-            vectors = self._forward({name: value.to(self.device) for name, value in inputs.items()})
+            inputs = {name: value.to(self.device) for name, value in inputs.items()}
+            vectors = pooled_output(self.model, inputs, kind=self.kind, has_pooler=self.has_pooler)
             if by_frame:
                 vectors = vectors.unflatten(0, (len(batch), -1)).mean(dim=1)
         return np.asarray(vectors.float().cpu().numpy(), dtype=np.float32)
 
-    def _frames(self, loaded: Any, media: MediaConfig) -> NDArray[np.uint8]:
-        num_frames = self.num_frames or media.num_frames
-        if self.kind == "frames":
-            return decode_sized_folders(loaded, num_frames=num_frames, size=_FRAME_SIZE, config=media).pixels
-        return decode_sized_frames(loaded, num_frames=num_frames, size=None, config=media).pixels
 
-    def _forward(self, inputs: dict[str, Any]) -> Any:
-        method = _tower_method(type(self.model), self.kind)
-        output = getattr(self.model, method)(**inputs) if method else self.model(**inputs)
-        if method:
-            return getattr(output, "pooler_output", output)  # before transformers 5 the output is a tensor
-        if self.has_pooler and getattr(output, "pooler_output", None) is not None:
-            return output.pooler_output.flatten(1)
-        hidden = output.last_hidden_state
-        if self.kind != "text":
-            return hidden.flatten(2).mean(dim=2) if hidden.ndim == 4 else hidden.mean(dim=1)  # feature maps, or tokens
-        mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-        return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+def pooled_output(model: Any, inputs: dict[str, Any], *, kind: str, has_pooler: bool) -> Any:
+    """Compute the vectors (b, d) of a batch of inputs, see the start of this file."""
+    method = _tower_method(type(model), kind)
+    output = getattr(model, method)(**inputs) if method else model(**inputs)
+    if method:
+        return getattr(output, "pooler_output", output)  # before transformers 5 the output is a tensor
+    if has_pooler and getattr(output, "pooler_output", None) is not None:
+        return output.pooler_output.flatten(1)
+    hidden = output.last_hidden_state
+    if kind != "text":
+        return hidden.flatten(2).mean(dim=2) if hidden.ndim == 4 else hidden.mean(dim=1)  # feature maps, or tokens
+    mask = inputs["attention_mask"][..., None].to(hidden.dtype)
+    return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 def require_transformers() -> None:
@@ -195,35 +231,69 @@ def open_model(name: str, kind: str, device: str = "cpu") -> Pretrained:
         return _open_model(name, kind, device)
 
 
+def open_processor(name: str, kind: str) -> InputProcessor:
+    """Load what makes a sample the input of a model; cached. ConfigError if a file is missing. Thread-safe."""
+    with _OPEN_LOCK:
+        return _open_processor(name, kind)
+
+
 @lru_cache(maxsize=4)
 def _open_model(name: str, kind: str, device: str) -> Pretrained:
-    import torch
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
+    processor = _open_processor(name, kind)
+    model, has_pooler = load_model(name, kind)
+    model = model.to(device).eval().requires_grad_(False)
+    return Pretrained(processor=processor, model=model, has_pooler=has_pooler, device=device)
+
+
+@lru_cache(maxsize=4)
+def _open_processor(name: str, kind: str) -> InputProcessor:
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     check_model(name, kind)
     folder = find_model_folder(name, with_weights=True)
     config = _load_config(folder)
-    try:
-        with _silence_transformers(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # missing weights are initialised at random
-            loader: Any = {"audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoImageProcessor)
-            processor = loader.from_pretrained(str(folder), trust_remote_code=False)
-            options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
-            model, loading_info = AutoModel.from_pretrained(str(folder), trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    loader: Any = {"audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoImageProcessor)
+    with _silence_transformers(), _one_line_errors(name):
+        transform = loader.from_pretrained(str(folder), trust_remote_code=False)
+    return InputProcessor(
+        kind=kind,
+        transform=transform,
+        num_frames=getattr(config, "num_frames", None) if kind in ("video", "frames") else None,
+        max_tokens=_max_tokens(transform, config) if kind == "text" else 0,
+    )
+
+
+def load_model(name: str, kind: str) -> tuple[Any, bool]:
+    """Load a new copy of a model in float32 and eval mode, and return with it whether its weights have a pooler.
+
+    Only safetensors are read, and no code of the model's folder is run. ConfigError if it cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModel
+
+    check_model(name, kind)
+    folder = find_model_folder(name, with_weights=True)
+    with _silence_transformers(), torch.random.fork_rng(devices=[]), _one_line_errors(name):
+        torch.manual_seed(0)  # missing weights are initialised at random
+        options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
+        model, loading_info = AutoModel.from_pretrained(str(folder), trust_remote_code=False, **options)
     missing_keys = sorted(loading_info["missing_keys"])
-    has_pooler = not any("pooler" in key for key in missing_keys)
     # Masks are used in pretraining only.
     random_keys = [key for key in missing_keys if "pooler" not in key and "mask" not in key]
     if random_keys:
         log.warning("%s: %d weights (%s, ..) not found, initialised at random", name, len(random_keys), random_keys[0])
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
-    model = model.to(device).eval().requires_grad_(False)
-    frames = getattr(config, "num_frames", None) if kind in ("video", "frames") else None
-    settings: dict[str, Any] = {"kind": kind, "num_frames": frames, "has_pooler": has_pooler, "device": device}
-    return Pretrained(model=model, processor=processor, **settings)
+    return model, not any("pooler" in key for key in missing_keys)
+
+
+@contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Raise what transformers raises for a damaged or incomplete model as ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def encode_inputs(
@@ -286,10 +356,10 @@ def _load_config(folder: Path) -> Any:
         raise ConfigError(f"{folder}: its config.json cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _max_tokens(pretrained: Pretrained) -> int:
+def _max_tokens(tokenizer: Any, config: Any) -> int:
     """Return the maximum number of tokens; tokenizers without a limit state 10^30."""
-    config = getattr(pretrained.model.config, "text_config", pretrained.model.config)
-    return int(min(pretrained.processor.model_max_length, getattr(config, "max_position_embeddings", 512)))
+    config = getattr(config, "text_config", config)
+    return int(min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512)))
 
 
 def _drop_batch(batch: Any) -> ModelInputs:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..dataset.samples import Samples
 from ..errors import Quarantined, Reason, ScoreError
 from ..features.matrix import RowIndex
 from ..hashing import hash_rank
@@ -34,24 +34,39 @@ def assign_folds(
     separates several assignments of the same seed. Raises ScoreError for fewer than two groups or samples.
     """
     if group is None:
-        if len(sample_id) < 2:
-            raise ScoreError(f"cross-fitting needs at least 2 usable samples, found {len(sample_id)}")
-        return _assign_samples(hash_rank(sample_id, seed=seed, purpose=purpose), label, fits, num_folds=num_folds)
-    names, group_index = np.unique(group.astype(str), return_inverse=True)
-    if len(names) < 2:
+        keys, codes = hash_rank(sample_id, seed=seed, purpose=purpose), None
+    else:
+        names, codes = np.unique(group.astype(str), return_inverse=True)
+        keys = hash_rank(names.tolist(), seed=seed, purpose=purpose)
+    return fold_by_keys(keys, codes, label, fits, num_folds=num_folds)
+
+
+def fold_by_keys(
+    keys: NDArray[np.uint64],
+    group: NDArray[np.intp] | None,
+    label: NDArray[np.int32],
+    fits: NDArray[np.bool_],
+    *,
+    num_folds: int,
+) -> NDArray[np.int16]:
+    """Assign n samples to folds as `assign_folds` does, by the keys (g,) of groups, group (n,), or (n,) of samples."""
+    if group is None:
+        if len(keys) < 2:
+            raise ScoreError(f"cross-fitting needs at least 2 usable samples, found {len(keys)}")
+        return _assign_samples(keys, label, fits, num_folds=num_folds)
+    if len(keys) < 2:
         raise ScoreError("all usable samples are of one group, which a probe cannot train on and score; drop --group")
-    keys = hash_rank(names.tolist(), seed=seed, purpose=purpose)
-    fold = np.zeros(len(names), dtype=np.int16)
+    fold = np.zeros(len(keys), dtype=np.int16)
     # Groups with training rows are placed by those rows only.
-    trains = np.isin(np.arange(len(names)), group_index[fits])
+    trains = np.bincount(group[fits], minlength=len(keys)) > 0
     if trains.sum() < 2:
         raise ScoreError("all training samples are of one group, which a probe cannot train on and score; drop --group")
-    num_folds = min(num_folds, int(trains.sum()))
+    num_folds, num_classes = min(num_folds, int(trains.sum())), int(label.max()) + 1
     for groups, rows in ((trains, fits), (~trains, ~fits)):
-        counts = np.zeros((len(names), int(label.max()) + 1))
-        np.add.at(counts, (group_index[rows], label[rows]), 1)
+        cells = group[rows].astype(np.int64) * num_classes + label[rows]
+        counts = np.bincount(cells, minlength=len(keys) * num_classes).reshape(-1, num_classes).astype(np.float64)
         fold[groups] = _assign_groups(counts[groups], keys[groups], num_folds=num_folds)
-    return fold[group_index]
+    return fold[group]
 
 
 def in_single_fold(label: NDArray[np.int32], fold: NDArray[np.int16], fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -113,10 +128,21 @@ class CrossFit:
     fits: NDArray[np.bool_]
     key: NDArray[np.uint64]  # hash of the id: subsamples are the rows with the smallest keys
 
-    @property
-    def num_folds(self) -> int:
-        """Number of folds in use."""
-        return int(self.fold.max()) + 1
+    num_folds: int = 0  # in use; 0: counted
+
+    def __post_init__(self) -> None:
+        if not self.num_folds:
+            object.__setattr__(self, "num_folds", int(self.fold.max()) + 1)
+
+    def take(self, samples: RowIndex) -> CrossFit:
+        """Return the folds of a part of the samples (b,)."""
+        return CrossFit(
+            fold=self.fold[samples],
+            inner=self.inner[samples],
+            fits=self.fits[samples],
+            key=self.key[samples],
+            num_folds=self.num_folds,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,8 +215,49 @@ def predict_out_of_fold(
     return out
 
 
+class SampleColumns(Protocol):
+    """What cross-fitting needs of the samples of a dataset, in dataset order: Samples, or columns of a large one."""
+
+    @property
+    def task(self) -> str:
+        """classification, multilabel or regression."""
+
+    @property
+    def label(self) -> NDArray[np.int32]:
+        """Class or stratum of each sample (n,)."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes or strata."""
+
+    @property
+    def is_test(self) -> NDArray[np.bool_]:
+        """Mask (n,) of the test split."""
+
+    @property
+    def group_codes(self) -> NDArray[np.integer[Any]] | None:
+        """Index of each sample's group (n,); None without groups."""
+
+    def ids_of(self, rows: RowIndex) -> NDArray[np.object_]:
+        """Return the ids of a few rows."""
+
+    def hash_ids(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
+        """Return hash(seed, purpose, id) of each sample (n,)."""
+
+    def hash_groups(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
+        """Return hash(seed, purpose, name) of each group (g,)."""
+
+
+KEY_PURPOSE = "strength rows"  # of the hash of ids by which subsamples are drawn
+
+
+def fold_purposes(repeat: int) -> tuple[str, str]:
+    """Return the purposes of the hashes that place samples into the folds of a repeat, and into its inner folds."""
+    return f"fold {repeat}", f"inner fold {repeat}"
+
+
 def plan_cross_fits(
-    samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
+    samples: SampleColumns, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
 ) -> tuple[NDArray[np.intp], list[CrossFit], list[Quarantined]]:
     """Assign the rows to folds in each repeat, and drop classes that lie in a single fold in any of them.
 
@@ -199,38 +266,51 @@ def plan_cross_fits(
     """
     left_out: list[Quarantined] = []
     while True:
-        cross_fits = [_cross_fit(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
+        cross_fits = _cross_fits(samples, rows, config, seed=seed)
         if samples.task != "classification":
             return rows, cross_fits, left_out
         label = samples.label[rows]
-        rare = np.logical_or.reduce([in_single_fold(label, cross_fit.fold, cross_fit.fits) for cross_fit in cross_fits])
+        rare = np.zeros(len(rows), dtype=bool)
+        for cross_fit in cross_fits:
+            rare |= in_single_fold(label, cross_fit.fold, cross_fit.fits)
         if not rare.any():
             return rows, cross_fits, left_out
-        left_out += [_quarantine_rare(samples, rows, row) for row in rows[rare]]
+        left_out += _quarantine_rare(samples, rows, rare)
         rows = rows[~rare]
         if len(rows) == 0:
             raise ScoreError(f"no class can be cross-fitted; the first of them: {left_out[0].detail}")
 
 
-def _cross_fit(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> CrossFit:
-    train = samples.split[rows] != "test"
+def _cross_fits(samples: SampleColumns, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int) -> list[CrossFit]:
+    train = ~samples.is_test[rows]
     if not train.any():  # the mixture is never fitted to test samples either
         raise ScoreError("every usable sample is in the test split: no samples to train probes on; pass --split none")
     fits = train | (config.learn_from == "all")
-    group = None if samples.group is None else samples.group[rows]
-    ids, label = samples.sample_id[rows], samples.label[rows]
-    folds = [
-        assign_folds(ids, label, group, fits, num_folds=config.folds, seed=seed, purpose=f"{purpose} {repeat}")
-        for purpose in ("fold", "inner fold")
+    label, key = samples.label[rows], samples.hash_ids(seed=seed, purpose=KEY_PURPOSE)[rows]
+    codes = samples.group_codes
+    groups, group = (None, None) if codes is None else np.unique(codes[rows], return_inverse=True)
+
+    def assign(purpose: str) -> NDArray[np.int16]:
+        if groups is None:
+            keys = samples.hash_ids(seed=seed, purpose=purpose)[rows]
+        else:
+            keys = samples.hash_groups(seed=seed, purpose=purpose)[groups]
+        return fold_by_keys(keys, group, label, fits, num_folds=config.folds)
+
+    folds = [[assign(purpose) for purpose in fold_purposes(repeat)] for repeat in range(config.repeats)]
+    return [CrossFit(fold=fold, inner=inner, fits=fits, key=key) for fold, inner in folds]
+
+
+def _quarantine_rare(samples: SampleColumns, rows: NDArray[np.intp], rare: NDArray[np.bool_]) -> list[Quarantined]:
+    label, codes = samples.label[rows], samples.group_codes
+    details: dict[int, str] = {}
+    for number in np.unique(label[rare]).tolist():
+        class_rows = rows[label == number]
+        details[number] = f"class {samples.class_names[number]!r} has {len(class_rows)} usable samples"
+        if codes is not None:
+            details[number] += f", of {len(np.unique(codes[class_rows]))} groups"
+        details[number] += ", all in one fold"
+    return [
+        Quarantined(sample_id=name, reason=Reason.RARE_CLASS, detail=details[number])
+        for name, number in zip(samples.ids_of(rows[rare]), label[rare].tolist(), strict=True)
     ]
-    key = hash_rank(ids, seed=seed, purpose="strength rows")
-    return CrossFit(fold=folds[0], inner=folds[1], fits=fits, key=key)
-
-
-def _quarantine_rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
-    class_rows = rows[samples.label[rows] == samples.label[row]]
-    detail = f"class {samples.class_names[samples.label[row]]!r} has {len(class_rows)} usable samples"
-    if samples.group is not None and len(class_rows):
-        detail += f", of {len(set(samples.group[class_rows]))} groups"
-    detail += ", all in one fold"
-    return Quarantined(sample_id=samples.sample_id[row], reason=Reason.RARE_CLASS, detail=detail)

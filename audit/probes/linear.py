@@ -71,6 +71,10 @@ class LinearProbe:
         """Compute logits of the first repeat at its snapshots: (e, b, k). Only the last snapshot has curves."""
         return np.asarray(self._predict(self.cross_fits[:1], torch.stack(self.snapshots), rows, self.inputs)[:, 0])
 
+    def take(self, samples: RowIndex, inputs: Inputs) -> LinearProbe:
+        """Return the probe for a part of the samples (b,), whose features are `inputs`."""
+        return replace(self, inputs=inputs, cross_fits=tuple(item.take(samples) for item in self.cross_fits))
+
     def _predict(
         self, cross_fits: Sequence[CrossFit], thetas: Tensor, rows: RowIndex, inputs: Inputs
     ) -> NDArray[np.float32]:

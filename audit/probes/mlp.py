@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,6 +76,10 @@ class MlpProbe:
     def logits_by_epoch(self, rows: RowIndex) -> NDArray[np.float32]:
         """Compute logits of the first repeat at its snapshots: (e, b, k)."""
         return np.asarray(self._predict(self.cross_fits[:1], self.snapshots, rows, self.inputs)[:, 0])
+
+    def take(self, samples: RowIndex, inputs: Inputs) -> MlpProbe:
+        """Return the probe for a part of the samples (b,), whose features are `inputs`."""
+        return replace(self, inputs=inputs, cross_fits=tuple(item.take(samples) for item in self.cross_fits))
 
     def _predict(
         self, cross_fits: Sequence[CrossFit], states: Sequence[Nets], rows: RowIndex, inputs: Inputs

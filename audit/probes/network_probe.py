@@ -62,6 +62,10 @@ class NetworkProbe:
         """Return the outputs of these rows after the recorded epochs: (e, b, k)."""
         return self.by_epoch[:, rows]
 
+    def take(self, samples: RowIndex, inputs: Inputs) -> NetworkProbe:
+        """Return the outputs of a part of the samples (b,)."""
+        return NetworkProbe(by_repeat=self.by_repeat[:, samples], by_epoch=self.by_epoch[:, samples])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fold:

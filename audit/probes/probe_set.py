@@ -38,6 +38,9 @@ class Probe(Protocol):
     def logits_by_epoch(self, rows: RowIndex) -> NDArray[np.float32]:
         """Compute outputs (e, b, k) of the first repeat's probes at e moments of their training."""
 
+    def take(self, samples: RowIndex, inputs: Inputs) -> Probe:
+        """Return the probe for a part of the samples (b,), whose features are `inputs`."""
+
 
 @fixed_threads()
 def fit_probe(
@@ -126,6 +129,17 @@ class CalibratedProbe:
     def is_stored(self) -> bool:
         """Whether the outputs are stored, as those of a network are, so that no features are read."""
         return not isinstance(self.probe, LinearProbe | MlpProbe)
+
+    def take(self, samples: RowIndex, inputs: Inputs) -> CalibratedProbe:
+        """Return the probe for a part of the samples (b,), whose features are `inputs`."""
+        return replace(
+            self,
+            inputs=inputs,
+            present=self.present[samples],
+            probe=self.probe.take(samples, inputs),
+            scale=self.scale[samples],
+            fold=None if self.fold is None else self.fold[samples],
+        )
 
     def with_inputs(self, inputs: Inputs) -> CalibratedProbe:
         """Return the probe with other inputs."""
@@ -255,11 +269,18 @@ class ProbeSet:
     probes: tuple[CalibratedProbe, ...]
     joint: CalibratedProbe | None
     target: Target
+    unit: float | None = None  # min_scale of the set that this one has a part of the samples of
 
     @property
     def min_scale(self) -> float:
         """The smallest mean scale of the modalities: of a regression, the unit of their likelihoods."""
-        return min(calibrated.mean_scale for calibrated in self.probes)
+        return min(calibrated.mean_scale for calibrated in self.probes) if self.unit is None else self.unit
+
+    def take(self, samples: RowIndex, inputs: Sequence[Inputs]) -> ProbeSet:
+        """Return the probe set of a part of the samples (b,), whose features in each modality are `inputs`."""
+        probes = tuple(calibrated.take(samples, matrix) for calibrated, matrix in zip(self.probes, inputs, strict=True))
+        joint = None if self.joint is None else self.joint.take(samples, JointInputs(parts=tuple(inputs)))
+        return ProbeSet(probes=probes, joint=joint, target=self.target.take(samples), unit=self.min_scale)
 
     def in_memory(self, rows: RowIndex) -> ProbeSet:
         """Return the probe set with the features of these consecutive rows in memory; it then reads no other rows."""

@@ -6,6 +6,7 @@ wrong independently of each other. These checks are ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +18,6 @@ from ..metrics import Floats, gap
 from . import em
 from .em import Gap
 from .mixture import Mixture, MixtureConfig, fit_mixture
-from .table import ScoreTable
 
 # Ours: with 50 samples the criteria detect two clear halves always (with 30: 91%), a group of one in five in 15% (with
 # 200: 80%).
@@ -111,7 +111,7 @@ def _eta_squared(groups: list[em.Floats]) -> float:
 
 
 PERMUTATIONS = 20  # ours; a verdict that survives in more than half of them survives
-_PERMUTED_ROWS = 200_000  # by position, in the order of the ids' hashes: more rows do not change the verdict
+PERMUTED_ROWS = 200_000  # by position, in the order of the ids' hashes: more rows do not change the verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ def permute_within_classes(
 
     Values move among the samples that have the modality. Of the first 200,000 rows; the caller orders them by a hash.
     """
-    confidence, label = confidence[:_PERMUTED_ROWS], label[:_PERMUTED_ROWS]
+    confidence, label = confidence[:PERMUTED_ROWS], label[:PERMUTED_ROWS]
     check = MarginCheck(num_permutations=PERMUTATIONS, num_bimodal=None, num_rows=len(label))
     if not bimodal:
         return check
@@ -159,20 +159,26 @@ def permute_within_classes(
     return replace(check, num_bimodal=num_bimodal)
 
 
-def balanced_side(scores: ScoreTable) -> dict[str, float] | None:
-    """Return the number of balanced samples (p_balanced >= 0.5), and the shares with every prediction right, or wrong.
+def count_balanced(rows: NDArray[np.bool_], right: NDArray[np.bool_], present: NDArray[np.bool_]) -> dict[str, int]:
+    """Count the balanced samples `rows` (n,), those with every prediction right (n, m), and those with every one wrong.
 
-    Two modalities that are both wrong are balanced too. None for a regression, and without predictions or samples.
+    present (n, m): the modalities that each sample has; a missing one is not right.
     """
-    if scores.prediction is None or scores.p_balanced is None or scores.prediction.dtype.kind == "f":
-        return None
-    rows = scores.p_balanced >= 0.5
-    if not rows.any():
-        return None
-    num_correct = (scores.prediction == scores.label[:, None])[rows].sum(axis=1)
-    num_present = scores.present[rows].sum(axis=1)
+    num_right, num_present = right[rows].sum(axis=1), present[rows].sum(axis=1)
     return {
         "n": int(rows.sum()),
-        "all_correct": float((num_correct == num_present).mean()),
-        "all_wrong": float((num_correct == 0).mean()),
+        "all_correct": int((num_right == num_present).sum()),
+        "all_wrong": int((num_right == 0).sum()),
     }
+
+
+def balanced_side(counts: Sequence[Mapping[str, int] | None]) -> dict[str, float] | None:
+    """Return the number of balanced samples of all parts, and the shares with every prediction right, or wrong.
+
+    counts: that of each part. Two modalities that are both wrong are balanced too. None for a regression, and without
+    predictions or samples.
+    """
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts) or not (n := sum(count["n"] for count in known)):
+        return None
+    return {"n": n, **{name: sum(count[name] for count in known) / n for name in ("all_correct", "all_wrong")}}

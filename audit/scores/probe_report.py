@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,14 +14,13 @@ from ..dataset.labels import Target
 from ..features.cached_matrix import FeatureMatrix
 from ..features.matrix import Inputs, RowIndex, in_memory
 from ..hashing import hash_rank
-from ..metrics import Floats, Groups, cross_entropy, group_codes, mean_interval, share_interval
+from ..metrics import Floats, Groups, cross_entropy, mean_interval, share_interval
 from ..probes.cross_fit import CrossFit
 from ..probes.design import choose_outputs, take_outputs
 from ..probes.network_probe import NetworkProbe
 from ..probes.prediction import predict
 from ..probes.probe_set import CalibratedProbe, Calibration, Fit, ProbeSet, fit_in_parallel
 from ..workers import parallel_map
-from .sample_scores import SampleScores
 
 CONTROL_ROWS = 10_000  # by hash of the id: an accuracy on 10,000 rows has an interval of 0.01
 METRICS = {"classification": "accuracy", "multilabel": "label accuracy", "regression": "R^2"}
@@ -73,6 +72,15 @@ class Control:
         """Whether the lower end of the 99.9% interval is above the rate of the most common class."""
         return bool(self.low > self.majority)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the control as JSON values."""
+        return {**asdict(self), "leaks": self.leaks}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Control:
+        """Build a control from the values of `to_json`."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
@@ -92,55 +100,63 @@ class ProbeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values, for run.json."""
-        controls = [{**asdict(control), "leaks": control.leaks} for control in self.controls]
-        return {**asdict(self), "controls": controls}
+        return {**asdict(self), "controls": [control.to_json() for control in self.controls]}
 
 
 def compute_probe_report(
-    probe_set: ProbeSet,
-    sample_scores: SampleScores,
-    cross_fit: CrossFit,
+    read: Callable[[str], Floats],
+    target: Target,
+    calibrations: Mapping[str, Calibration],
     *,
-    fit: Fit,
-    controls: bool,
-    sample_id: NDArray[np.object_],
-    group: NDArray[np.object_] | None,
-    seed: int,
+    groups: Groups,
+    controls: Sequence[Control],
 ) -> ProbeReport:
-    """Compute the report from the scores of n samples.
+    """Compute the report from columns of the scores of n samples, which are read when they are needed.
 
-    `controls` also fits a probe of each modality to shuffled labels. For a network it fits two, on half the rows each,
-    for as many epochs: with r repeats of f folds, 1 / (r (f - 1)) more work, a twelfth by default.
+    Args:
+        read: Returns a column (n,), NaN where the modality is missing: `confidence_M` of each modality, `fused` and
+            `joint`, `correct_M` of the same, see Prediction, and `without_M`, `correct` of the fusion of the others.
+        target: The target of the samples.
+        calibrations: That of the probe of each modality by name, in order, and of `joint` if there is such a probe.
+        groups: Index of each sample's group (n,); None without groups.
+        controls: Results of `fit_controls`.
     """
-    target, groups = probe_set.target, group_codes(group)
-    correct, fused = to_metric(sample_scores.correct, target), to_metric(sample_scores.fused_correct, target)
-    without = to_metric(sample_scores.without_correct, target)
+    names = [name for name in calibrations if name != "joint"]
+
+    def metric_of(name: str) -> Floats:
+        return to_metric(read(f"correct_{name}"), target)
+
     metrics = [
-        _modality_metric(probe.name, values, confidence, groups, target=target, calibration=probe.calibration)
-        for probe, values, confidence in zip(probe_set.probes, correct.T, sample_scores.confidence.T, strict=True)
+        _modality_metric(
+            name, metric_of(name), read(f"confidence_{name}"), groups, target=target, calibration=calibrations.get(name)
+        )
+        for name in (*names, "fused", *({"joint"} & calibrations.keys()))
     ]
-    over_best = gain_over_best([probe.name for probe in probe_set.probes], correct, fused, groups)
-    metrics.append(_modality_metric("fused", fused, sample_scores.fused_confidence, groups, target=target))
-    if probe_set.joint is not None:
-        joint, calibration = to_metric(sample_scores.joint_correct, target), probe_set.joint.calibration
-        confidence = sample_scores.joint_confidence
-        metrics.append(_modality_metric("joint", joint, confidence, groups, target=target, calibration=calibration))
-
-    def control(calibrated: CalibratedProbe) -> Control:
-        return _control(calibrated, target, cross_fit, fit=fit, sample_id=sample_id, seed=seed)
-
-    control_probes = probe_set.probes if controls else ()
-    in_parallel = fit_in_parallel([calibrated.inputs for calibrated in control_probes])
+    fused = metric_of("fused")
     return ProbeReport(
         metric=METRICS[target.task],
         chance=chance_levels(target),
         probe_metrics=tuple(metrics),
-        gain_over_best=over_best,
-        gains=tuple(
-            _gain(probe.name, fused, values, groups) for probe, values in zip(probe_set.probes, without.T, strict=True)
-        ),
-        controls=tuple(parallel_map(control, control_probes) if in_parallel else map(control, control_probes)),
+        gain_over_best=_smallest_gain([(name, metric_of(name)) for name in names], fused, groups),
+        gains=tuple(_gain(name, fused, to_metric(read(f"without_{name}"), target), groups) for name in names),
+        controls=tuple(controls),
     )
+
+
+def fit_controls(
+    probe_set: ProbeSet, cross_fit: CrossFit, *, fit: Fit, ids_of: Callable[[RowIndex], NDArray[np.object_]], seed: int
+) -> tuple[Control, ...]:
+    """Fit a probe of each modality to shuffled labels; `ids_of` returns the ids of a few samples.
+
+    For a network two are fitted, on half the rows each, for as many epochs: with r repeats of f folds,
+    1 / (r (f - 1)) more work, a twelfth by default.
+    """
+
+    def control(calibrated: CalibratedProbe) -> Control:
+        return _control(calibrated, probe_set.target, cross_fit, fit=fit, ids_of=ids_of, seed=seed)
+
+    in_parallel = fit_in_parallel([calibrated.inputs for calibrated in probe_set.probes])
+    return tuple(parallel_map(control, probe_set.probes) if in_parallel else map(control, probe_set.probes))
 
 
 def chance_levels(target: Target) -> dict[str, float]:
@@ -216,11 +232,13 @@ def gain_over_best(names: Sequence[str], correct: Floats, fused: Floats, groups:
     coverage is .942 to .978 without groups or with equal ones (one interval .863 to .967, Bonferroni's .955 to .986),
     and .981 to .999 with ten groups of sizes .6^g.
     """
-    gains = [_gain(name, fused, values, groups) for name, values in zip(names, correct.T, strict=True)]
-    wider = [
-        _gain(name, fused, values, groups, tail=0.025 / math.sqrt(len(names)))
-        for name, values in zip(names, correct.T, strict=True)
-    ]
+    return _smallest_gain(list(zip(names, correct.T, strict=True)), fused, groups)
+
+
+def _smallest_gain(metrics: Sequence[tuple[str, Floats]], fused: Floats, groups: Groups) -> Gain:
+    gains = [_gain(name, fused, values, groups) for name, values in metrics]
+    tail = 0.025 / math.sqrt(len(metrics))
+    wider = [_gain(name, fused, values, groups, tail=tail) for name, values in metrics]
     smallest = min(gains, key=lambda gain: gain.gain)
     return replace(smallest, low=min(gain.low for gain in gains), high=min(gain.high for gain in wider))
 
@@ -231,12 +249,12 @@ def _control(
     cross_fit: CrossFit,
     *,
     fit: Fit,
-    sample_id: NDArray[np.object_],
+    ids_of: Callable[[RowIndex], NDArray[np.object_]],
     seed: int,
 ) -> Control:
     """Fit probes to shuffled labels on a sample of the training rows, and compute their out-of-fold metric."""
     rows, target = _control_data(np.flatnonzero(cross_fit.fits & calibrated.present), target, cross_fit)
-    order = np.argsort(hash_rank(sample_id[rows], seed=seed, purpose="shuffled labels"), kind="stable")
+    order = np.argsort(hash_rank(ids_of(rows), seed=seed, purpose="shuffled labels"), kind="stable")
     # Labels are rotated by half the rows plus one, in the order of a hash, so that no row keeps its own label.
     shuffled = np.empty(len(rows), dtype=np.intp)
     shuffled[order] = np.roll(order, len(rows) // 2 + 1)

@@ -215,19 +215,40 @@ def score_columns(sample_scores: SampleScores, *, task: str, classes: NDArray[np
     }
 
 
+def report_columns(sample_scores: SampleScores, names: Sequence[str], *, joint: bool) -> dict[str, Floats]:
+    """Return the columns that the probe report reads, (n,) each; see compute_probe_report."""
+    columns = {
+        f"{kind}_{name}": values[:, index]
+        for kind, values in (
+            ("confidence", sample_scores.confidence),
+            ("correct", sample_scores.correct),
+            ("without", sample_scores.without_correct),
+        )
+        for index, name in enumerate(names)
+    }
+    columns |= {"confidence_fused": sample_scores.fused_confidence, "correct_fused": sample_scores.fused_correct}
+    if joint:
+        columns |= {"confidence_joint": sample_scores.joint_confidence, "correct_joint": sample_scores.joint_correct}
+    return columns
+
+
 def add_balance(scores: ScoreTable, *, config: MixtureConfig, seed: int) -> tuple[ScoreTable, Mixture]:
     """Add the balance score and p_balanced to a table with losses; return it with the mixture of the gap.
 
     Both are fitted to the rows outside the test split.
     """
     assert scores.similarity is not None
-    assert scores.loss is not None
-    assert scores.loss_fused is not None
-    # Missing modalities of a sample count with the mean loss of those that it has.
-    total = scores.loss_fused + len(scores.modalities) * np.nanmean(scores.loss, axis=1)
+    total = total_loss(scores)
     mixture = fit_mixture(scores.gap[scores.not_test], config=config, seed=seed)
     balance = measures.balance(scores.similarity, total, fits=scores.not_test)
     return replace(scores, balance=balance, p_balanced=mixture.posterior(scores.gap)), mixture
+
+
+def total_loss(scores: ScoreTable) -> Floats:
+    """Compute the fused loss plus those of the modalities (n,); a missing one counts with the mean of the others."""
+    assert scores.loss is not None
+    assert scores.loss_fused is not None
+    return np.asarray(scores.loss_fused + len(scores.modalities) * np.nanmean(scores.loss, axis=1))
 
 
 def _or_none(values: Floats) -> Floats | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -262,7 +262,8 @@ def audit_again(data: AuditData, positions: RowIndex, *, purpose: str) -> Floats
     positions = positions[np.isin(rows, kept)]
     target, _ = target_of(data.samples, kept)
     inputs = [matrix.take(positions) for matrix in data.inputs]
-    check_modalities(data.samples, inputs, cross_fits[0], kept)
+    codes = data.samples.group_codes
+    check_modalities(None if codes is None else codes[kept], inputs, cross_fits[0])
 
     def fit_modality(matrix: FeatureMatrix) -> CalibratedProbe:
         return fit_calibrated_probe(
@@ -275,7 +276,31 @@ def audit_again(data: AuditData, positions: RowIndex, *, purpose: str) -> Floats
     return confidence
 
 
-def target_of(samples: Samples, rows: RowIndex) -> tuple[Target, NDArray[np.int32]]:
+class LabelledSamples(Protocol):
+    """Labels of the samples of a dataset: Samples, or columns of a large one."""
+
+    @property
+    def task(self) -> str:
+        """classification, multilabel or regression."""
+
+    @property
+    def label(self) -> NDArray[np.int32]:
+        """Class or stratum of each sample (n,)."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes or strata."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs of a probe."""
+
+    @property
+    def target(self) -> Target:
+        """Training target of all samples."""
+
+
+def target_of(samples: LabelledSamples, rows: RowIndex) -> tuple[Target, NDArray[np.int32]]:
     """Return the target of these dataset rows, and the source's label of each of its classes."""
     if samples.task != "classification":
         return samples.target.take(rows), np.arange(len(samples.outputs), dtype=np.int32)
@@ -286,13 +311,19 @@ def target_of(samples: Samples, rows: RowIndex) -> tuple[Target, NDArray[np.int3
     return target, classes.astype(np.int32)
 
 
-def check_modalities(samples: Samples, inputs: Sequence[FeatureMatrix], cross_fit: CrossFit, rows: RowIndex) -> None:
-    """Raise ScoreError for a modality that only one group has: its probe could not be tested out of fold."""
-    unit, kind = (samples.sample_id, "samples") if samples.group is None else (samples.group, "groups of samples")
+def check_modalities(
+    group: NDArray[np.integer[Any]] | None, inputs: Sequence[FeatureMatrix], cross_fit: CrossFit
+) -> None:
+    """Raise ScoreError for a modality that only one group has: its probe could not be tested out of fold.
+
+    group: index of the group of each row of the inputs (n,); None without groups.
+    """
+    kind = "samples" if group is None else "groups of samples"
     for matrix in inputs:
-        units = set(unit[rows[cross_fit.fits & matrix.present]].tolist())
-        if len(units) < 2:
+        trains = cross_fit.fits & matrix.present
+        num_units = int(trains.sum()) if group is None else len(np.unique(group[trains]))
+        if num_units < 2:
             raise ScoreError(
-                f"modality {matrix.status.modality.name} has {len(units)} usable {kind} that probes can train on, "
+                f"modality {matrix.status.modality.name} has {num_units} usable {kind} that probes can train on, "
                 "2 needed; select the modalities to score with --modality"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 from ..dataset.columns import SPLITS
 from ..dataset.modalities import RESERVED
 from ..errors import ScoreError
+from ..hashing import hash_ids
 from ..metrics import Floats, discrepancy, discrepancy_between, dominant_modality, gap
 from ..parsing import Shape
-from ..storage import read_parquet, write_parquet
+from ..storage import read_batches, read_parquet, write_parquet
 
 _MODALITY: Shape = {"name": str, "column": str, "kind": str, "encoder": str, "length": (int, type(None))}
 _PROBES: dict[str, Shape] = {"probe": {"learn_from": str}, "network": {"width": float}}
@@ -344,7 +346,7 @@ def read_scores(path: str | Path) -> ScoreTable:
     """Read a score table, of mmaudit or any other with sample_id, a label and two or more columns confidence_M.
 
     Args:
-        path: A Parquet file.
+        path: A Parquet file, or a folder with the parts of a table.
 
     Returns:
         The table, with `provenance` from the file's metadata.
@@ -358,9 +360,15 @@ def read_scores(path: str | Path) -> ScoreTable:
         >>> scores.modalities  # doctest: +SKIP
         ('audio', 'video')
     """
-    table, provenance = read_parquet(Path(path), error=ScoreError, shape=PROVENANCE)
+    table, provenance = _read_table(Path(path))
+    return scores_of_table(table, provenance, where=str(path))
+
+
+def scores_of_table(table: pa.Table, provenance: dict[str, Any], *, where: str) -> ScoreTable:
+    """Return the score table with these columns; `provenance` is the metadata of its file."""
+    provenance = {**provenance}
     path_columns = [name for name in provenance.pop("paths", []) if name in table.column_names]
-    modalities = check_score_schema(table.schema, where=str(path), paths=path_columns)
+    modalities = check_score_schema(table.schema, where=where, paths=path_columns)
     label, label_name = _labels(table)
     split = _strings(table, "split")
     check_splits(() if split is None else set(split))
@@ -380,6 +388,41 @@ def read_scores(path: str | Path) -> ScoreTable:
         paths=table.select(path_columns) if path_columns else None,
         provenance=provenance,
     )
+
+
+def _read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """Read a file, or the parts of a table in a folder, and the metadata of the first part."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise ScoreError(f"{path} has no Parquet files")
+    parts = [read_parquet(file, error=ScoreError, shape=PROVENANCE) for file in files]
+    try:
+        return pa.concat_tables([table for table, _ in parts]), parts[0][1]
+    except pa.ArrowException as cause:
+        raise ScoreError(f"the files of {path} have different columns: {str(cause).splitlines()[0]}") from cause
+
+
+def read_score_sample(folder: Path, *, max_rows: int) -> ScoreTable:
+    """Read the rows of the parts of a table with the smallest hashes of their ids, at most `max_rows`.
+
+    One part is in memory at a time, and eight bytes of each row.
+    """
+    files = sorted(folder.glob("*.parquet"))
+    keys = [_id_keys(file) for file in files]
+    if sum(map(len, keys)) <= max_rows:
+        return read_scores(folder)
+    last = np.partition(np.concatenate(keys), max_rows - 1)[max_rows - 1]
+    parts = []
+    for file, key in zip(files, keys, strict=True):
+        table, provenance = read_parquet(file, error=ScoreError, shape=PROVENANCE)
+        parts.append(table.filter(pa.array(key <= last)))
+    return scores_of_table(pa.concat_tables(parts), provenance, where=str(folder))
+
+
+def _id_keys(file: Path) -> NDArray[np.uint64]:
+    with closing(read_batches(file, error=ScoreError, rows=1 << 17, columns=["sample_id"])) as batches:
+        columns = [table["sample_id"].combine_chunks() for table in batches]
+    return np.concatenate([hash_ids(column, seed=0, purpose="report") for column in columns])
 
 
 def _check_values(name: str, values: NDArray[np.generic], column: Column) -> None:
@@ -419,6 +462,16 @@ def _to_arrow(name: str, values: NDArray[Any] | None, *, length: int) -> pa.Arra
         return pa.nulls(length, type_)
     missing = np.isnan(values) if values.dtype.kind == "f" else values < 0 if is_class else None
     return pa.array(values, type_, mask=missing if missing is not None and missing.any() else None)
+
+
+def to_null(name: str, values: NDArray[Any]) -> pa.Array:
+    """Return values (n,) as a column of the file, null where they are NaN."""
+    return _to_arrow(name, values, length=len(values))
+
+
+def float_column(table: pa.Table, name: str) -> Floats:
+    """Return a column of a score table as float32 (n,), null as NaN."""
+    return np.asarray(table[name].to_numpy(), dtype=np.float32)
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray | None:

@@ -66,7 +66,7 @@ def write_report(run: Run) -> Path:
 
 def report_numbers(run: Run) -> Numbers:
     """Return the content of report.json: all numbers of the page and the figures."""
-    record, scores = run.record(), run.scores()
+    record, scores = run.record(), run.report_scores()
     if [modality["name"] for modality in record["modalities"]] != list(scores.modalities):
         raise RunError(f"the modalities of {run.record_file} differ from those of {run.scores_file}: rescore")
     of_run: dict[str, Any] = {"fingerprint": record["fingerprint"], "modalities": list(scores.modalities)}
@@ -96,6 +96,8 @@ def report_numbers(run: Run) -> Numbers:
         "max_detailed": MAX_DETAILED,
         "min_validation": MIN_VALIDATION_SAMPLES,
     }
+    if len(scores) < record["counts"]["scored"]:
+        numbers["sample"] = {"num_rows": len(scores), "num_scored": record["counts"]["scored"]}
     return {**numbers, "verdict": verdict(numbers)}
 
 

@@ -117,7 +117,7 @@ SCOPE = "For these probes, on this sample"  # of claims whose interval does not 
 def verdict(numbers: Section) -> dict[str, Any]:
     """Return the headline, its sentences, and the warnings (`warnings`)."""
     several = len(numbers["discrepancy"]) > 1
-    warnings = (_leaks, _left_out, _weak_probes, _unreliable, _scope, _groups, _test_labels)
+    warnings = (_leaks, _left_out, _weak_probes, _unreliable, _scope, _sample, _groups, _test_labels)
     shares = _shares_of_many(numbers) if several else _shares(numbers)
     return {
         "headline": _headline(numbers),
@@ -344,6 +344,16 @@ def _weak_probes(numbers: Section) -> list[str]:
             f"values mean little."
         )
     return warnings
+
+
+def _sample(numbers: Section) -> list[str]:
+    """Return a warning if the report is made of a sample of the scored rows."""
+    if (sample := numbers.get("sample")) is None:
+        return []
+    return [
+        f"Shares, figures and lists of samples are those of {sample['num_rows']:,} of {sample['num_scored']:,} "
+        "samples, drawn by the hashes of their ids. The probe report, the mixture and the counts are of all."
+    ]
 
 
 def _leaks(numbers: Section) -> list[str]:

@@ -114,6 +114,7 @@ class Agm(Balancer):
 
     config_type = AgmConfig
     paper = "Li et al., ICCV 2023"
+    accumulation_reason = "the gradient of a step is multiplied by coefficients of all its samples"
     state_fields = ("epoch", "_mean", "_steps", "_coefficient")
     config: AgmConfig
     needs_unimodal_logits = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,6 +59,8 @@ class Balancer(Method):
         own_heads: Its unimodal losses need heads that the fused prediction does not share.
         sets_rates: It sets one learning rate per modality.
         needs_unimodal_logits: Its steps compute the unimodal logits, not the fused ones only.
+        accumulation_reason: Why it does not train with gradients accumulated over the parts of a step; "" where it
+            does. `step` and `modulate` get the whole batch, `forward` its parts one after another.
         evaluates: What it evaluates between epochs: "train" or "validation" samples, or "copies" that it trains. A loop
             of the user's has these only where they are passed.
 
@@ -78,6 +80,7 @@ class Balancer(Method):
     own_heads: ClassVar[bool] = False
     sets_rates: ClassVar[bool] = False
     needs_unimodal_logits: bool = True
+    accumulation_reason: ClassVar[str] = ""
     evaluates: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, net: FusionNet, optimization: Optimization, config: Any = None, *, epochs: int) -> None:
@@ -117,13 +120,32 @@ class Balancer(Method):
 
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Train on one batch; return the outputs and this process's part of the loss, detached."""
-        with self.optimization.autocast():
-            outputs: Outputs = self.net(batch.inputs, batch.present, unimodal=self.needs_unimodal_logits)
-        loss = self.loss(outputs, batch)
-        self.optimization.backward(loss)
+        outputs, loss = self.backward(batch)
         self.modulate(outputs, batch)
         self.optimization.apply()
-        return outputs, loss.detach()
+        return outputs, loss
+
+    def backward(self, batch: Batch) -> tuple[Outputs, Tensor]:
+        """Compute the gradients of the batch's loss, part by part; return outputs and loss of the batch, detached."""
+        parts = batch.parts(self.optimization.part_size, world_size=self.distributed.world_size)
+        outputs: list[Outputs] = []
+        losses: list[Tensor] = []
+
+        def iter_losses() -> Iterator[Tensor]:
+            for part in parts:
+                part_outputs, loss = self.forward(part)
+                outputs.append(part_outputs if len(parts) == 1 else part_outputs.detached())
+                losses.append(loss.detach())
+                yield loss
+
+        self.optimization.backward(iter_losses())
+        return Outputs.joined(outputs), losses[0] if len(parts) == 1 else torch.stack(losses).sum()
+
+    def forward(self, batch: Batch) -> tuple[Outputs, Tensor]:
+        """Return the outputs for a batch, or for a part of one, and this process's part of the loss."""
+        with self.optimization.autocast():
+            outputs: Outputs = self.net(batch.inputs, batch.present, unimodal=self.needs_unimodal_logits)
+        return outputs, self.loss(outputs, batch)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute this process's part of the step's mean loss; by default the cross entropy of the fused logits."""

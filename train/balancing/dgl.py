@@ -65,15 +65,13 @@ class Dgl(Balancer):
                 "use paired samples, or --balancing sum"
             )
 
-    def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
-        """Train on one batch; the outputs are those of detached features."""
+    def forward(self, batch: Batch) -> tuple[Outputs, Tensor]:
+        """Return outputs of detached features, and the loss."""
         with self.optimization.autocast():
             features = self.net.encode(batch.inputs, batch.present)
         outputs = self.net.classify([f.detach() for f in features])
         loss = self.fused_loss(outputs, batch) + self.config.alpha * self._unimodal_losses(features, batch).sum()
-        self.optimization.backward(loss)
-        self.optimization.apply()
-        return outputs, loss.detach()
+        return outputs, loss
 
     def _unimodal_losses(self, features: Sequence[Tensor], batch: Batch) -> Tensor:
         """Compute this process's parts (m,) of the mean unimodal losses, without gradient by the fusion."""

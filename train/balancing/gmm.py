@@ -125,6 +125,7 @@ class Gmm(Balancer):
     class_reason = "its modality gap is one of probabilities of the true class"
     config_type = GmmConfig
     paper = "Liu et al., arXiv 2510.21797"
+    accumulation_reason = "its alignment is a mean over the imbalanced samples of a step"
     has_unimodal_loss = True
     evaluates = ("train",)
     config: GmmConfig

@@ -89,6 +89,7 @@ class Greedy(Balancer):
 
     config_type = GreedyConfig
     paper = "Wu et al., ICML 2022"
+    accumulation_reason = "the mean excitation that cuts a path follows every pass"
     fusions = ("mmtm",)
     fusion_reason = "it measures and cuts the cross-modal path, which no other fusion has"
     state_fields = ("epoch", "total", "ordinary", "slow", "steps_left", "rebalanced")

@@ -96,6 +96,7 @@ class Lfm(Balancer):
     class_reason = "its divergence is one of class probabilities"
     config_type = LfmConfig
     paper = "Yang et al., NeurIPS 2024"
+    accumulation_reason = "its divergence is a mean over the pairs of a step"
     own_fusion = MeanLate
     state_fields = ("epoch",)
     config: LfmConfig

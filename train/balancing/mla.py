@@ -85,6 +85,7 @@ class Mla(Balancer):
     class_reason = "its modalities are weighted by the entropy of class probabilities"
     config_type = MlaConfig
     paper = "Zhang et al., CVPR 2024"
+    accumulation_reason = "a batch is one step for each modality"
     fusions = ("shared",)
     fusion_reason = "it trains one classifier that all modalities share, one modality after another"
     has_unimodal_loss = True

@@ -88,21 +88,32 @@ class MmPareto(Balancer):
         """Set up the state."""
         trainable = [[p for p in encoder.parameters() if p.requires_grad] for encoder in self.net.encoders]
         self.encoders: list[list[nn.Parameter]] = [group for group in trainable if group]
+        self._unimodal_gradients: list[Tensor] = []  # of the parts of the step so far
 
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Train on one batch."""
+        self._unimodal_gradients = []
+        return super().step(batch)
+
+    def forward(self, batch: Batch) -> tuple[Outputs, Tensor]:
+        """Return outputs and loss, and add up the encoders' gradients of the unimodal losses."""
         with self.optimization.autocast():
             outputs: Outputs = self.net(batch.inputs, batch.present)
         fused, unimodal = separate_losses(outputs, batch.label)
         unimodal_loss = batch.mean_unimodal(unimodal).sum()
         loss = batch.mean_fused(fused) + unimodal_loss
         parameters = [p for group in self.encoders for p in group]
-        gradients = iter(self.optimization.gradients(unimodal_loss, parameters) if parameters else [])
-        self.optimization.backward(loss)
+        gradients = self.optimization.gradients(unimodal_loss, parameters) if parameters else []
+        if self._unimodal_gradients:
+            gradients = [a + b for a, b in zip(self._unimodal_gradients, gradients, strict=True)]
+        self._unimodal_gradients = gradients
+        return outputs, loss
+
+    def modulate(self, outputs: Outputs, batch: Batch) -> None:
+        """Combine the gradients of each encoder."""
+        gradients = iter(self._unimodal_gradients)
         for group in self.encoders:
             self._combine(group, [next(gradients) for _ in group])
-        self.optimization.apply()
-        return outputs, loss.detach()
 
     def _combine(self, parameters: list[nn.Parameter], unimodal_gradients: list[Tensor]) -> None:
         """Combine an encoder's gradients; a parameter without gradient stays without."""

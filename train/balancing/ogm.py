@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ...audit.parsing import check_ranges
+from ..backbones import PretrainedEncoder
 from ..batches import Batch, ModelReader, start_warning
 from ..config import TrainConfig
 from ..network import Outputs
@@ -52,9 +53,20 @@ def ogm_coefficients(score: Tensor, *, alpha: float) -> Tensor:
 
 
 def modulated_parameters(encoder: nn.Module) -> list[nn.Parameter]:
-    """Return the kernels of an encoder's convolutions, or all of its parameters where it has none."""
-    parameters = list(encoder.parameters())
-    return [p for p in parameters if p.ndim == 4] or parameters
+    """Return the kernels of an encoder's convolutions, or all of its parameters where it has none.
+
+    Of a pretrained encoder also where its convolutions have less than half of the trained weights, as the one layer of
+    a vision transformer that cuts patches (ours).
+    """
+    parameters = [p for p in encoder.parameters() if p.requires_grad] or list(encoder.parameters())
+    kernels = [p for p in parameters if p.ndim == 4]
+    if isinstance(encoder, PretrainedEncoder) and 2 * _count(kernels) < _count(parameters):
+        return parameters
+    return kernels or parameters
+
+
+def _count(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

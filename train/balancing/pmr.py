@@ -86,6 +86,7 @@ class Pmr(Balancer):
     class_reason = "it has one prototype per class"
     config_type = PmrConfig
     paper = "Fan et al., CVPR 2023"
+    accumulation_reason = "its weights compare the modalities over all samples of a step"
     has_unimodal_loss = True
     evaluates = ("train",)
     state_fields = ("epoch", "_weight", "_prototypes", "_seen")

@@ -135,10 +135,10 @@ class ReconBoost(Balancer):
         if self._stage()[2]:
             self.optimization.optimizer.state.clear()
 
-    def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
-        """Train one modality and the classifier, or everything."""
+    def forward(self, batch: Batch) -> tuple[Outputs, Tensor]:
+        """Return outputs and loss, which trains one modality and the classifier, or everything."""
         stage, boosts, _ = self._stage()
-        return self._boost(batch, stage % self.net.num_modalities) if boosts else super().step(batch)
+        return self._boost(batch, stage % self.net.num_modalities) if boosts else super().forward(batch)
 
     def _boost(self, batch: Batch, modality: int) -> tuple[Outputs, Tensor]:
         with self.optimization.autocast():
@@ -152,9 +152,7 @@ class ReconBoost(Balancer):
         config, num_classes = self.config, logits.shape[1]
         weight = (config.label_weight - config.residual_weight * confidence) / num_classes
         loss = (cross_entropy(logits, batch.label) * weight * batch.loss_weight[1 + modality]).sum()
-        self.optimization.backward(loss + self.head_loss(outputs, batch))
-        self.optimization.apply()
-        return outputs, loss.detach()
+        return outputs, loss + self.head_loss(outputs, batch)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return the stage, whether it boosts, and the rate of the ensemble."""

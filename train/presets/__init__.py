@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ else:
     import tomli as tomllib
 
 _FOLDER = Path(__file__).parent
-PRESETS = tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
+PRESETS = tuple(sorted(map(attrgetter("stem"), _FOLDER.glob("*.toml"))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Scoring of a dataset: from features to score table, mixture and probe report."""
+"""Stage `fit`: probes of all modalities with their calibration, and what else is fitted on a sample of the rows."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..dataset.columns import SPLITS
 from ..dataset.labels import Target
 from ..dataset.modalities import Modality
-from ..errors import Quarantined
+from ..dataset.samples import Samples
 from ..features.cached_matrix import FeatureMatrix
-from ..features.encode import EncodeTask
-from ..features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
 from ..features.encoders import input_shape, is_network, stored_pictures
 from ..features.matrix import Inputs, RowIndex
-from ..hashing import canonical_order
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
 from ..probes.crops import PictureView
-from ..probes.cross_fit import CrossFit, plan_cross_fits
+from ..probes.cross_fit import CrossFit
 from ..probes.network import describe_cost, seconds_per_row
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (
@@ -37,12 +35,9 @@ from ..probes.probe_set import (
     fit_joint_probe,
     fit_probe,
 )
-from ..workers import Progress, fixed_threads, parallel_map
-from .gap_checks import ClassCheck, MarginCheck, balanced_side, fit_by_class, permute_within_classes
-from .mixture import Mixture, MixtureConfig
-from .probe_report import CONTROL_ROWS, ProbeReport, compute_probe_report
-from .sample_scores import SampleScores, add_balance, compute_sample_scores, score_columns
-from .stability import (
+from ..scores.probe_report import CONTROL_ROWS, Control, fit_controls
+from ..scores.stability import (
+    AUDIT_ROWS,
     NUM_BISECTIONS,
     AuditData,
     BisectionAudit,
@@ -50,96 +45,89 @@ from .stability import (
     audit_bisections,
     audit_halves,
     check_modalities,
-    target_of,
 )
-from .table import ScoreTable
+from ..workers import Progress, parallel_map
+from .row_data import RowData
+from .selection import Selection
 
 log = logging.getLogger("mmaudit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Audit:
-    """All results of scoring. Every input sample is either scored or quarantined."""
+class Fitted:
+    """Probes of n samples, and the results of fits on some of them.
 
-    scores: ScoreTable
-    mixture: Mixture
-    class_check: ClassCheck
-    margin_check: MarginCheck
-    balanced_side: dict[str, float] | None
-    probe_report: ProbeReport
+    halves: its confidences are those of the first samples only, in the order of the selection.
+    """
+
+    probe_set: ProbeSet
+    controls: tuple[Control, ...]
     halves: HalfAudit | None
     bisections: BisectionAudit | None
-    quarantined: tuple[Quarantined, ...]
-    fingerprint: str
 
 
-@fixed_threads()
-def audit_dataset(
-    encoded: EncodedSamples,
-    tasks: Sequence[EncodeTask],
+def fit_probes(
+    selection: Selection,
+    inputs: Sequence[FeatureMatrix],
+    data: RowData,
     *,
     probe: ProbeConfig,
     networks: NetworkSettings,
-    mixture: MixtureConfig,
     seed: int,
     device: str,
     progress: Progress,
-    keep_duplicates: bool = False,
-) -> Audit:
-    """Score every usable sample of an encoded dataset.
+) -> Fitted:
+    """Fit the probes of all modalities, their controls, and the audits of halves of the features and of the samples.
 
     With `probe.learn_from = "train"` no probe trains on a test sample, so that no later choice by the scores depends on
     test labels; with "all" each probe has a quarter more training rows on a usual split.
-
-    All computations use the rows in the order of their ids' hashes; results are returned in the order of the dataset.
-    Shuffling the rows of the source therefore gives each sample bitwise the same values.
     """
-    rows, left_out = select_usable(encoded, keep_duplicates=keep_duplicates)
-    rows = rows[canonical_order(encoded.samples.sample_id[rows])]
-    rows, cross_fits, rare = plan_cross_fits(encoded.samples, rows, probe, seed=seed)
-    target, classes = target_of(encoded.samples, rows)
-    inputs = [FeatureMatrix.of(tasks, status, rows) for status in encoded.statuses]
-    check_modalities(encoded.samples, inputs, cross_fits[0], rows)
-    total = _num_fits([status.modality for status in encoded.statuses], probe)
+    first, target, cross_fits = selection.cross_fits[0], selection.target, selection.cross_fits
+    check_modalities(selection.group, inputs, first)
+    total = _num_fits([matrix.status.modality for matrix in inputs], probe)
     fit = _ProbeFitter(probe, networks, target, seed=seed, device=device, progress=progress, total=total)
     _log_cost([matrix for matrix in inputs if is_network(matrix.status.modality)], cross_fits, fit)
-    probe_set = _fit_probe_set(inputs, target, cross_fits, fit=fit)
-    sample_scores = compute_sample_scores(probe_set, seed=seed, progress=progress)
-    scores = _score_table(encoded, rows, sample_scores, target=target, classes=classes, fold=cross_fits[0].fold)
-    ids: dict[str, Any] = {"sample_id": scores.sample_id, "group": scores.group}
-    probe_report = compute_probe_report(
-        probe_set, sample_scores, cross_fits[0], fit=fit, controls=probe.control, seed=seed, **ids
-    )
-    data = AuditData(samples=encoded.samples, rows=rows, inputs=tuple(inputs), config=probe, fit=fit, seed=seed)
+    probe_set = fit_probe_set(inputs, target, cross_fits, fit=fit)
+
+    def ids_of(samples: RowIndex) -> NDArray[np.object_]:
+        return data.ids_of(selection.row[samples])
+
+    controls = fit_controls(probe_set, first, fit=fit, ids_of=ids_of, seed=seed) if probe.control else ()
+    audited = _audit_data(selection, inputs, data, config=probe, fit=fit, seed=seed)
     fit.purpose = "halves of the features"
-    halves = audit_halves(data) if probe.halves else None
+    halves = audit_halves(audited) if probe.halves else None
     fit.purpose = "bisections of the samples"
-    bisections = audit_bisections(data) if probe.thorough else None
-    scores, fitted = add_balance(scores, config=mixture, seed=seed)
-    if halves is not None and halves.confidences is not None:
-        scores = replace(scores, half_a=halves.confidences[0], half_b=halves.confidences[1])
-    return Audit(
-        scores=scores.take(np.argsort(rows)),
-        mixture=fitted,
-        **_gap_checks(scores, fitted, config=mixture, seed=seed),
-        probe_report=probe_report,
-        halves=halves,
-        bisections=bisections,
-        quarantined=sort_quarantined(left_out + rare, encoded.samples.sample_id),
-        fingerprint=encoded.fingerprint,
+    bisections = audit_bisections(audited) if probe.thorough else None
+    return Fitted(probe_set=probe_set, controls=controls, halves=halves, bisections=bisections)
+
+
+def _audit_data(
+    selection: Selection,
+    inputs: Sequence[FeatureMatrix],
+    data: RowData,
+    *,
+    config: ProbeConfig,
+    fit: _ProbeFitter,
+    seed: int,
+) -> AuditData:
+    """Return the first samples, at most AUDIT_ROWS, with their ids and groups as strings."""
+    rows = selection.row[:AUDIT_ROWS]
+    group = None if data.group is None else np.array(data.group_names, dtype=object)[data.group[rows]]
+    values = data.labels.values
+    samples = Samples(
+        sample_id=data.ids_of(rows),
+        label=data.label[rows],
+        class_names=data.class_names,
+        split=np.array(SPLITS, dtype=object)[data.split[rows]],
+        group=group,
+        paths=pa.table({}),
+        task=data.task,
+        values=None if values is None else values[rows],
+        outputs=data.outputs,
     )
-
-
-def _gap_checks(scores: ScoreTable, fitted: Mixture, *, config: MixtureConfig, seed: int) -> dict[str, Any]:
-    """Check the modes of the gap on the rows that the mixture is fitted to; the rows are in the order of a hash."""
-    chooses = scores.not_test
-    confidence, label = scores.confidence[chooses], scores.label[chooses]
-    options: dict[str, Any] = {"config": config, "seed": seed}
-    return {
-        "class_check": fit_by_class(scores.gap[chooses], label, **options),
-        "margin_check": permute_within_classes(confidence, label, **options, bimodal=fitted.bimodal),
-        "balanced_side": balanced_side(scores),
-    }
+    positions = np.arange(len(rows))
+    taken = tuple(matrix.take(positions) for matrix in inputs)
+    return AuditData(samples=samples, rows=positions, inputs=taken, config=config, fit=fit, seed=seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +206,7 @@ def _log_cost(inputs: Sequence[FeatureMatrix], cross_fits: Sequence[CrossFit], f
     log.info("networks of %s: %s", names, describe_cost(seconds, own_fits, control_rows=control_rows, **options))
 
 
-def _fit_probe_set(
+def fit_probe_set(
     inputs: Sequence[FeatureMatrix], target: Target, cross_fits: Sequence[CrossFit], *, fit: _ProbeFitter
 ) -> ProbeSet:
     """Fit a calibrated probe per modality, and a joint one unless a modality has a network probe."""
@@ -240,27 +228,3 @@ def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
         return len(modalities) * (1 + config.control)
     num_audits = 1 + config.control + 2 * config.halves + 2 * NUM_BISECTIONS * config.thorough
     return len(modalities) * num_audits + config.joint
-
-
-def _score_table(
-    encoded: EncodedSamples,
-    rows: RowIndex,
-    sample_scores: SampleScores,
-    *,
-    target: Target,
-    classes: NDArray[np.int32],
-    fold: NDArray[np.int16],
-) -> ScoreTable:
-    samples = encoded.samples
-    return ScoreTable(
-        sample_id=samples.sample_id[rows],
-        label=samples.label[rows],
-        label_name=np.array(samples.class_names, dtype=object)[samples.label[rows]],
-        modalities=tuple(status.modality.name for status in encoded.statuses),
-        split=samples.split[rows],
-        group=None if samples.group is None else samples.group[rows],
-        fold=fold,
-        content=encoded.content[rows],
-        paths=samples.paths.take(pa.array(rows)),
-        **score_columns(sample_scores, task=target.task, classes=classes),
-    )

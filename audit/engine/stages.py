@@ -1,0 +1,371 @@
+"""The stages of scoring: what each reads of earlier ones, and what it leaves to later ones."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..dataset.columns import SPLITS
+from ..dataset.dataset import Dataset
+from ..features.cached_matrix import FeatureMatrix, UsableRows
+from ..features.encode import EncodeTask, encode_dataset
+from ..probes.config import ProbeConfig
+from ..probes.probe_set import ProbeSet
+from ..probes.saved_probes import load_probes, read_calibrations, save_probes
+from ..scores.mixture import MixtureConfig
+from ..scores.probe_report import Control
+from ..scores.stability import BisectionAudit, HalfAudit, LeanError, Reliability
+from ..workers import Progress, fixed_threads
+from .fitting import Fitted, NetworkSettings, fit_probes
+from .merging import Merged, PartColumns, merge
+from .part_store import MemoryStore, Store
+from .plan import Part, ShardPlan
+from .row_data import EncodedData, RowData, read_row_table, read_status_table
+from .scoring import PartRows, finish_part, part_inputs, score_part, take_probes
+from .selection import Selection, fingerprint, read_selection, select, selection_record, selection_tables
+
+log = logging.getLogger("mmaudit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringJob:
+    """What the scoring of a dataset depends on, and where stages leave their results.
+
+    Attributes:
+        dataset: The dataset.
+        plan: Its parts.
+        store: Tables that pass between stages.
+        features: Folder of the feature cache.
+        probes: Folder of the probes, unless they stay in memory with the tables.
+        probe: How probes are fitted.
+        networks: Settings of network probes, and of media.
+        mixture: How the mixture is fitted.
+        seed: Seed of every random choice.
+        test_fraction: Share of the test split that is cut if the data have none.
+        keep_duplicates: Whether copies are scored.
+        device: Device of the fits.
+        num_workers: Processes that decode media.
+        progress: Callback for progress.
+    """
+
+    dataset: Dataset
+    plan: ShardPlan
+    store: Store
+    features: Path
+    probes: Path
+    probe: ProbeConfig
+    networks: NetworkSettings
+    mixture: MixtureConfig
+    seed: int
+    test_fraction: float
+    keep_duplicates: bool
+    device: str
+    num_workers: int
+    progress: Progress
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether one process runs all stages on one part and keeps their results in memory."""
+        return isinstance(self.store, MemoryStore)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the modalities."""
+        return [modality.name for modality in self.dataset.modalities]
+
+    def tasks(self, part: Part | None = None) -> tuple[EncodeTask, ...]:
+        """Return the encoding tasks of a part, or of all."""
+        first, end = (0, len(self.dataset.shards)) if part is None else (part.first_shard, part.end_shard)
+        without_shards = replace(self.dataset, shards=())
+        return tuple(
+            EncodeTask(dataset=without_shards, shard=shard, media=self.networks.media, folder=self.features)
+            for shard in self.dataset.shards[first:end]
+        )
+
+    def row_data(self) -> RowData:
+        """Read the columns of all rows from the row tables of all parts."""
+        return RowData.of(
+            self.dataset,
+            lambda part: self.store.read("rows", part),
+            num_parts=len(self.plan.parts),
+            seed=self.seed,
+            test_fraction=self.test_fraction,
+        )
+
+    def encoded(self, data: RowData) -> EncodedData:
+        """Return the rows with their encoding status, read from the status tables of all parts."""
+        encoded = EncodedData(
+            samples=data, tasks=self.tasks(), read_status=lambda part: self.store.read("status", part)
+        )
+        encoded.check()
+        return encoded
+
+
+def read_rows(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Stage `rows`: read ids, labels, groups and splits of parts; no medium is opened."""
+    for part in parts:
+        if not job.store.has("rows", part.index):
+            shards = job.dataset.shards[part.first_shard : part.end_shard]
+            table = read_row_table(job.dataset, shards, seed=job.seed, repeats=job.probe.repeats)
+            job.store.write("rows", table, part=part.index)
+
+
+@fixed_threads()
+def encode(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Stage `encode`: encode what the feature cache lacks of parts, and read the status of their rows."""
+    missing = [part for part in parts if not job.store.has("status", part.index)]
+    shards = tuple(shard for part in missing for shard in job.dataset.shards[part.first_shard : part.end_shard])
+    encode_dataset(
+        replace(job.dataset, shards=shards),
+        job.features,
+        media=job.networks.media,
+        num_workers=job.num_workers,
+        progress=job.progress,
+        device=job.device,
+    )
+    for part in missing:
+        table = read_status_table(job.dataset, job.tasks(part), job.store.read("rows", part.index))
+        job.store.write("status", table, part=part.index)
+
+
+def fingerprint_of_data(job: ScoringJob) -> str:
+    """Return the fingerprint of the data of a job, whose features are encoded if the cache lacks them."""
+    read_rows(job, job.plan.parts)
+    data = job.row_data()
+    encode(job, job.plan.parts)
+    return fingerprint(job.encoded(data))
+
+
+def log_cut(job: ScoringJob, data: RowData) -> None:
+    """Log how many samples a cut test split has."""
+    if job.dataset.columns.split is None:
+        num_test = int((data.split == SPLITS.index("test")).sum())
+        log.info("no split column: %d of %d samples are held out as test", num_test, len(data))
+
+
+@fixed_threads()
+def fit(job: ScoringJob, data: RowData) -> tuple[Selection, Fitted]:
+    """Stages `select` and `fit`: choose what is scored, and fit the probes."""
+    selection = select(job.encoded(data), probe=job.probe, seed=job.seed, keep_duplicates=job.keep_duplicates)
+    statuses = [
+        UsableRows(modality=modality, usable=np.ascontiguousarray(selection.usable[:, index]))
+        for index, modality in enumerate(job.dataset.modalities)
+    ]
+    inputs = [FeatureMatrix.of(job.tasks(), status, selection.row) for status in statuses]
+    fitted = fit_probes(
+        selection,
+        inputs,
+        data,
+        probe=job.probe,
+        networks=job.networks,
+        seed=job.seed,
+        device=job.device,
+        progress=job.progress,
+    )
+    return selection, fitted
+
+
+def save_fit(job: ScoringJob, selection: Selection, fitted: Fitted) -> None:
+    """Write the results of the stage `fit` for other processes; the table `selection` is written last."""
+    save_probes(fitted.probe_set, selection.cross_fits[0], job.probes)
+    halves, samples, rows = fitted.halves, *selection_tables(selection)
+    columns = {}
+    if halves is not None and halves.confidences is not None:
+        columns = {
+            f"{half} {index}": values
+            for half, confidence in zip("ab", halves.confidences, strict=True)
+            for index, values in enumerate(confidence.T)
+        }
+    job.store.write("halves", pa.table(columns), counts={"halves": None if halves is None else halves.to_json()})
+    job.store.write("usable", rows)
+    counts = {
+        "selection": selection_record(selection),
+        "controls": [control.to_json() for control in fitted.controls],
+        "num_features": [calibrated.inputs.num_features for calibrated in fitted.probe_set.probes],
+        "bisections": None if fitted.bisections is None else fitted.bisections.to_json(),
+    }
+    job.store.write("selection", samples, counts=counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResults:
+    """Results of the stage `fit`, kept in memory or read from the files of `save_fit`."""
+
+    job: ScoringJob
+    kept: tuple[Selection, Fitted] | None = None
+
+    @cached_property
+    def selection(self) -> Selection:
+        """What is scored."""
+        if self.kept is not None:
+            return self.kept[0]
+        store = self.job.store
+        record = store.counts("selection")["selection"]
+        return read_selection(store.read("selection"), store.read("usable"), record)
+
+    @cached_property
+    def halves(self) -> HalfAudit | None:
+        """Audit by halves of the features."""
+        if self.kept is not None:
+            return self.kept[1].halves
+        table, stated = self.job.store.read("halves"), self.job.store.counts("halves")["halves"]
+        if stated is None:
+            return None
+        first, second = (
+            np.stack([table[f"{half} {index}"].to_numpy() for index in range(len(self.job.names))], axis=1)
+            if table.num_columns
+            else None
+            for half in "ab"
+        )
+        reliability = tuple(Reliability(**row) for row in stated.pop("reliability"))
+        confidences = None if first is None or second is None else (first, second)
+        return HalfAudit(**stated, reliability=reliability, confidences=confidences)
+
+    @cached_property
+    def controls(self) -> tuple[Control, ...]:
+        """Probes of shuffled labels."""
+        if self.kept is not None:
+            return self.kept[1].controls
+        return tuple(Control.from_json(row) for row in self.job.store.counts("selection")["controls"])
+
+    @cached_property
+    def bisections(self) -> BisectionAudit | None:
+        """Audits of halves of the samples."""
+        if self.kept is not None:
+            return self.kept[1].bisections
+        stated = self.job.store.counts("selection")["bisections"]
+        if stated is None:
+            return None
+        return BisectionAudit(**{**stated, "errors": tuple(LeanError(**row) for row in stated["errors"])})
+
+    @cached_property
+    def num_features(self) -> list[int]:
+        """Number of features of each modality."""
+        if self.kept is not None:
+            return [calibrated.inputs.num_features for calibrated in self.kept[1].probe_set.probes]
+        return list(self.job.store.counts("selection")["num_features"])
+
+    def calibrations(self) -> dict[str, Any]:
+        """Return the calibration of each probe by name."""
+        if self.kept is None:
+            return read_calibrations(self.job.probes, self.job.names)
+        probe_set = self.kept[1].probe_set
+        joint = [] if probe_set.joint is None else [probe_set.joint]
+        return {calibrated.name: calibrated.calibration for calibrated in (*probe_set.probes, *joint)}
+
+    def probe_set(self, part: Part, rows: PartRows) -> ProbeSet:
+        """Return the probes of the samples of a part."""
+        tasks, sizes = self.job.tasks(part), self.num_features
+        inputs = part_inputs(self.job.dataset, tasks, rows.status, rows.row, num_features=sizes)
+        if self.kept is not None:
+            return take_probes(self.kept[1].probe_set, rows.samples, inputs)
+        selection = self.selection
+        return load_probes(
+            self.job.probes,
+            self.job.names,
+            inputs=inputs,
+            present=np.stack([matrix.present for matrix in inputs], axis=1),
+            target=selection.target.take(rows.samples),
+            cross_fits=[cross_fit.take(rows.samples) for cross_fit in selection.cross_fits],
+            samples=rows.samples,
+            device=self.job.device,
+        )
+
+
+@fixed_threads()
+def score(job: ScoringJob, results: FitResults, parts: Sequence[Part]) -> None:
+    """Stage `score`: score the samples of parts that are not scored yet."""
+    for part in parts:
+        if job.store.has("measured", part.index) and job.store.has("scores", part.index):
+            continue
+        tables = {name: job.store.read(name, part.index) for name in ("rows", "status")}
+        rows = PartRows.of(results.selection, part, **tables)
+        scores, measured = _score(job, results, part, rows)
+        counts = {"rows": part.num_rows, "scored": len(rows.row), "quarantined": part.num_rows - len(rows.row)}
+        job.store.write("scores", scores, part=part.index, counts=counts)
+        job.store.write("measured", measured, part=part.index, counts=counts)
+
+
+def _score(job: ScoringJob, results: FitResults, part: Part, rows: PartRows) -> tuple[pa.Table, pa.Table]:
+    if not len(rows.row):
+        return pa.table({}), pa.table({})
+    first = part.first if len(job.plan.parts) > 1 else 0
+
+    def progress(stage: str, done: int, total: int, *, detail: str = "") -> None:
+        num_rows = job.plan.num_rows if len(job.plan.parts) > 1 else total
+        job.progress(stage, min(first + done, num_rows), num_rows, detail=detail)
+
+    return score_part(
+        results.probe_set(part, rows),
+        results.selection,
+        rows,
+        path_columns=job.dataset.path_columns,
+        halves=results.halves,
+        seed=job.seed,
+        progress=progress,
+    )
+
+
+def merge_parts(job: ScoringJob, results: FitResults) -> Merged:
+    """Stage `merge`: compute what holds for all samples from the parts."""
+    columns = PartColumns(
+        num_parts=len(job.plan.parts),
+        tables=lambda part: (job.store.read("scores", part), job.store.read("measured", part)),
+        order=results.selection.dataset_order,
+    )
+    return merge(
+        results.selection,
+        columns,
+        modalities=job.dataset.modalities,
+        calibrations=results.calibrations(),
+        controls=results.controls,
+        mixture=job.mixture,
+        seed=job.seed,
+    )
+
+
+def finished_parts(job: ScoringJob, merged: Merged) -> Iterator[tuple[Part, pa.Table, dict[str, int] | None]]:
+    """Stage `finish`: yield each part with samples, its whole score table, and the counts of balanced_side."""
+    for part in job.plan.parts:
+        scores = job.store.read("scores", part.index)
+        if scores.num_columns:
+            measured = job.store.read("measured", part.index)
+            yield part, *finish_part(scores, measured, merged.whole, names=job.names)
+
+
+def run_all(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
+    """Run the stages up to `merge` in this process; return their results and the seconds that they took."""
+    seconds: dict[str, float] = {}
+    parts = job.plan.parts
+    read_rows(job, parts)
+    data = job.row_data()
+    log_cut(job, data)
+    with timed(seconds, "encode"):
+        encode(job, parts)
+    with timed(seconds, "probe"):
+        results = FitResults(job=job)
+        if job.in_memory:
+            results = FitResults(job=job, kept=fit(job, data))
+        elif not job.store.has("selection"):
+            save_fit(job, *fit(job, data))
+        del data  # its columns are those of all rows
+        score(job, results, parts)
+        return results, merge_parts(job, results), seconds
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds of a block."""
+    start = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - start, 3)
+    log.debug("%s took %.1f s", stage, seconds[stage])

@@ -1,0 +1,189 @@
+"""Probes as safetensors files: one per modality, and one of the joint probe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..dataset.labels import Target
+from ..errors import RunError
+from ..features.matrix import Inputs, JointInputs
+from ..storage import atomic_write
+from .cross_fit import CrossFit
+from .design import TermUnits, TorchTarget, Units
+from .gaussian import Curve
+from .linear import LinearProbe
+from .mlp import MlpProbe, Nets
+from .network_probe import NetworkProbe
+from .probe_set import CalibratedProbe, Calibration, Probe, ProbeSet
+
+_JOINT = "joint"
+
+
+def save_probes(probe_set: ProbeSet, cross_fit: CrossFit, folder: Path) -> None:
+    """Write the probes of a set to NAME.safetensors; `cross_fit` holds the folds of the first repeat."""
+    joint = () if probe_set.joint is None else (probe_set.joint,)
+    for calibrated in (*probe_set.probes, *joint):
+        tensors, stated = _probe_tensors(calibrated.probe)
+        scale = [calibrated.scale[int((cross_fit.fold == fold).argmax())] for fold in range(cross_fit.num_folds)]
+        tensors["fold_scale"] = torch.from_numpy(np.array(scale, dtype=np.float32))
+        if calibrated.anchor is not None:
+            tensors["anchor"] = torch.from_numpy(calibrated.anchor)
+        stated |= {"name": calibrated.name, "calibration": asdict(calibrated.calibration), "unit": probe_set.min_scale}
+        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        with atomic_write(folder / f"{calibrated.name}.safetensors") as temporary:
+            save_file(contiguous, temporary, metadata={"mmaudit": json.dumps(stated, sort_keys=True)})
+
+
+def read_calibrations(folder: Path, names: Sequence[str]) -> dict[str, Calibration]:
+    """Return the calibration of the probe of each modality, and of `joint` if there is such a probe."""
+    files = [*names, *([_JOINT] if (folder / f"{_JOINT}.safetensors").exists() else [])]
+    return {name: Calibration(**_read(folder / f"{name}.safetensors", "cpu")[1]["calibration"]) for name in files}
+
+
+def load_probes(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    inputs: Sequence[Inputs],
+    present: NDArray[np.bool_],
+    target: Target,
+    cross_fits: Sequence[CrossFit],
+    samples: NDArray[np.intp],
+    device: str,
+) -> ProbeSet:
+    """Read the probes for n samples with these inputs.
+
+    Args:
+        folder: Where `save_probes` wrote them.
+        names: Names of the modalities.
+        inputs: Features of the samples in each modality.
+        present: Which modalities each sample has (n, m).
+        target: Target of the samples.
+        cross_fits: Folds of the samples in each repeat.
+        samples: The samples among those that the probes were fitted for (n,): networks have stored outputs of them.
+        device: Device of the probes.
+    """
+    calibrated = []
+    files = [*names, *([_JOINT] if (folder / f"{_JOINT}.safetensors").exists() else [])]
+    unit = 0.0
+    for index, name in enumerate(files):
+        tensors, stated = _read(folder / f"{name}.safetensors", device)
+        is_joint = name == _JOINT
+        own_inputs = JointInputs(parts=tuple(inputs)) if is_joint else inputs[index]
+        own_present = reduce(np.logical_or, present.T) if is_joint else np.ascontiguousarray(present[:, index])
+        fold, anchor = cross_fits[0].fold, tensors.get("anchor")
+        unit = float(stated["unit"])
+        calibrated.append(
+            CalibratedProbe(
+                name=name,
+                inputs=own_inputs,
+                present=own_present,
+                probe=_probe_of(tensors, stated, own_inputs, cross_fits, samples),
+                scale=tensors["fold_scale"].cpu().numpy()[fold],
+                calibration=Calibration(**stated["calibration"]),
+                anchor=None if anchor is None else anchor.cpu().numpy(),
+                fold=None if anchor is None else fold,
+            )
+        )
+    joint = calibrated.pop() if files[-1] == _JOINT and len(files) > len(names) else None
+    return ProbeSet(probes=tuple(calibrated), joint=joint, target=target, unit=unit)
+
+
+def _read(file: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(file, framework="pt", device=device) as opened:
+            stated = json.loads(opened.metadata()["mmaudit"])
+            return {name: opened.get_tensor(name) for name in opened.keys()}, stated  # noqa: SIM118  # no mapping
+    except Exception as cause:  # safetensors raises an error of its own, which is an Exception
+        raise RunError(f"{file} cannot be read ({cause}): run the stage fit again") from cause
+
+
+def _probe_tensors(probe: Probe) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a probe, and its plain values."""
+    if isinstance(probe, NetworkProbe):
+        return {"by_repeat": torch.from_numpy(probe.by_repeat), "by_epoch": torch.from_numpy(probe.by_epoch)}, {
+            "kind": "network"
+        }
+    if isinstance(probe, MlpProbe):
+        states = {"nets": probe.nets, **{f"snapshot.{index}": nets for index, nets in enumerate(probe.snapshots)}}
+        tensors = {f"{name}.{layer}": getattr(nets, layer) for name, nets in states.items() for layer in _LAYERS}
+        units = probe.torch_target
+        plain = {"task": units.task, "num_outputs": units.num_outputs, "centre": units.centre, "scale": units.scale}
+        return {**tensors, **_unit_tensors(probe.units)}, {"kind": "mlp", "target": plain}
+    assert isinstance(probe, LinearProbe)
+    tensors = {"theta": probe.theta, "l2": probe.l2, **_unit_tensors(probe.units)}
+    tensors |= {f"snapshot.{index}": theta for index, theta in enumerate(probe.snapshots)}
+    if probe.term_units is not None:
+        tensors |= {"terms": torch.from_numpy(probe.term_units.terms), "gain": torch.from_numpy(probe.term_units.gain)}
+    for index, curve in enumerate(probe.curves):
+        if curve is not None:
+            tensors |= {f"curve.{index}.{name}": getattr(curve, name) for name in _CURVE}
+    factors = [None if curve is None else curve.factor for curve in probe.curves]
+    return tensors, {"kind": "linear", "num_steps": probe.num_steps, "factors": factors}
+
+
+_LAYERS, _CURVE, _UNITS = ("first", "second"), ("axes", "roots", "offset", "constant"), ("centre", "scale", "spread")
+
+
+def _unit_tensors(units: Units) -> dict[str, Tensor]:
+    return {f"units.{name}": getattr(units, name) for name in _UNITS}
+
+
+def _probe_of(
+    tensors: Mapping[str, Tensor],
+    stated: Mapping[str, Any],
+    inputs: Inputs,
+    cross_fits: Sequence[CrossFit],
+    samples: NDArray[np.intp],
+) -> Probe:
+    if stated["kind"] == "network":
+        outputs = (tensors[name].cpu().numpy()[:, samples] for name in ("by_repeat", "by_epoch"))
+        by_repeat, by_epoch = outputs
+        return NetworkProbe(by_repeat=by_repeat, by_epoch=by_epoch)
+    units = Units(**{name: tensors[f"units.{name}"] for name in _UNITS})
+    if stated["kind"] == "mlp":
+        names = ["nets", *(f"snapshot.{index}" for index in range(_num_snapshots(tensors)))]
+        nets, *snapshots = (Nets(**{layer: tensors[f"{name}.{layer}"] for layer in _LAYERS}) for name in names)
+        target = TorchTarget(values=torch.empty(0), **stated["target"])
+        return MlpProbe(
+            inputs=inputs,
+            cross_fits=tuple(cross_fits),
+            units=units,
+            torch_target=target,
+            nets=nets,
+            snapshots=tuple(snapshots),
+        )
+    curves = [
+        None if factor is None else Curve(**{name: tensors[f"curve.{index}.{name}"] for name in _CURVE}, factor=factor)
+        for index, factor in enumerate(stated["factors"])
+    ]
+    term_units = None
+    if "terms" in tensors:
+        term_units = TermUnits(terms=tensors["terms"].cpu().numpy(), gain=tensors["gain"].cpu().numpy())
+    return LinearProbe(
+        inputs=inputs,
+        cross_fits=tuple(cross_fits),
+        units=units,
+        term_units=term_units,
+        theta=tensors["theta"],
+        curves=tuple(curves),
+        l2=tensors["l2"],
+        num_steps=stated["num_steps"],
+        snapshots=tuple(tensors[f"snapshot.{index}"] for index in range(_num_snapshots(tensors))),
+    )
+
+
+def _num_snapshots(tensors: Mapping[str, Tensor]) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith("snapshot.")})

@@ -1,0 +1,212 @@
+"""Jobs of scoring, their stages as commands, and the publication of their results in a run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ..audit.dataset.dataset import Dataset
+from ..audit.engine.executors import Executor, LocalExecutor, ShardExecutor
+from ..audit.engine.fitting import NetworkSettings
+from ..audit.engine.merging import Audit, Merged
+from ..audit.engine.part_store import FolderStore, MemoryStore, Store
+from ..audit.engine.plan import plan_parts, take_parts
+from ..audit.engine.stages import (
+    FitResults,
+    ScoringJob,
+    encode,
+    finished_parts,
+    fit,
+    log_cut,
+    merge_parts,
+    read_rows,
+    save_fit,
+    score,
+    timed,
+)
+from ..audit.errors import ConfigError, choices, quarantine_table
+from ..audit.hashing import digest
+from ..audit.locks import Lock, write_lock
+from ..audit.storage import write_json, write_parquet
+from ..audit.workers import Progress, default_workers
+from .config import RunConfig
+from .provenance import described_modalities, record_of, score_provenance, signed_record
+from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
+
+log = logging.getLogger("mmaudit")
+
+STAGES = ("encode", "fit", "score", "merge")
+BY_PART = ("encode", "score")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """Result of one stage of `score`.
+
+    Attributes:
+        run: The run folder.
+        stage: The stage.
+        parts: Numbers of the parts that this process worked on; of `fit` all.
+        num_parts: Parts of the data.
+        next_stage: The stage that follows when all parts are done.
+    """
+
+    run: Path
+    stage: str
+    parts: tuple[int, ...]
+    num_parts: int
+    next_stage: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {
+            "run": str(self.run),
+            "stage": self.stage,
+            "parts": list(self.parts),
+            "num_parts": self.num_parts,
+            "next_stage": self.next_stage,
+        }
+
+
+def check_stage(stage: str | None, shard: str | None) -> None:
+    """Raise ConfigError for a stage that does not exist, or a shard of a stage that one process runs."""
+    if stage is not None and stage not in STAGES:
+        raise ConfigError(f"--stage {stage}: {choices(stage, STAGES)}")
+    if shard is not None and stage not in BY_PART:
+        of = "without --stage" if stage is None else f"of --stage {stage}"
+        raise ConfigError(f"--shard {shard} {of}: the stages {' and '.join(BY_PART)} run by shard, the others at once")
+    if shard is not None:
+        take_parts(shard, ())
+
+
+def open_job(
+    run_dir: Run,
+    dataset: Dataset,
+    config: RunConfig,
+    *,
+    device: str,
+    num_workers: int | None,
+    progress: Progress,
+    store: Store | None = None,
+    staged: bool = False,
+) -> ScoringJob:
+    """Return the job that scores a dataset in a run folder.
+
+    Its results stay in memory if the data are one part, unless `staged`, or unless stages have been run before.
+    """
+    modalities = described_modalities(dataset, config)
+    depends_on = [json.dumps(config.scoring_config(), sort_keys=True), json.dumps(modalities, sort_keys=True)]
+    depends_on += [_rows_digest(dataset)]
+    plan = plan_parts(dataset.shards, config=config.parts, depends_on=depends_on, own=run_dir.folder)
+    if store is None:
+        in_memory = len(plan.parts) == 1 and not staged and not run_dir.stages.exists()
+        store = MemoryStore() if in_memory else FolderStore(folder=run_dir.stages, config=plan.config)
+    if isinstance(store, FolderStore):
+        plan.write(store.folder / "shards.json", dataset.shards)
+    return ScoringJob(
+        dataset=dataset,
+        plan=plan,
+        store=store,
+        features=run_dir.features,
+        probes=run_dir.stages / "probes",
+        probe=config.probe,
+        networks=NetworkSettings(config=config.network, media=config.media, folder=run_dir.features / "networks"),
+        mixture=config.mixture,
+        seed=config.seed,
+        test_fraction=config.data.test_fraction,
+        keep_duplicates=config.data.keep_duplicates,
+        device=device,
+        num_workers=default_workers() if num_workers is None else num_workers,
+        progress=progress,
+    )
+
+
+def _rows_digest(dataset: Dataset) -> str:
+    """Return the digest of the rows that shards hold in memory, such as those of a csv file."""
+    parts = []
+    for shard in dataset.shards:
+        if shard.location is None:
+            rows = dataset.read(shard)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, rows.schema) as stream:
+                stream.write_table(rows)
+            parts.append(digest(sink.getvalue().to_pybytes()))
+    return digest(*(part.encode() for part in parts))
+
+
+def run_merge(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
+    """Run the stage `merge` on the results of earlier ones."""
+    seconds: dict[str, float] = {}
+    results = FitResults(job=job)
+    with timed(seconds, "merge"):
+        return results, merge_parts(job, results), seconds
+
+
+def run_stage(run_dir: Run, job: ScoringJob, stage: str, *, shard: str | None) -> StageResult:
+    """Run one stage before `merge` in this process."""
+    executor: Executor = LocalExecutor() if shard is None else ShardExecutor(shard)
+    parts = job.plan.parts if shard is None else take_parts(shard, job.plan.parts)
+    scope = f"stages/{stage}" + ("" if shard is None else f"-{shard.replace('/', '-of-')}")
+    with write_lock(run_dir.folder, scope, command=f"mmaudit score --stage {stage}"):
+        if stage == "encode":
+            executor.run(lambda own: read_rows(job, own), job.plan.parts)
+            executor.run(lambda own: encode(job, own), job.plan.parts)
+        elif stage == "score":
+            executor.run(lambda own: score(job, FitResults(job=job), own), job.plan.parts)
+        elif not job.store.has("selection"):
+            data = job.row_data()
+            log_cut(job, data)
+            save_fit(job, *fit(job, data))
+    return StageResult(
+        run=run_dir.folder,
+        stage=stage,
+        parts=tuple(part.index for part in parts),
+        num_parts=len(job.plan.parts),
+        next_stage=STAGES[STAGES.index(stage) + 1],
+    )
+
+
+def publish(
+    run_dir: Run,
+    job: ScoringJob,
+    config: RunConfig,
+    results: FitResults,
+    merged: Merged,
+    *,
+    seconds: dict[str, float],
+    about: dict[str, Any],
+    overwrite: bool,
+    lock: Lock,
+) -> None:
+    """Finish all parts and replace the files of the run at once; `about` are further keys of run.json.
+
+    Without `overwrite`, manifests from other score tables are kept.
+    """
+    manifests, finetunes = run_dir.manifests(), run_dir.finetunes()
+    if overwrite and (manifests or finetunes):
+        log.info("removing %d manifests and %d fine-tunings of the old scores", len(manifests), len(finetunes))
+    replaced = (*SCORE_FILES, *REPORT_FILES, *(MADE_FROM_SCORES if overwrite else ()))
+    audit = Audit.of(results.selection, merged, halves=results.halves, bisections=results.bisections)
+    provenance = score_provenance(record_of(job.dataset, audit, config, seconds=seconds))
+    with replacing(run_dir.folder, replaced, lock=lock) as folder:
+        staged = Run(folder)
+        counts = []
+        for part, table, count in finished_parts(job, merged):
+            file = staged.scores_file if len(job.plan.parts) == 1 else staged.score_part(part.index)
+            write_parquet(table, file, provenance={**provenance, "paths": job.dataset.path_columns})
+            counts.append(count)
+        audit = audit.with_balanced(counts)
+        record = record_of(job.dataset, audit, config, seconds=seconds) | about
+        write_parquet(quarantine_table(audit.quarantined), staged.quarantine_file, provenance=provenance)
+        write_json(dict(audit.mixture.to_json()), staged.mixture_file)
+        write_json(job.plan.to_json(job.dataset.shards), staged.shards_file)
+        if not job.in_memory:
+            shutil.copytree(job.probes, staged.probes)
+        staged.write_record(signed_record(record, folder=run_dir.folder, scores=staged.score_source))
+    shutil.rmtree(run_dir.stages, ignore_errors=True)
