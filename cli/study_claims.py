@@ -107,6 +107,8 @@ def _findings(comparison: Mapping[str, Any], where: str) -> Iterator[ClaimOutcom
         outcome = outcomes.get(row["outcome"], "cannot be told")
         yield ClaimOutcome(claim=f"{row['name']} ({where}): {row['claim']}", outcome=outcome, sentence=row["sentence"])
     for row in comparison.get("selection") or ():
+        if row["comparison"].startswith("anti-curriculum for "):
+            continue  # a control, of which nothing is claimed
         yield judge(f"Filtered fine-tuning ({where}): {row['comparison']}", row)
 
 
@@ -120,6 +122,9 @@ def judge(claim: str, row: Mapping[str, Any], *, gain: float | None = None) -> C
     if value is None or low is None or high is None or row.get("p_holm") is None or row["p_holm"] != row["p_holm"]:
         single = "no verdict: one training, or too few test samples"
         return ClaimOutcome(claim=claim, outcome="cannot be told", sentence=single)
+    if low == high:
+        equal = "no test sample is predicted otherwise: the trainings are the same, or nearly"
+        return ClaimOutcome(claim=claim, outcome="cannot be told", sentence=equal)
     text = f"{value:+.1f} points, 95% [{low:+.1f}, {high:+.1f}], p {row['p_holm']:.3f}"
     if row["p_holm"] < LEVEL:
         return ClaimOutcome(claim=claim, outcome="holds here" if value > 0 else "the opposite here", sentence=text)

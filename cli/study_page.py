@@ -260,7 +260,8 @@ def _limits(numbers: Numbers) -> Iterator[str]:
 
 
 def _picture(name: str, kind: str, text: str) -> str:
-    return f"![{text}: {name}](study/{name}-{kind}.svg)"
+    path = f"study/{name}-{kind}.svg"
+    return f"![{text}: {name}]({f'<{path}>' if ' ' in path else path})"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -402,9 +402,9 @@ def test_data_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[ManifestSource] = []
     read = ManifestSource.read
 
-    def recorded(source: ManifestSource, **options: Any) -> EncodedSource:
+    def recorded(source: ManifestSource, config: RunConfig, **options: Any) -> EncodedSource:
         calls.append(source)
-        return read(source, **options)
+        return read(source, config, **options)
 
     monkeypatch.setattr(ManifestSource, "read", recorded)
     compare(run, method=["joint"], controls=False)

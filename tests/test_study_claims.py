@@ -29,6 +29,14 @@ def test_claim_of_a_gain_is_judged_by_verdict_and_by_the_published_size(differen
     assert ("effects of 3.0 points would have been shown" in outcome_here.sentence) == (outcome == "cannot be told")
 
 
+def test_equal_trainings_decide_nothing() -> None:
+    """A curriculum that ends in the first epoch has no order."""
+    equal = control("anti-curriculum for bss-h+sum", 0.0, reference="bss-h+sum", low=0.0, high=0.0, p_holm=1.0)
+    outcome = outcome_of(dataset(comparison(row("bss-h+sum", 0.0), equal)), "The order of bss-h+sum matters")
+    assert outcome.outcome == "cannot be told"
+    assert outcome.sentence.startswith("no test sample is predicted otherwise")
+
+
 def test_a_claim_without_a_published_number_has_no_size_to_exclude() -> None:
     assert outcome_of(dataset(comparison(row("ogm", -0.01))), "OGM is").outcome == "cannot be told"
 
