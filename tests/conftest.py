@@ -58,6 +58,26 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[Callable[[int], int]]:
+    """Train networks of tests with one thread: they are so small that two take five times as long.
+
+    Tests of the number of threads ask for `usual_threads`; processes that tests start have those too.
+    """
+    from mmaudit.audit import workers
+
+    usual = workers._check_limits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "_check_limits", lambda num_threads: min(1, usual(num_threads)))
+        yield usual
+
+
+@pytest.fixture
+def usual_threads(one_thread: Callable[[int], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute with as many threads as for users."""
+    monkeypatch.setattr("mmaudit.audit.workers._check_limits", one_thread)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def plain_figures() -> Iterator[None]:
     """Build the figures of every report and encode a pixel in place of each: drawing them is half the time of a score.
 

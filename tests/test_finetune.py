@@ -96,6 +96,7 @@ def test_divergence_in_the_last_step_is_an_error(tmp_path: Path) -> None:
         finetune_on(make_examples(), None, config=with_options(lr=1e30), max_samples=1, **options)
 
 
+@pytest.mark.usefixtures("usual_threads")
 def test_vectors_are_trained_in_one_thread_and_pictures_in_two() -> None:
     examples = make_examples()
     assert examples.num_threads == NUM_THREADS == 1

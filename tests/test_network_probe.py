@@ -246,6 +246,19 @@ def test_logits_depend_on_the_seed_only(fitted: Fitted) -> None:
     assert not np.array_equal(fit(rows, target, seed=1).logits(ROWS)[0], first.logits(ROWS)[0])
 
 
+@pytest.mark.usefixtures("usual_threads")
+def test_two_threads_give_the_same_bytes_each_time() -> None:
+    rows, target = planted(PICTURE)
+    counts: set[int] = set()
+
+    def count(stage: str, done: int, total: int, *, detail: str = "") -> None:
+        counts.add(torch.get_num_threads())
+
+    first, second = (fit(rows, target, config=replace(QUICK, epochs=1), progress=count) for _ in range(2))
+    assert counts == {2}
+    np.testing.assert_array_equal(first.logits(ROWS), second.logits(ROWS))
+
+
 def test_shuffling_the_rows_shuffles_the_logits(fitted: Fitted) -> None:
     rows, target, first = fitted
     order = np.random.default_rng(3).permutation(72)

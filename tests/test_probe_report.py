@@ -286,11 +286,7 @@ def test_network_control_has_two_folds_of_half_the_rows() -> None:
     assert all(np.bincount(halves.fold[expected_fold == fold]).min() > 40 for fold in range(5))
 
 
-# The quicker twins of "apart": test_shuffled_labels_of_clean_data_are_at_chance and that of memorisation in
-# test_network_probe.py.
-@pytest.mark.parametrize(
-    "leaks", [pytest.param(False, id="apart", marks=pytest.mark.slow), pytest.param(True, id="together")]
-)
+@pytest.mark.parametrize("leaks", [False, True], ids=["apart", "together"])
 def test_network_control_detects_training_on_scored_rows(leaks: bool) -> None:
     """24 pictures of random patches: memorisation helps only if the same rows are scored."""
     rng = np.random.default_rng(0)

@@ -32,6 +32,8 @@ from mmaudit.audit.workers import (
     run_tasks,
 )
 
+pytestmark = pytest.mark.usefixtures("usual_threads")
+
 # Workers import the functions they run, which are therefore from the standard library.
 
 
