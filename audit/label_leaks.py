@@ -57,7 +57,7 @@ class LeakColumns:
 
     @classmethod
     def of(cls, scores: ScoreTable) -> LeakColumns:
-        """Take the columns of a score table."""
+        """Build the columns of a score table."""
         prediction, split = scores.prediction, scores.split
         is_class = prediction is not None and np.issubdtype(prediction.dtype, np.integer)
 
