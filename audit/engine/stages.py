@@ -101,6 +101,11 @@ class ScoringJob:
             test_fraction=self.test_fraction,
         )
 
+    @cached_property
+    def saved_results(self) -> FitResults:
+        """Results of the stage `fit`, read from its files when they are needed."""
+        return FitResults(job=self)
+
     def encoded(self, data: RowData) -> EncodedData:
         """Return the rows with their encoding status, read from the status tables of all parts."""
         encoded = EncodedData(
@@ -119,9 +124,15 @@ def read_rows(job: ScoringJob, parts: Sequence[Part]) -> None:
             job.store.write("rows", table, part=part.index)
 
 
-@fixed_threads()
 def encode(job: ScoringJob, parts: Sequence[Part]) -> None:
     """Stage `encode`: encode what the feature cache lacks of parts, and read the status of their rows."""
+    encode_shards(job, parts)
+    read_status(job, parts)
+
+
+@fixed_threads()
+def encode_shards(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """First half of the stage `encode`: encode what the feature cache lacks of parts, or of pieces of parts."""
     missing = [part for part in parts if not job.store.has("status", part.index)]
     shards = tuple(shard for part in missing for shard in job.dataset.shards[part.first_shard : part.end_shard])
     encode_dataset(
@@ -132,9 +143,14 @@ def encode(job: ScoringJob, parts: Sequence[Part]) -> None:
         progress=job.progress,
         device=job.device,
     )
-    for part in missing:
-        table = read_status_table(job.dataset, job.tasks(part), job.store.read("rows", part.index))
-        job.store.write("status", table, part=part.index)
+
+
+def read_status(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Second half of the stage `encode`: read the status of the rows of whole parts from the feature cache."""
+    for part in parts:
+        if not job.store.has("status", part.index):
+            table = read_status_table(job.dataset, job.tasks(part), job.store.read("rows", part.index))
+            job.store.write("status", table, part=part.index)
 
 
 def fingerprint_of_data(job: ScoringJob) -> str:
@@ -194,6 +210,14 @@ def save_fit(job: ScoringJob, selection: Selection, fitted: Fitted) -> None:
         "bisections": None if fitted.bisections is None else fitted.bisections.to_json(),
     }
     job.store.write("selection", samples, counts=counts)
+
+
+def fit_and_save(job: ScoringJob, parts: Sequence[Part] = ()) -> None:
+    """Stages `select` and `fit` on all parts, whichever are passed, with their results as files."""
+    if not job.store.has("selection"):
+        data = job.row_data()
+        log_cut(job, data)
+        save_fit(job, *fit(job, data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +317,11 @@ def score(job: ScoringJob, results: FitResults, parts: Sequence[Part]) -> None:
         counts = {"rows": part.num_rows, "scored": len(rows.row), "quarantined": part.num_rows - len(rows.row)}
         job.store.write("scores", scores, part=part.index, counts=counts)
         job.store.write("measured", measured, part=part.index, counts=counts)
+
+
+def score_saved(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Stage `score` by the files of the stage `fit`, which a process reads once."""
+    score(job, job.saved_results, parts)
 
 
 def _score(job: ScoringJob, results: FitResults, part: Part, rows: PartRows) -> tuple[pa.Table, pa.Table]:
