@@ -92,7 +92,7 @@ class RayOptions:
 
 
 def choose_engine(
-    engine: str, config: RayConfig, *, address: str | None, num_workers: int | None, device: str
+    engine: str, config: RayConfig, *, address: str | None = None, num_workers: int | None = None, device: str = "auto"
 ) -> RayOptions | None:
     """Return how to use Ray, None for the engine `local`.
 

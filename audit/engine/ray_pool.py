@@ -70,7 +70,7 @@ class Worker:
     def run(self, work: Work, number: int, unit: Any, threads: int) -> Completed:
         """Do one unit of work with at most so many threads at the same time."""
         torch.set_num_threads(threads)
-        messages = _Messages()
+        messages = Messages()
         log.addHandler(messages)
         try:
             result = work(self.shared, unit)
@@ -86,7 +86,7 @@ class Worker:
         )
 
 
-class _Messages(logging.Handler):
+class Messages(logging.Handler):
     """Collects what is logged."""
 
     def __init__(self) -> None:
