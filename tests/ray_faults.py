@@ -61,7 +61,7 @@ def first_time(path: Path) -> bool:
 
 def encode_and_die(decoded: Any, media: Any) -> NDArray[np.float32]:
     """Encode a picture by its mean colours; kill the process with the tenth picture that any process encodes."""
-    folder = Path(os.environ["MMAUDIT_TEST_FAULTS"])
+    folder = Path(os.environ["TEST_FAULTS"])
     count = len(list(folder.iterdir()))
     (folder / f"{count}-{os.getpid()}-{time.monotonic_ns()}").touch()
     if count == 9:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,13 +52,17 @@ def local(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    """A cluster of this machine, to which every `engine="ray"` of this process connects."""
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cluster of this machine, to which every `engine="ray"` connects; returns the folder of `encode_and_die`."""
     pytest.importorskip("ray")
     from mmaudit.audit.engine.ray_cluster import open_ray
 
-    with open_ray(OPTIONS):
-        yield
+    folder = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import ray_faults
+        patch.setenv("TEST_FAULTS", str(folder))
+        with open_ray(OPTIONS):
+            yield folder
 
 
 def test_parts_are_divided_into_their_shards(data: Path) -> None:
@@ -88,12 +93,13 @@ def tables_of(run: Path) -> dict[str, bytes]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_parts_have_the_bytes_of_one_process(num_workers: int, data: Path, local: Path, tmp_path: Path) -> None:
-    score(data, run=tmp_path, config=CONFIG, num_workers=num_workers, engine="ray")
-    check_same(tmp_path, local)
-    assert tables_of(tmp_path) == tables_of(local)
-    for run in (tmp_path, local):
-        split(run=run, config=CONFIG, subset="balanced:0.9", name="even", overwrite=run == local)
-    assert pq.read_table(tmp_path / "manifests/even.parquet").equals(pq.read_table(local / "manifests/even.parquet"))
+    run, copy = tmp_path / "run", Path(shutil.copytree(local, tmp_path / "copy"))
+    score(data, run=run, config=CONFIG, num_workers=num_workers, engine="ray")
+    check_same(run, local)
+    assert tables_of(run) == tables_of(local)
+    for folder in (run, copy):
+        split(run=folder, config=CONFIG, subset="balanced:0.9", name="even")
+    assert (run / "manifests/even.parquet").read_bytes() == (copy / "manifests/even.parquet").read_bytes()
 
 
 @pytest.mark.slow
@@ -115,17 +121,13 @@ def test_one_part_has_the_bytes_of_a_run_in_memory(data: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray")
 @pytest.mark.filterwarnings("ignore")
-def test_worker_killed_while_it_encodes(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_killed_while_it_encodes(ray: Path, clips: Path, tmp_path: Path) -> None:
     """Media are encoded shard by shard in one part; the tenth picture kills its worker, once."""
-    faults = tmp_path / "faults"
-    faults.mkdir()
-    monkeypatch.setenv("MMAUDIT_TEST_FAULTS", str(faults))
     data = DataConfig(shard_rows=4, encoder=("image=ray_faults:encode_and_die",))
     config = replace(CONFIG, data=data, parts=PartsConfig())
     score(clips, run=tmp_path / "ray", config=config, num_workers=2, engine="ray")
-    encoded = list(faults.iterdir())
+    encoded = list(ray.iterdir())
     assert len({path.name.split("-")[1] for path in encoded}) == 3  # of two workers one was replaced
     assert 24 < len(encoded) <= 24 + 4
     score(clips, run=tmp_path / "local", config=config, num_workers=0)
@@ -192,6 +194,21 @@ def test_work_that_always_fails_is_named(kind: str, error: type[Exception], text
         pytest.raises(error, match=text),
     ):
         pool.run(ray_faults.always_fail, [0], names=["part 7"], stage="test")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray")
+@pytest.mark.filterwarnings("ignore")
+def test_cluster_without_room_is_named(tmp_path: Path) -> None:
+    from mmaudit.audit.engine.ray_pool import open_pool
+
+    options = replace(OPTIONS, config=replace(OPTIONS.config, gpus=1.0, start_seconds=3.0))
+    text = "no worker of 1 CPU, 1 GPU and 1 GB has begun within 3 s; the cluster has 2 CPU, 0 GPU"
+    with (
+        open_pool(options, max_workers=1, folder=tmp_path, shared=0) as pool,
+        pytest.raises(mmaudit.MmauditError, match=text),
+    ):
+        pool.run(ray_faults.double, [0], names=["part 7"], stage="test")
 
 
 COMMAND = [sys.executable, "-m", "mmaudit", "--quiet", "score"]

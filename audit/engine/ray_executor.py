@@ -25,7 +25,7 @@ from .stages import (
 )
 
 _UNITS_PER_WORKER = 16  # ours: about 2 ms of the driver for each, and at most 1/16 of the time lost by an uneven end
-_LABELS = {"encode_shards": "encode", "score_saved": "score"}  # of stages, in progress
+_LABELS = {"read_rows": "rows", "encode_shards": "encode", "read_status": "status", "score_saved": "score"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

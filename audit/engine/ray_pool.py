@@ -295,4 +295,9 @@ def open_pool(
         size = min(max_workers, options.num_workers or max(1, num_slots(ray, config)))
         site = Site.of(marker=(str(marker), token), files=files)
         log.info("%d workers of %d CPU and %g GPU on Ray", size, config.cpus, config.gpus)
-        yield RayPool(ray=ray, config=config, size=size, site=site, shared=ray.put(shared), progress=progress)
+        pool = RayPool(ray=ray, config=config, size=size, site=site, shared=ray.put(shared), progress=progress)
+        try:
+            yield pool
+        finally:
+            for actor in (*pool.starting.values(), *pool.node_of):
+                ray.kill(actor)
