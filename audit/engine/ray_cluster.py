@@ -31,6 +31,9 @@ _SAME_VERSIONS = ("mmaudit", "numpy", "pyarrow", "scipy", "scikit-learn", "torch
 _CONNECT_SECONDS = 10.0  # for the address of a cluster; Ray itself tries for minutes
 _OBJECT_STORE_BYTES = 100 << 20  # of the job alone: media, features and tables never enter it
 _MAX_FOLDER = 40  # characters of a temporary folder: Ray adds 62, and paths of sockets have at most 107
+# By default Ray lowers the priority of workers by 15, and starts others where a worker takes over 60 s to begin: with a
+# load of 14 on two cores none began within 7 minutes.
+_SYSTEM = {"worker_niceness": 0, "worker_register_timeout_seconds": 300}
 _LOCAL = "local"  # without it, ray.init joins any cluster whose address an earlier command has left in /tmp
 
 
@@ -139,6 +142,7 @@ def _start(ray: Any, options: RayOptions, *, folder: str) -> None:
             namespace="mmaudit",
             _temp_dir=folder,
             _node_ip_address="127.0.0.1",
+            _system_config=_SYSTEM,
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=False,
