@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.storage import write_parquet
-from mmaudit.cli.console import configure_logging
 from mmaudit.cli.demo import KeypadConfig, write_keypad
+from mmaudit.cli.progress import configure_logging
 from mmaudit.cli.study import study_sets
 from mmaudit.cli.study_steps import Execution, StudyPlan, StudySet, default_methods
 
