@@ -46,8 +46,9 @@ class Comparison:
         baseline: The method that the others are compared with.
         summary: One row per manifest, method and subset: accuracy of both, their difference with its 95% interval, p,
             and on the subset `all` the p corrected for the comparisons of the manifest (`p_holm`, Holm) and the
-            verdict; smallest_effect is the smallest true difference that is shown with a probability of .8. Rows of the
-            kind `control` compare a control with what it controls.
+            verdict; smallest_effect is the smallest true difference that is shown with a probability of .8, on the
+            subset `all` as the first of as many comparisons as Holm corrects for. Rows of the kind `control` compare a
+            control with what it controls.
         metrics: One row per manifest, method, subset and metric (`accuracy`, `macro_f1`, `map`, `ece`, all in [0, 1]):
             the mean over trainings (`value`) with its 95% interval over test samples and trainings, NaN of one
             training. They have no verdict.

@@ -39,8 +39,8 @@ class Difference:
         standard_error: Of the mean, over test samples and trainings; NaN with one seed.
         df: Degrees of freedom of Student's t, Satterthwaite's; NaN with one seed.
         p: Two-sided p of no difference; NaN with one seed.
-        smallest_effect: Smallest true difference that the same design shows with a probability of .8 at the level .05;
-            NaN with one seed.
+        smallest_effect: Smallest true difference that the same design shows with a probability of .8 at the level .05,
+            as the only comparison, see `smallest_effect_of`; NaN with one seed.
         num_samples: Test samples, n.
         num_seeds: Trainings of each method, the smaller number of both.
     """
@@ -124,10 +124,20 @@ def compare_correctness(a: ArrayLike, b: ArrayLike, *, group: Sequence[object] |
         standard_error=standard_error,
         df=df,
         p=_two_sided_p(mean, standard_error, df),
-        smallest_effect=float(stdtrit(df, 1 - LEVEL / 2) + stdtrit(df, POWER)) * standard_error,
+        smallest_effect=smallest_effect_of(standard_error, df),
         num_samples=n,
         num_seeds=num_seeds,
     )
+
+
+def smallest_effect_of(standard_error: float, df: float, *, num_comparisons: int = 1) -> float:
+    """Compute the smallest true difference that is shown with a probability of .8: (t_{1 - a / 2} + t_.8) errors.
+
+    a is .05 divided by the number of comparisons that `holm` corrects for: its first step. If others are shown too, the
+    next steps are less strict.
+    """
+    level = LEVEL / num_comparisons
+    return float(stdtrit(df, 1 - level / 2) + stdtrit(df, POWER)) * standard_error
 
 
 def compare_on(mask: Mask, a: Array, b: Array, *, group: Sequence[object] | None) -> Difference:
