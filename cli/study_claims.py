@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from math import isnan
 from typing import Any, Literal
 
-from ..train.difference import LEVEL, holm, smallest_effect_of
+from ..train.difference import LEVEL, format_p, holm, smallest_effect_of
 
 Outcome = Literal["holds here", "the opposite here", "not of that size here", "cannot be told"]
 
@@ -144,7 +144,7 @@ def judge(claim: str, row: Mapping[str, Any], *, gain: float | None = None) -> C
     if low == high:
         equal = "no test sample is predicted otherwise: the trainings are the same, or nearly"
         return ClaimOutcome(claim=claim, outcome="cannot be told", sentence=equal)
-    text = f"{value:+.1f} points, 95% [{low:+.1f}, {high:+.1f}], p {row['p_holm']:.3f}"
+    text = f"{value:+.1f} points, 95% [{low:+.1f}, {high:+.1f}], p {format_p(row['p_holm'])}"
     if row["p_holm"] < LEVEL:
         return ClaimOutcome(claim=claim, outcome="holds here" if value > 0 else "the opposite here", sentence=text)
     if gain is not None and high < gain:

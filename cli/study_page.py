@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..audit.errors import printable
 from ..audit.storage import write_text
+from ..train.difference import format_p
 from .study_claims import ClaimOutcome, check_claims
 
 Numbers = Mapping[str, Any]
@@ -93,7 +95,9 @@ def _verdict_line(name: str, comparison: Numbers, seeds: int) -> str:
     if verdicts["no verdict"] == len(rows):
         return f"**{name}**: no verdict on any of {len(rows)} methods, with {seeds} {_plural('seed', seeds)}."
     smallest = sorted(100 * row["smallest_effect"] for row in rows if row["smallest_effect"] is not None)
-    shown = f"smallest effect that shows: {smallest[0]:.1f} to {smallest[-1]:.1f} points, by method"
+    shown = (
+        f"smallest effect that shows: {median(smallest):.1f} points (median of {smallest[0]:.1f} to {smallest[-1]:.1f})"
+    )
     named = [
         f"{row['method']} {row['verdict']} ({100 * row['difference']:+.1f})"
         for row in rows
@@ -191,7 +195,7 @@ def _comparison_table(comparison: Numbers, shuffled: Sequence[Numbers]) -> str:
                 f"{row['accuracy']:.3f} ± {spread_of.get((row['manifest'], row['method']), 0):.3f}",
                 f"{100 * row['difference']:+.1f}",
                 f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" if has_interval else "",
-                "" if row["p_holm"] is None else f"{row['p_holm']:.3f}",
+                "" if row["p_holm"] is None else format_p(row["p_holm"]),
                 row["verdict"],
             ]
         )

@@ -23,7 +23,7 @@ TRUTH = {
 def test_verdicts_are_counted_and_named() -> None:
     text = page_text(study(digits=dataset(comparison(row("ogm-ge", 0.05), row("greedy", -0.04), row("pmr", 0.0)))))
     assert "**digits**: ogm-ge helps (+5.0), greedy hurts (-4.0); no evidence of the other 1; " in text
-    assert "smallest effect that shows: 3.0 to 3.0 points, by method." in text
+    assert "smallest effect that shows: 3.0 points (median of 3.0 to 3.0)." in text
     none = page_text(study(digits=dataset(comparison(row("pmr", 0.0)))))
     assert "**digits**: no evidence that any of 1 method helps or hurts; smallest effect" in none
     assert "**holds here**. +5.0 points" in text

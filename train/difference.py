@@ -134,10 +134,11 @@ def smallest_effect_of(standard_error: float, df: float, *, num_comparisons: int
     """Compute the smallest true difference that is shown with a probability of .8: (t_{1 - a / 2} + t_.8) errors.
 
     a is .05 divided by the number of comparisons that `holm` corrects for: its first step. If others are shown too, the
-    next steps are less strict.
+    next steps are less strict. 1 where no difference is shown, as with about one degree of freedom; NaN of NaN.
     """
     level = LEVEL / num_comparisons
-    return float(stdtrit(df, 1 - level / 2) + stdtrit(df, POWER)) * standard_error
+    effect = float(stdtrit(df, 1 - level / 2) + stdtrit(df, POWER)) * standard_error
+    return min(effect, 1.0) if effect == effect else effect
 
 
 def compare_on(mask: Mask, a: Array, b: Array, *, group: Sequence[object] | None) -> Difference:
@@ -163,6 +164,11 @@ def holm(p: Sequence[float]) -> list[float]:
     result = np.empty_like(values)
     result[order] = corrected
     return [float(value) for value in result]
+
+
+def format_p(p: float) -> str:
+    """Return a p value with three digits, or "<0.001"."""
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def _correctness(values: ArrayLike, name: str) -> Array:
