@@ -97,7 +97,7 @@ class Starts:
             starts.seconds += time.monotonic() - begin
             return starts.run(pool, *values, **options)
 
-        RayPool.run = run  # type: ignore[method-assign]
+        RayPool.run = run  # type: ignore[method-assign, assignment]
 
 
 def measure(data: Path, folder: Path, *, rounds: int, workers: int, starts: Starts) -> tuple[float, float, float]:

@@ -88,7 +88,9 @@ def _fit(settings: Mapping[str, Any], options: RayOptions, *, num_workers: int, 
         trainer.fit()
     except train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
-        causes = [getattr(failures[rank], "_base_exc", failures[rank]) for rank in sorted(failures)]
+        causes: list[BaseException] = [
+            getattr(failures[rank], "_base_exc", failures[rank]) for rank in sorted(failures)
+        ]
         for cause in causes:
             if isinstance(cause, MmauditError):
                 raise cause from error

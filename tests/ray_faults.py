@@ -66,5 +66,5 @@ def encode_and_die(decoded: Any, media: Any) -> NDArray[np.float32]:
     (folder / f"{count}-{os.getpid()}-{time.monotonic_ns()}").touch()
     if count == 9:
         os.kill(os.getpid(), signal.SIGKILL)
-    pixels = np.asarray(decoded, dtype=np.float32)
-    return pixels.reshape(-1, pixels.shape[-1]).mean(axis=0)
+    pixels: NDArray[np.float32] = np.asarray(decoded, dtype=np.float32)
+    return np.asarray(pixels.reshape(-1, pixels.shape[-1]).mean(axis=0), dtype=np.float32)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -124,12 +125,14 @@ def test_error_of_a_training_is_that_of_the_command(scored: Path, tmp_path: Path
 @pytest.mark.usefixtures("ray")
 @pytest.mark.filterwarnings("ignore")
 def test_comparison_on_ray_has_the_bytes_of_processes(scored: Path, tmp_path: Path) -> None:
-    options = {"manifest": ["few", "all"], "method": ["joint", "ogm-ge"], "seeds": 2, "progress": False}
+    options: dict[str, Any] = {"manifest": ["few", "all"], "method": ["joint", "ogm-ge"], "seeds": 2, "progress": False}
     tables = ("runs", "per_sample", "summary", "metrics")
     contents = []
     for engine in ("local", "ray"):
         run = copy_run(scored, tmp_path / "run")  # the same path, which the tables may state
-        extra = {"jobs": 2, "num_workers": 0} if engine == "local" else {"num_workers": 2, "engine": "ray"}
+        extra: dict[str, Any] = (
+            {"jobs": 2, "num_workers": 0} if engine == "local" else {"num_workers": 2, "engine": "ray"}
+        )
         settings = {key: value for key, value in COMPARED.items() if engine == "ray" or not key.startswith("ray.")}
         folder = mmaudit.compare(run=run, settings=settings, **options, **extra).folder
         assert folder is not None

@@ -243,12 +243,12 @@ class RayPool:
             )
 
     def _describe_wait(self) -> str:
-        resources = self.ray.cluster_resources()
-        held = ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+        amounts, config = self.ray.cluster_resources(), self.config
         return (
-            f"no worker of {self.config.cpus} CPU, {self.config.gpus:g} GPU and {self.config.memory_gb:g} GB has begun "
-            f"within {self.config.start_seconds:g} s; the cluster has {held} and {resources.get('memory', 0) / 1e9:.1f}"
-            " GB: lower ray.cpus, ray.gpus or ray.memory_gb, or raise ray.start_seconds"
+            f"no worker of {config.cpus} CPU, {config.gpus:g} GPU and {config.memory_gb:g} GB has begun within "
+            f"{config.start_seconds:g} s; the cluster has {amounts.get('CPU', 0):g} CPU, {amounts.get('GPU', 0):g} GPU "
+            f"and {amounts.get('memory', 0) / 1e9:.1f} GB: lower ray.cpus, ray.gpus or ray.memory_gb, or raise "
+            "ray.start_seconds"
         )
 
 
@@ -257,7 +257,7 @@ _MEMORY_ADVICE = "; if memory ran out, lower parts.rows, or raise ray.memory_gb 
 
 def _cause_of(error: Any) -> BaseException:
     cause = error.cause
-    return cause if isinstance(cause, BaseException) else error  # type: ignore[no-any-return]
+    return cause if isinstance(cause, BaseException) else error
 
 
 def _first_line(error: BaseException) -> str:
