@@ -75,6 +75,7 @@ class Faults:
     by_path: dict[str, list[str]] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     delay: float = 0.0
+    on_head: bool = False
     slow_seconds: float = 3.0
 
     def next(self, path: str) -> str:
@@ -106,7 +107,7 @@ class RangeHandler(SimpleHTTPRequestHandler):
         self.faults.requests.append((self.command, self.path, asked))
         if self.faults.delay:
             threading.Event().wait(self.faults.delay)
-        kind = "" if head and self.faults.next is None else self.faults.next(self.path) if not head else ""
+        kind = "" if head and not self.faults.on_head else self.faults.next(self.path)
         if kind == "slow":
             threading.Event().wait(self.faults.slow_seconds)
         if kind == "redirect":

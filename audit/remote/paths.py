@@ -69,8 +69,8 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last name of the path."""
-        return self.url.rpartition("/")[2]
+        """The last name of the path; "" of a bucket or host."""
+        return self.url.rpartition("/")[2] if len(self.parts) > 1 else ""
 
     @property
     def suffix(self) -> str:
