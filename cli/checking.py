@@ -25,6 +25,7 @@ from .config import RunConfig, load_settings
 from .effects import effects_in_checking, warn_without_effect
 from .progress import progress_bars
 from .provenance import open_encodable
+from .remote_run import with_run
 from .run import Run
 from .scoring import data_settings, encode_missing, pick_device
 
@@ -110,6 +111,7 @@ def ingest(
     return ingest_download(name, folder, lists=lists, out=out)
 
 
+@with_run("stages", writes=True)
 def check(
     data: str | Path,
     *,

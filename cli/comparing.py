@@ -31,6 +31,7 @@ from .config import Given, RunConfig, load_settings
 from .effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect
 from .progress import progress_bars
 from .provenance import SourceOptions
+from .remote_run import with_run
 from .run import Run
 from .scoring import pairs, pick_device
 from .splitting import split
@@ -42,6 +43,7 @@ _WITHOUT_EFFECT = ("finetune.init", "finetune.report_to", "finetune.save_steps")
 _RANDOM_SECONDS = 600.0  # to wait for another shard that draws a random control
 
 
+@with_run("stages", writes=True)
 def compare(
     *,
     manifest: Sequence[str] = (),

@@ -25,6 +25,7 @@ from .config import RunConfig, load_settings, preset_content, preset_record
 from .effects import effects_in_scoring, warn_without_effect
 from .progress import progress_bars
 from .provenance import check_config, open_encodable, own_record
+from .remote_run import with_run
 from .run import Run
 from .staging import StageResult, check_stage, open_job, publish, run_merge, run_stage
 
@@ -149,6 +150,7 @@ def score(
 ) -> ScoreResult | StageResult: ...
 
 
+@with_run(writes=True)
 def score(
     data: str | Path | None = None,
     *,
@@ -278,6 +280,7 @@ def score(
     return _score_result(run_dir)
 
 
+@with_run("features", "stages", writes=True)
 def report(*, run: str | Path = "mmaudit-run") -> ReportResult:
     """Write report.html, report.json and the figures from the files of the run folder.
 

@@ -52,7 +52,7 @@ def cached_file(path: RemotePath) -> Path:
         raise RemoteError(
             f"{path} has {status.size:,} bytes, the cache {settings.cache_bytes:,}: set MMAUDIT_CACHE_GB higher"
         )
-    _download(path, file, status.size)
+    download(path, file, status.size)
     _check_size(settings.cache / _FOLDER, status.size, settings.cache_bytes)
     return file
 
@@ -68,7 +68,7 @@ def read_cached(path: RemotePath, read: Callable[[Path], T]) -> T:
     raise RemoteError(f"{path} was removed from the cache {_MAX_FETCHES} times before it was read: MMAUDIT_CACHE_GB")
 
 
-def _download(path: RemotePath, file: Path, size: int) -> None:
+def download(path: RemotePath, file: Path, size: int) -> None:
     """Write a file under a temporary name, in concurrent ranges, and rename it."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -75,12 +76,16 @@ def _process() -> _Open:
         return _open
 
 
-def forget() -> None:
-    """Drop the statuses that this process has looked up."""
+def forget(url: str | None = None) -> None:
+    """Drop the statuses that this process has looked up, or that of one file with the listing of its folder."""
     state = _process()
     with _lock:
-        state.statuses.clear()
-        state.listings.clear()
+        if url is None:
+            state.statuses.clear()
+            state.listings.clear()
+        else:
+            state.statuses.pop(url, None)
+            state.listings.pop(url.rpartition("/")[0], None)
 
 
 def file_system(url: str) -> Any:
@@ -130,7 +135,42 @@ def _run(system: Any, name: str, *args: Any, seconds: float | None = None, **opt
 def call(url: str, name: str, *args: Any, seconds: float | None = None, **options: Any) -> Any:
     """Call a method of the file system of a URL, with retries; the URL is its first argument."""
     system = file_system(url)
-    return request(url, lambda: _run(system, name, system._strip_protocol(url), *args, seconds=seconds, **options))
+    try:
+        return request(url, lambda: _run(system, name, system._strip_protocol(url), *args, seconds=seconds, **options))
+    finally:
+        if name in ("pipe_file", "rm_file"):
+            forget(url)
+
+
+def put_file(url: str, file: Path) -> None:
+    """Write a file of this machine to a URL, whole or not at all; its time limit grows with its size."""
+    system = file_system(url)
+    seconds = remote_settings().timeout_seconds * (1 + file.stat().st_size / _RANGE_BYTES)
+    request(url, lambda: _run(system, "put_file", str(file), system._strip_protocol(url), seconds=seconds))
+    forget(url)
+
+
+def create(url: str, data: bytes) -> bool:
+    """Write an object unless there is one; return whether it was written.
+
+    S3 and Google's storage decide this themselves. Where the installed file system cannot ask for that, the object is
+    looked up before: of two processes at the same moment both may then write.
+    """
+    try:
+        call(url, "pipe_file", data, mode="create")
+    except FileExistsError:
+        return False
+    except RemoteError as error:
+        if isinstance(error.__cause__, TypeError):  # s3fs before 2025.2
+            forget(url)
+            if status_of(url) is not None:
+                return False
+            call(url, "pipe_file", data)
+            return True
+        if _status_code(error.__cause__) in (409, 412) or "Precondition" in str(error):
+            return False
+        raise
+    return True
 
 
 def request(url: str, attempt: Callable[[], T]) -> T:
