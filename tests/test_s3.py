@@ -125,7 +125,8 @@ def test_locks_are_objects_that_are_created_once(server: str) -> None:
 def test_a_missing_bucket_of_a_run_is_one_line(server: str, clip_source: Path) -> None:
     result = run_command("score", str(clip_source), "--run", "s3://no-such-bucket/run")
     assert result.returncode == 2
-    assert "s3://no-such-bucket/run" in result.stderr
+    assert "s3://no-such-bucket/run/" in result.stderr
+    assert "there is no such bucket to write to" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -10,8 +10,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,8 +147,18 @@ def put_file(url: str, file: Path) -> None:
     """Write a file of this machine to a URL, whole or not at all; its time limit grows with its size."""
     system = file_system(url)
     seconds = remote_settings().timeout_seconds * (1 + file.stat().st_size / _RANGE_BYTES)
-    request(url, lambda: _run(system, "put_file", str(file), system._strip_protocol(url), seconds=seconds))
+    with _naming_bucket(url):
+        request(url, lambda: _run(system, "put_file", str(file), system._strip_protocol(url), seconds=seconds))
     forget(url)
+
+
+@contextmanager
+def _naming_bucket(url: str) -> Iterator[None]:
+    """Raise RemoteError where an object cannot be written since there is no bucket for it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RemoteError(f"{url}: there is no such bucket to write to") from error
 
 
 def create(url: str, data: bytes) -> bool:
@@ -157,7 +168,8 @@ def create(url: str, data: bytes) -> bool:
     looked up before: of two processes at the same moment both may then write.
     """
     try:
-        call(url, "pipe_file", data, mode="create")
+        with _naming_bucket(url):
+            call(url, "pipe_file", data, mode="create")
     except FileExistsError:
         return False
     except RemoteError as error:
