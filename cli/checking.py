@@ -137,8 +137,8 @@ def check(
     split that `score` would cut is checked.
 
     Args:
-        data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
-        run: Run folder.
+        data: Folder, table file, glob, tar shards or their URL, saved dataset, or a Hugging Face dataset name.
+        run: Run folder, a path or a URL.
         modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
         encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
         task: classification, multilabel or regression; by default classification.

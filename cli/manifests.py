@@ -135,7 +135,7 @@ def verify(
 
     Args:
         manifest: Manifest file, or its name in the run.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         media: Check the media files; --no-media skips them.
         data: The data; also if your own data moved.
         allow_outside: Allow paths outside the data folder.
@@ -220,7 +220,7 @@ def card(manifest: str | Path, *, run: str | Path = "mmaudit-run", out: str | Pa
 
     Args:
         manifest: Manifest file, or its name in the run.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         out: File to write; by default none.
 
     Returns:
@@ -261,7 +261,7 @@ def export(
         manifest: Manifest file, or its name in the run.
         format: Name of the format.
         out: File or folder to write.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         skip_missing: Skip and count missing media.
         escape_formulas: csv: put an apostrophe before text that a spreadsheet would evaluate (= + - @);
             --no-escape-formulas leaves it as it is.
@@ -322,7 +322,7 @@ def order(
     Args:
         manifest: Manifest file, or its name in the run.
         epoch: Epoch, counted from 1.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         order: curriculum, anti-curriculum, shuffled or weighted; by default curriculum.
         pacing: root, linear, step, geometric or exponential; by default root.
         batch_size: Samples per step; by default 64.

@@ -184,8 +184,8 @@ def score(
     modalities are vectors computed elsewhere, joined to the data by id.
 
     Args:
-        data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
-        run: Run folder.
+        data: Folder, table file, glob, tar shards or their URL, saved dataset, or a Hugging Face dataset name.
+        run: Run folder, a path or a URL.
         features: Vectors of a modality: a .parquet, .npz or .npy file; in Python also {"audio": "audio.npz"}.
         preset: Published protocol whose media settings to use, as `finetune --preset` does.
         modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
@@ -285,7 +285,7 @@ def report(*, run: str | Path = "mmaudit-run") -> ReportResult:
     """Write report.html, report.json and the figures from the files of the run folder.
 
     Args:
-        run: Run folder.
+        run: Run folder, a path or a URL.
 
     Returns:
         The paths of the page, of its numbers and of the figures.

@@ -120,7 +120,7 @@ def split(
     At most one of balanced, subset, dominated and gmm selects the samples.
 
     Args:
-        run: Run folder.
+        run: Run folder, a path or a URL.
         balanced: Uniformly distributed discrepancy.
         subset: MODALITY-preferred, balanced[:T] for |D| <= T, most-balanced:N, least-balanced:N or random:N; N is a
             number or a share such as 20%.
@@ -267,7 +267,7 @@ def replay(manifest: str | Path, *, run: str | Path = "mmaudit-run", scores: str
 
     Args:
         manifest: Manifest file, or its name in the run.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         scores: Score table, if it moved.
 
     Returns:

@@ -137,7 +137,7 @@ def finetune(
 
     Args:
         manifest: Manifest file, or its name in the run; by default none, and all samples of the data are used.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         preset: Published protocol, listed by `mmaudit methods --presets`; other options and settings override it.
         sampling: Which samples each step uses, in which order; by default uniform.
         balancing: Loss, and what is done to its gradients; by default joint, or as the sampling needs.
@@ -312,7 +312,7 @@ def evaluate(
 
     Args:
         name: Name of a finished fine-tuning in the run, or its folder.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         manifest: Manifest to test on; by default its training manifest.
         split: test, validation or train.
         model: Confirm the network of yours (code) that was trained, package.module:factory.

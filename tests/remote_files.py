@@ -151,12 +151,20 @@ class RangeHandler(SimpleHTTPRequestHandler):
             self.wfile.write(body)
 
 
+class Server(ThreadingHTTPServer):
+    """A server that ends with its tests, and is silent where a client leaves early."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
 @contextmanager
 def range_server(folder: Path, faults: Faults | None = None) -> Iterator[str]:
     """Serve a folder on loopback; yield its URL."""
     handler = partial(RangeHandler, faults=faults or Faults(), directory=str(folder))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -71,10 +71,13 @@ def test_a_fault_that_stays_is_one_line_and_no_missing_sample(
     assert "\n" not in str(caught.value)
 
 
-def test_a_slow_get_has_a_time_limit(url: str, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("on_head", [False, True])
+def test_a_slow_answer_has_a_time_limit(
+    url: str, faults: Faults, on_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MMAUDIT_REMOTE_SECONDS", "0.2")
     monkeypatch.setattr(requests, "_WAITS", ())
-    faults.by_path["/5.wav"] = ["slow"]
+    faults.by_path["/5.wav"], faults.on_head = ["slow"], on_head
     path = RemotePath.parse(f"{url}/5.wav")
     with pytest.raises(RemoteError, match=r"5\.wav: no answer within 0\.2 s \(MMAUDIT_REMOTE_SECONDS\), in 1 tries"):
         path.read_bytes()
@@ -90,6 +93,13 @@ def test_a_fault_of_the_data_themselves_is_one_line(url: str, faults: Faults, ki
 def test_a_server_that_is_not_there_is_one_line() -> None:
     with pytest.raises(RemoteError, match=r"http://127\.0\.0\.1:9/metadata\.csv: .*in 4 tries"):
         open_dataset("http://127.0.0.1:9/metadata.csv", DataConfig(allow_outside=True))
+
+
+def test_a_look_up_that_fails_is_not_a_missing_file() -> None:
+    for cause, kind in ((TimeoutError(), "retried"), (ConnectionResetError(), "retried"), (KeyError("x"), "missing")):
+        error = FileNotFoundError("x")
+        error.__cause__ = cause
+        assert requests._failure(error)[0] == kind
 
 
 def test_ranges_are_those_of_the_file(url: str, clip_source: Path) -> None:

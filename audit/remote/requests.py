@@ -84,6 +84,8 @@ def forget(url: str | None = None) -> None:
         if url is None:
             state.statuses.clear()
             state.listings.clear()
+            for system in state.systems.values():
+                system.invalidate_cache()
         else:
             state.statuses.pop(url, None)
             state.listings.pop(url.rpartition("/")[0], None)
@@ -217,9 +219,11 @@ def _failure(error: Exception) -> tuple[str, str]:
     permanent = next((cause for cause in causes if any(text in type(cause).__name__ for text in _PERMANENT)), None)
     if permanent is not None:
         return "permanent", _reason(permanent)
-    if status in _MISSING or (isinstance(error, FileNotFoundError) and len(causes) == 1):
-        return "missing", ""
-    if isinstance(error, FileNotFoundError) and not status and not any("Client" in name for name in names[1:]):
+    # Of https every failure of a look-up is raised as FileNotFoundError, from the error that was its reason.
+    is_plain = all(
+        isinstance(cause, LookupError | FileNotFoundError) or "NotFound" in type(cause).__name__ for cause in causes
+    )
+    if status in _MISSING or (isinstance(error, FileNotFoundError) and is_plain):
         return "missing", ""
     if any("Timeout" in name for name in names):
         return "retried", f"no answer within {remote_settings().timeout_seconds:g} s (MMAUDIT_REMOTE_SECONDS)"
