@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -55,25 +56,30 @@ def with_run(*leave_out: str, writes: bool) -> Callable[[F], F]:
     """
 
     def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+
         @functools.wraps(function)
         def call_with_folder(*args: Any, **options: Any) -> Any:
-            run = options.get("run")
+            run = options.get("run", args[:1] and args[0] if next(iter(signature.parameters)) == "run" else None)
             if not is_url(run):
                 return function(*args, **options)
+            bound = signature.bind(*args, **options)
             path = source_path(str(run))
             if not isinstance(path, RemotePath):
-                return function(*args, **{**options, "run": path})
-            scope = _scope(function.__name__, options) if writes else None
-            left_out = ("features", "stages") if options.get("stage") else leave_out
+                bound.arguments["run"] = path
+                return function(*bound.args, **bound.kwargs)
+            scope = _scope(function.__name__, bound.arguments) if writes else None
+            left_out = ("features", "stages") if bound.arguments.get("stage") else leave_out
             with working_copy(path, leave_out=left_out, scope=scope) as folder:
-                return function(*args, **{**options, "run": folder})
+                bound.arguments["run"] = folder
+                return function(*bound.args, **bound.kwargs)
 
         return call_with_folder  # type: ignore[return-value]
 
     return decorate
 
 
-def _scope(command: str, options: dict[str, Any]) -> str:
+def _scope(command: str, options: Mapping[str, Any]) -> str:
     """Return the name of the lock of a command: of other names and shards, commands run at the same time."""
     parts = (options.get(key) for key in ("name", "stage", "shard"))
     return "-".join([command, *(str(part).replace("/", "-of-") for part in parts if part)])
