@@ -35,8 +35,8 @@ def forms(clip_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {**write_forms(clip_source, tmp_path_factory.mktemp("forms")), "metadata": clip_source}
 
 
-def samples_of(source: str, **options: bool) -> list[tuple[str, str, str | None]]:
-    dataset = open_dataset(source, DataConfig(**options))
+def samples_of(source: str, *, allow_outside: bool = False) -> list[tuple[str, str, str | None]]:
+    dataset = open_dataset(source, DataConfig(allow_outside=allow_outside))
     return [(row.sample_id, row.content, row.problem) for row in content_hashes(dataset)]
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -16,6 +17,7 @@ from mmaudit.audit.errors import RemoteError, RunError
 from mmaudit.audit.remote import locks, requests
 from mmaudit.audit.remote.locks import remote_lock
 from mmaudit.audit.remote.paths import RemotePath
+from mmaudit.audit.workers import this_process
 from mmaudit.cli.remote_run import RECORDS, WorkingCopy, read_records
 from mmaudit.cli.run import Run
 
@@ -48,6 +50,7 @@ def test_a_run_at_a_url_has_the_bytes_of_a_local_one(planted: Callable[..., Path
     mmaudit.score(data, run=URL, settings=QUICK, progress=False)
     shutil.rmtree(cache)  # as on another machine
     result = mmaudit.split(run=URL, balanced=True)
+    assert result.manifest is not None
     assert result.manifest.is_file()
     local = bytes_of(tmp_path / "local")
     assert {name: remote_bytes(name) for name in local} == local
@@ -97,7 +100,7 @@ def test_records_are_put_after_their_files_and_removed_before(
     done: list[tuple[str, str]] = []
     run = requests._run
 
-    def record(system: object, name: str, *args: object, **options: object) -> object:
+    def record(system: object, name: str, *args: object, **options: Any) -> object:
         if name in ("pipe_file", "put_file", "rm_file"):
             path = str(args[1] if name == "put_file" else args[0])
             done.append(("rm" if name == "rm_file" else "put", path.removeprefix("/bucket/run/").partition("@")[0]))
@@ -184,7 +187,7 @@ def test_a_lock_is_refused_while_its_process_runs_and_taken_over_when_it_has_end
     with remote_lock(folder, "score"), pytest.raises(RunError, match=message), remote_lock(folder, "score"):
         pass
     assert not path.exists()
-    ended = {"token": "x", "command": "mmaudit score", "host": "here", "process": str(locks.this_process())}
+    ended = {"token": "x", "command": "mmaudit score", "host": "here", "process": str(this_process())}
     ended["process"] = ended["process"].rpartition("-")[0] + "-1"  # the same pid, started at another time
     requests.call(str(path), "pipe_file", json.dumps(ended).encode())
     with remote_lock(folder, "score") as lock:
