@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,65 @@ class Server(ThreadingHTTPServer):
         pass
 
 
+class ProxyHandler(BaseHTTPRequestHandler):
+    """Requests passed on to another server, with faults of the answers to GET."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, *args: Any, faults: Faults, port: int, **options: Any) -> None:
+        self.faults, self.port = faults, port
+        super().__init__(*args, **options)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def pass_on(self) -> None:
+        kind = self.faults.next(self.path.partition("?")[0]) if self.command == "GET" else ""
+        if kind == "slow":
+            threading.Event().wait(self.faults.slow_seconds)
+        if kind.isdecimal():
+            self._send(int(kind), {}, b"")
+            return
+        connection = HTTPConnection("127.0.0.1", self.port)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
+        data, headers = answer.read(), dict(answer.getheaders())
+        connection.close()
+        self._send(answer.status, headers, data, num_bytes=len(data) // 2 if kind == "short" else len(data))
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes, *, num_bytes: int = 0) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("transfer-encoding", "connection", "server", "date", "content-length"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", str(len(body))) if self.command == "HEAD" else str(len(body))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:num_bytes])
+            self.close_connection = num_bytes < len(body)
+
+
+@contextmanager
+def proxy(port: int, faults: Faults) -> Iterator[str]:
+    """Pass requests on to a port of loopback, with faults; yield the URL."""
+    with serving(partial(ProxyHandler, faults=faults, port=port)) as url:
+        yield url
+
+
 @contextmanager
 def range_server(folder: Path, faults: Faults | None = None) -> Iterator[str]:
     """Serve a folder on loopback; yield its URL."""
-    handler = partial(RangeHandler, faults=faults or Faults(), directory=str(folder))
+    with serving(partial(RangeHandler, faults=faults or Faults(), directory=str(folder))) as url:
+        yield url
+
+
+@contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    """Serve requests on a port of loopback; yield the URL."""
     server = Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from remote_files import write_forms
+from remote_files import Faults, proxy, write_forms
 
 from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.errors import DatasetError, RemoteError, RunError
@@ -130,10 +130,52 @@ def test_a_missing_bucket_of_a_run_is_one_line(server: str, clip_source: Path) -
     assert "Traceback" not in result.stderr
 
 
-def test_denied_access_is_one_line(server: str, clip_source: Path) -> None:
+def test_a_profile_that_does_not_exist_is_one_line(server: str, clip_source: Path) -> None:
     result = run_command(
         "score", "s3://clips/metadata/metadata.csv", AWS_ENDPOINT_URL=server, AWS_ACCESS_KEY_ID="", AWS_PROFILE="none"
     )
     assert result.returncode == 2
     assert "s3://clips/metadata/metadata.csv" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def faults(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """Faults between the client and the server."""
+    faults, systems = Faults(), requests._process().systems
+    kept = systems.pop("s3")
+    with proxy(int(server.rpartition(":")[2]), faults) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setattr(requests, "_WAITS", (0.01, 0.01, 0.01))
+        yield faults
+    systems["s3"] = kept
+
+
+@pytest.mark.parametrize("kinds", [["500", "500", ""], ["short", "short", ""], ["503", "short", ""]])
+def test_a_get_by_s3_that_fails_twice_is_made_good(clip_source: Path, faults: Faults, kinds: list[str]) -> None:
+    url = put(clip_source, "s3://clips/faults")
+    faults.by_path["/5.wav"] = list(kinds)
+    assert samples_of(url) == samples_of(str(clip_source))
+    assert faults.by_path["/5.wav"] == [""]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("403", r"access denied \(403\)"),
+        ("500", "in 4 tries"),
+        ("short", "in 4 tries"),
+        ("slow", r"no answer within 0\.5 s \(MMAUDIT_REMOTE_SECONDS\), in 4 tries"),
+    ],
+)
+def test_a_fault_by_s3_that_stays_is_one_line(
+    clip_source: Path, faults: Faults, kind: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = put(clip_source, "s3://clips/faults")
+    if kind == "slow":
+        monkeypatch.setenv("MMAUDIT_REMOTE_SECONDS", "0.5")
+    faults.by_path["/5.wav"] = [kind]
+    with pytest.raises(RemoteError, match=message) as caught:
+        samples_of(url)
+    assert str(caught.value).startswith(f"{url}/5.wav: ")
+    assert "\n" not in str(caught.value)
