@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .arrow import plain_table
+from .arrow import check_footer, check_row_number, plain_table
 from .errors import MmauditError
 from .parsing import Shape, check_shape, parse_json
 from .remote.parquet import Preload, keep_footer, known_footer
@@ -249,7 +249,6 @@ PROVENANCE_KEY = b"mmaudit"
 # Arrow raises most of these itself, and Cython the rest, for damaged names and for sizes beyond memory.
 _FAULTS = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
 _MAX_FOOTER = 1 << 26  # bytes: 10,000 columns in 50 row groups
-_MAX_ROWS_PER_BYTE = 256  # of a file: ascending integers, which compress best, have about 100
 
 
 def write_parquet(table: pa.Table, path: Path, *, provenance: dict[str, Any]) -> None:
@@ -273,7 +272,7 @@ def read_table(path: AnyPath, *, error: type[MmauditError]) -> pa.Table:
     with open_parquet(path, error=error, preload=Preload()) as file:
         table = plain_table(file.read())
         table.validate(full=True)
-        _check_number(table.num_rows, file.metadata.num_rows)
+        check_row_number(table.num_rows, file.metadata.num_rows)
     return table
 
 
@@ -296,7 +295,7 @@ def read_batches(
             batch.validate(full=True)  # otherwise text that is not UTF-8 would fail later, on conversion to str
             num_rows += len(batch)
             yield plain_table(pa.Table.from_batches([batch]))
-        _check_number(num_rows, sum(file.metadata.row_group(group).num_rows for group in groups))
+        check_row_number(num_rows, sum(file.metadata.row_group(group).num_rows for group in groups))
 
 
 def read_schema(path: AnyPath | str, *, error: type[MmauditError]) -> pa.Schema:
@@ -310,7 +309,7 @@ def read_row_group(path: AnyPath | str, number: int, *, columns: Sequence[str], 
     with open_parquet(path, error=error, preload=Preload(row_group=number, columns=columns)) as file:
         table = plain_table(file.read_row_group(number, columns=list(columns)))
         table.validate(full=True)
-        _check_number(table.num_rows, file.metadata.row_group(number).num_rows)
+        check_row_number(table.num_rows, file.metadata.row_group(number).num_rows)
     return table
 
 
@@ -355,7 +354,7 @@ def open_parquet(
             page_checksum_verification=True,
         ) as file:
             _check_names(file.schema_arrow, path, error=error)
-            _check_footer(file.metadata, size=size)
+            check_footer(file.metadata, size=size)
             if remote is not None:
                 keep_footer(path, file.metadata, size)
                 if preload is not None:
@@ -398,18 +397,3 @@ def _check_names(schema: pa.Schema, path: AnyPath | str, *, error: type[MmauditE
     names = schema.names  # a name that is not UTF-8 fails only here
     if duplicate := next((name for name, count in Counter(names).items() if count > 1), None):
         raise error(f"{path} has {names.count(duplicate)} columns named {duplicate}: column names must be unique")
-
-
-def _check_number(num_rows: int, stated_rows: int) -> None:
-    """Raise ValueError where pages and footer differ in the number of rows, since Arrow then silently returns fewer."""
-    if num_rows != stated_rows:
-        raise ValueError(f"the footer states {stated_rows:,} rows, the pages hold {num_rows:,}")
-
-
-def _check_footer(footer: pq.FileMetaData, *, size: int) -> None:
-    """Raise ValueError for row counts in the footer that contradict each other or the size of the file."""
-    group_rows = [footer.row_group(row_group).num_rows for row_group in range(footer.num_row_groups)]
-    if min(group_rows, default=0) < 0 or sum(group_rows) != footer.num_rows:
-        raise ValueError(f"the footer states {footer.num_rows:,} rows, its row groups {sum(group_rows):,}")
-    if footer.num_rows > size * _MAX_ROWS_PER_BYTE:
-        raise ValueError(f"the footer states {footer.num_rows:,} rows, the file has only {size:,} bytes")
