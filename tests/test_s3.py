@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,10 @@ def test_locks_are_objects_that_are_created_once(server: str) -> None:
     folder = RemotePath.parse("s3://clips/locked")
     with remote_lock(folder, "score"), pytest.raises(RunError, match="is held by"), remote_lock(folder, "score"):
         pass
+    with ThreadPoolExecutor(8) as pool:  # the look-up before does not decide: all see no object
+        created = list(pool.map(lambda number: requests.create("s3://clips/locked/race", b"%d" % number), range(8)))
+    assert created.count(True) == 1
+    assert requests.call("s3://clips/locked/race", "cat_file") == b"%d" % created.index(True)
     assert requests.create("s3://clips/locked/once", b"1")
     assert not requests.create("s3://clips/locked/once", b"2")
     assert requests.call("s3://clips/locked/once", "cat_file") == b"1"

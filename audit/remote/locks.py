@@ -58,6 +58,8 @@ def remote_lock(folder: RemotePath, scope: str) -> Iterator[RemoteLock]:
     path = folder / f"{FOLDER}/{quote(scope, safe='')}.json"
     lock = RemoteLock(path=path, token=secrets.token_hex(16), command=f"mmaudit {scope}")
     while not create(str(path), lock.content()):
+        if _read(path).get("token") == lock.token:  # it was written, and the answer was lost
+            break
         _wait_until_stale(path)
         with suppress(FileNotFoundError):
             call(str(path), "rm_file")

@@ -169,18 +169,17 @@ def create(url: str, data: bytes) -> bool:
     S3 and Google's storage decide this themselves. Where the installed file system cannot ask for that, the object is
     looked up before: of two processes at the same moment both may then write.
     """
+    forget(url)
+    if status_of(url) is not None:  # older versions of fsspec ignore or refuse the mode
+        return False
     try:
         with _naming_bucket(url):
             call(url, "pipe_file", data, mode="create")
     except FileExistsError:
         return False
+    except TypeError:
+        call(url, "pipe_file", data)
     except RemoteError as error:
-        if isinstance(error.__cause__, TypeError):  # s3fs before 2025.2
-            forget(url)
-            if status_of(url) is not None:
-                return False
-            call(url, "pipe_file", data)
-            return True
         if _status_code(error.__cause__) in (409, 412) or "Precondition" in str(error):
             return False
         raise
@@ -192,7 +191,7 @@ def request(url: str, attempt: Callable[[], T]) -> T:
     for wait in (*_WAITS, None):
         try:
             return attempt()
-        except (RemoteError, FileExistsError):
+        except (RemoteError, FileExistsError, TypeError):
             raise
         except Exception as error:  # the libraries of five schemes have exceptions of their own
             kind, reason = _failure(error)
