@@ -126,6 +126,7 @@ TWO_NODES = """
 import os, sys, threading, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+import psutil
 import ray
 from ray.cluster_utils import Cluster
 import ray_faults
@@ -139,13 +140,19 @@ cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "object_
 second = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
 options = RayOptions(config=RayConfig(memory_gb=0.5), address=cluster.address, num_workers=3)
 
+def is_running(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
 def remove():
     while len(list(folder.glob("begun-*"))) < 3:
         time.sleep(0.1)
+    pids = [int(path.name.rpartition("-")[2]) for path in folder.glob("begun-*")]
     cluster.remove_node(second, allow_graceful=False)
+    while sum(is_running(pid) for pid in pids) > 1:
+        time.sleep(0.1)
     (folder / "go").touch()
 
-removal = threading.Thread(target=remove)
+removal = threading.Thread(target=remove, daemon=True)
 removal.start()
 with open_pool(options, max_workers=3, folder=folder, shared=folder) as pool:
     records = pool.run(ray_faults.wait_for, range(6), names=list("abcdef"), stage="test")
@@ -159,7 +166,7 @@ def remove_third():
     while not (folder / "run/stages/scores/part-00001.json").exists():
         time.sleep(0.01)
     cluster.remove_node(third, allow_graceful=False)
-removal = threading.Thread(target=remove_third)
+removal = threading.Thread(target=remove_third, daemon=True)
 removal.start()
 score({data!r}, run=folder / "run", config=CONFIG, num_workers=2, engine="ray", ray_address=cluster.address)
 removal.join()
@@ -177,7 +184,7 @@ def test_machine_is_removed(tmp_path: Path) -> None:
     pq.write_table(gaussian_table(num_samples=120), data, row_group_size=15)
     score(data, run=tmp_path / "local", config=CONFIG, num_workers=0)
     script = TWO_NODES.format(tests=str(Path(__file__).parent), folder=str(tmp_path), data=str(data))
-    environment = {**os.environ, "TMPDIR": "/tmp", "RAY_ADDRESS": ""}
+    environment = {**os.environ, "TMPDIR": "/tmp", "RAY_ADDRESS": "", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500, check=False
     )
