@@ -19,7 +19,7 @@ from test_ray_cluster import OPTIONS
 from test_torchrun import run_torchrun
 
 import mmaudit
-from mmaudit.audit.errors import ConfigError, ManifestError
+from mmaudit.audit.errors import ConfigError, RunError
 
 TRAINING = {"finetune.epochs": 3, "finetune.hidden": 8, "finetune.batch_size": 32, "ray.memory_gb": 1.0}
 COMPARED = {"finetune.epochs": 2, "finetune.hidden": 8, "finetune.batch_size": 32, "ray.memory_gb": 1.0}
@@ -116,7 +116,7 @@ def test_training_is_resumed_when_a_worker_is_killed(scored: Path, tmp_path: Pat
 @pytest.mark.filterwarnings("ignore")
 def test_error_of_a_training_is_that_of_the_command(scored: Path, tmp_path: Path) -> None:
     run = copy_run(scored, tmp_path / "run")
-    with pytest.raises(ManifestError, match="no manifest absent"):
+    with pytest.raises(RunError, match="no manifest absent"):
         mmaudit.finetune("absent", run=run, engine="ray", num_workers=2, settings=TRAINING)
     assert not list(run.glob(".mmaudit-*"))
 
