@@ -1,7 +1,8 @@
-"""Tests of the store: resident and streamed inputs are equal, and memory is bounded."""
+"""Inputs of a training: the same on the device and read ahead, within a bound of memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmaudit.audit.features.matrix import MatrixInputs, RowIndex
-from mmaudit.train.examples import Store
+from mmaudit.train.store import Store, fit_on_device
 
 torch.set_num_threads(1)
 
@@ -43,15 +44,50 @@ def test_stream_is_the_same_on_device_and_from_disk(max_bytes: int) -> None:
             assert tensor.dtype == torch.from_numpy(full).dtype
 
 
-def test_inputs_that_do_not_fit_are_never_read_completely() -> None:
-    inputs = CountingInputs()
-    store = Store([inputs], device="cpu", max_bytes=100)
-    for _ in store.stream([np.arange(start, start + 4) for start in range(0, 40, 4)], lambda rows: [rows]):
-        pass
-    assert inputs.max_rows == 4
+@pytest.mark.parametrize("read_ahead_bytes", [1, 8_000, 1 << 20])
+def test_windows_are_bounded_and_change_no_batch(read_ahead_bytes: int) -> None:
+    inputs, batches = CountingInputs(), [RNG.integers(0, 40, 4) for _ in range(10)]
+    store = Store([inputs], device="cpu", max_bytes=100, read_ahead_bytes=read_ahead_bytes)
+    for rows, (tensor,) in store.stream(batches, lambda rows: [rows]):
+        np.testing.assert_array_equal(tensor, WIDE[rows])
+    num_batches = max(1, read_ahead_bytes // 4 // (4 * (4 * 100 + 32)))  # of a window; at least one batch
+    assert inputs.max_rows <= 4 * num_batches
+    assert (inputs.max_rows > 4) == (num_batches > 1)
 
 
-def test_no_read_ahead_with_0_threads() -> None:
+def test_next_window_is_read_before_the_last_batch_of_a_window_is_used() -> None:
+    """At most two windows are read when the first batch is used, and two more than the one in use at any time."""
+    inputs, window = CountingInputs(), 16 * 4 * 4 * (4 * 100 + 32)  # the first window has one batch
+    store = Store([inputs], device="cpu", max_bytes=100, read_ahead_bytes=window)
+    requested = []
+
+    def batches() -> Iterator[NDArray[np.int64]]:
+        for number in range(100):
+            requested.append(number)
+            yield np.arange(4)
+
+    ahead = [len(requested) - used for used, _ in enumerate(store.stream(batches(), lambda rows: [rows]), start=1)]
+    assert ahead[0] >= 1
+    assert max(ahead) <= 2 * 16
+
+
+def test_one_modality_of_several_is_streamed() -> None:
+    inputs = [MatrixInputs(matrix=WIDE), MatrixInputs(matrix=BYTES)]
+    rows = [np.array([4, 2]), np.array([], np.int64), np.array([7])]
+    for max_bytes in (0, 600, 1 << 20):
+        store = Store(inputs, device="cpu", max_bytes=max_bytes)
+        for tensor, batch in zip(store.stream_modality(0, rows), rows, strict=True):
+            np.testing.assert_array_equal(tensor, WIDE[batch])
+
+
+def test_smallest_inputs_are_on_the_device_first() -> None:
+    inputs = [MatrixInputs(matrix=WIDE), MatrixInputs(matrix=BYTES)]
+    assert fit_on_device(inputs, max_bytes=480) == [False, True]
+    assert fit_on_device(inputs, max_bytes=479) == [False, False]
+    assert fit_on_device(inputs, max_bytes=16_480) == [True, True]
+
+
+def test_no_read_ahead_of_adaptive_steps() -> None:
     """The next step of an adaptive sampler must not be requested before the last one was observed."""
     store = Store([MatrixInputs(matrix=WIDE)], device="cpu", max_bytes=0)
     requested = []
@@ -61,7 +97,7 @@ def test_no_read_ahead_with_0_threads() -> None:
             requested.append(number)
             yield np.array([number])
 
-    stream = store.stream(steps(), lambda rows: [rows], num_threads=0)
+    stream = store.stream(steps(), lambda rows: [rows], prefetch=False)
     for number in range(5):
         next(stream)
         assert requested == list(range(number + 1))

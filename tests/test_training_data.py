@@ -19,10 +19,11 @@ from mmaudit.audit.probes.crops import PictureView
 from mmaudit.train.batches import Batch, Step, split_order
 from mmaudit.train.checkpoint import run_identity
 from mmaudit.train.config import TrainConfig
-from mmaudit.train.examples import Examples, Store
+from mmaudit.train.examples import Examples
 from mmaudit.train.methods import resolve
 from mmaudit.train.network import FusionNet, Outputs, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.store import Store
 from mmaudit.train.training_data import NetworkReader, TrainingData, build_network, set_up, validate
 
 torch.set_num_threads(1)

@@ -37,9 +37,16 @@ Stamps = Sequence[str | None]
 
 def read_arrow(path: Path) -> pa.Table:
     """Map an Arrow file into memory; DatasetError if it is damaged."""
+    return locate_arrow(path)[0]
+
+
+def locate_arrow(path: Path) -> tuple[pa.Table, int]:
+    """Map an Arrow file into memory; return its table and the address of its first byte."""
     try:
         with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
+            address = source.read_buffer(1).address
+            source.seek(0)
+            return pa.ipc.open_file(source).read_all(), address
     except pa.ArrowInvalid as error:
         raise DatasetError(f"{path} is damaged ({error}): delete it, and it is created again") from error
 
