@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,3 +104,51 @@ def test_no_read_ahead_of_adaptive_steps() -> None:
     for number in range(5):
         next(stream)
         assert requested == list(range(number + 1))
+
+
+# Prints by how many MB the largest resident set grows while an epoch of random batches is read from a file of 256 MB.
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+from mmaudit.audit.features.vector_files import FileInputs, VectorFile
+from mmaudit.train.store import Store
+
+class Matrix:
+    def __init__(self, path, n, d):
+        self.n, self.d = n, d
+        self.file = VectorFile(path=path, size=path.stat().st_size, start=0, num_features=d, dtype=np.dtype("f4"))
+    num_rows = property(lambda self: self.n)
+    num_features = property(lambda self: self.d)
+    def read(self, rows):
+        order = np.argsort(rows, kind="stable")
+        features = np.empty((len(rows), self.d), np.float32)
+        self.file.read_into(features, order, rows[order])
+        return features
+
+n, d = 1_000_000, 64
+store = Store([Matrix(Path(sys.argv[1]), n, d)], device="cpu", max_bytes=0, read_ahead_bytes=int(sys.argv[2]) << 20)
+order = np.random.default_rng(0).permutation(n)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+for _ in store.stream([order[:64]], lambda rows: [rows]):
+    pass
+before, total = peak(), 0.0
+for _, (rows,) in store.stream(np.split(order, 1000), lambda rows: [rows]):
+    total += float(rows[:, 0].double().sum())
+print(peak() - before, total)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read_ahead_mib", [8, 64])
+def test_memory_of_streaming_is_that_of_the_setting(tmp_path: Path, read_ahead_mib: int) -> None:
+    """Its quick twin is test_windows_are_bounded_and_change_no_batch."""
+    matrix = np.memmap(tmp_path / "vectors", np.float32, "w+", shape=(1_000_000, 64))
+    for start in range(0, 1_000_000, 100_000):
+        matrix[start : start + 100_000] = RNG.standard_normal((100_000, 64), np.float32)
+    matrix.flush()
+    words = [sys.executable, "-c", MEMORY, str(tmp_path / "vectors"), str(read_ahead_mib)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    more, total = map(float, done.stdout.split())
+    assert total == pytest.approx(float(matrix[:, 0].astype(np.float64).sum()), abs=1e-3)
+    assert more < read_ahead_mib + 16  # blocks, and the interpreter's own
