@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..probes.saved_probes import load_probes, read_calibrations, save_probes
 from ..scores.mixture import MixtureConfig
 from ..scores.probe_report import Control
 from ..scores.stability import BisectionAudit, HalfAudit, LeanError, Reliability
-from ..workers import Progress, fixed_threads
+from ..workers import PROCESS_ROWS, Progress, fixed_threads, no_progress, run_tasks
 from .fitting import Fitted, NetworkSettings, fit_probes
 from .merging import Merged, PartColumns, merge
 from .part_store import MemoryStore, Store
@@ -111,12 +111,28 @@ class ScoringJob:
 
 
 def read_rows(job: ScoringJob, parts: Sequence[Part]) -> None:
-    """Stage `rows`: read ids, labels, groups and splits of parts; no medium is opened."""
-    for part in parts:
-        if not job.store.has("rows", part.index):
-            shards = job.dataset.shards[part.first_shard : part.end_shard]
-            table = read_row_table(job.dataset, shards, seed=job.seed, repeats=job.probe.repeats)
-            job.store.write("rows", table, part=part.index)
+    """Stage `rows`: read ids, labels, groups and splits of parts, in processes; no medium is opened."""
+    _run_by_part(_write_rows, job, [part for part in parts if not job.store.has("rows", part.index)])
+
+
+def _run_by_part(work: Callable[[ScoringJob, Part], None], job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Do for each part what is written in Python row by row, such as digests: in processes where that takes long."""
+    many = len(parts) > 1 and not job.in_memory and sum(part.num_rows for part in parts) >= PROCESS_ROWS
+    for _ in run_tasks(
+        partial(work, replace(job, progress=no_progress)), parts, num_workers=job.num_workers if many else 0
+    ):
+        pass
+
+
+def _write_rows(job: ScoringJob, part: Part) -> None:
+    shards = job.dataset.shards[part.first_shard : part.end_shard]
+    table = read_row_table(job.dataset, shards, seed=job.seed, repeats=job.probe.repeats)
+    job.store.write("rows", table, part=part.index)
+
+
+def _write_status(job: ScoringJob, part: Part) -> None:
+    table = read_status_table(job.dataset, job.tasks(part), job.store.read("rows", part.index))
+    job.store.write("status", table, part=part.index)
 
 
 @fixed_threads()
@@ -132,9 +148,7 @@ def encode(job: ScoringJob, parts: Sequence[Part]) -> None:
         progress=job.progress,
         device=job.device,
     )
-    for part in missing:
-        table = read_status_table(job.dataset, job.tasks(part), job.store.read("rows", part.index))
-        job.store.write("status", table, part=part.index)
+    _run_by_part(_write_status, job, missing)
 
 
 def fingerprint_of_data(job: ScoringJob) -> str:
