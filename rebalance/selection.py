@@ -30,7 +30,8 @@ Counts = NDArray[np.int64]
 
 
 RECORD = np.dtype([("key", "<u8"), ("cell", "<i4"), ("imbalance", "<u4")])
-_PART_ROWS = 1 << 20  # 16 MB of records
+_PART_ROWS = 1 << 18  # 4 MB of records: to find its repeated keys takes ten times as much
+_MEMORY_PARTS = 4  # so many parts of records are kept in memory
 _LARGEST_KEY = np.uint64(2**64 - 1)
 _MAX_PARTS = 1_024
 
@@ -39,7 +40,8 @@ class ExternalSort:
     """n records of key, cell (-1: none) and imbalance; above 2^20 rows on disk in `folder`. A context manager."""
 
     def __init__(self, num_rows: int, folder: Path) -> None:
-        self._bits = min(max(0, (num_rows // _PART_ROWS).bit_length()), _MAX_PARTS.bit_length() - 1)
+        on_disk = num_rows >= _MEMORY_PARTS * _PART_ROWS
+        self._bits = min((num_rows // _PART_ROWS).bit_length(), _MAX_PARTS.bit_length() - 1) if on_disk else 0
         self._records: list[NDArray[np.void]] = []
         self._scratch = ExitStack()
         self._files: list[Path] = []  # opened per write: the limit of open files may be as low as 256
@@ -175,6 +177,10 @@ class SelectionRule(Protocol):
     @property
     def by_score(self) -> bool:
         """Whether a cell keeps the rows of smallest `order` instead of smallest hash."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether rows have other weights than 1, whose sums are rounded batch by batch."""
 
     def order(self, batch: ScoreBatch) -> NDArray[np.uint64]:
         """Return the keys (n,) by which rows are selected if by_score is set."""
