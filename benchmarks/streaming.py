@@ -1,8 +1,8 @@
 """Training steps per second with inputs read ahead from the feature cache, against inputs on the device.
 
 Vectors of two modalities are written as cache files of 50,000 rows, and the default network is trained on them in a
-random order, a share of an epoch. Rows: on the device; read ahead with several bounds of memory; the same with files that
-are not in the page cache (Linux); and the reader of before 2026-11-29, one batch at a time from mapped files.
+random order, a share of an epoch. Rows: on the device; read ahead with several bounds of memory; the same with files
+that are not in the page cache (Linux); and the reader of before 2026-11-29, one batch at a time from mapped files.
 Prints a Markdown table with the largest growth of the resident set over that before the training.
 
 `python benchmarks/streaming.py FOLDER [--rows 1000000] [--features 64] [--steps 2000]` keeps the files in FOLDER.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mmaudit.audit.errors import DatasetError
 from mmaudit.audit.features.matrix import MatrixInputs, RowIndex
 from mmaudit.train.store import Store, fit_on_device
 
@@ -72,6 +73,20 @@ def test_next_window_is_read_before_the_last_batch_of_a_window_is_used() -> None
     ahead = [len(requested) - used for used, _ in enumerate(store.stream(batches(), lambda rows: [rows]), start=1)]
     assert ahead[0] >= 1
     assert max(ahead) <= 2 * 16
+
+
+def test_an_error_of_a_window_read_ahead_is_raised_where_its_first_batch_is_used() -> None:
+    class Damaged(CountingInputs):
+        def read(self, rows: RowIndex) -> NDArray[Any]:
+            if (rows == 39).any():
+                raise DatasetError("000003.arrow was cut off")
+            return super().read(rows)
+
+    store = Store([Damaged()], device="cpu", max_bytes=100, read_ahead_bytes=1)
+    stream = store.stream([np.array([number]) for number in (0, 5, 39, 7)], lambda rows: [rows])
+    assert [int(next(stream)[0][0]) for _ in range(2)] == [0, 5]
+    with pytest.raises(DatasetError, match="cut off"):
+        next(stream)
 
 
 def test_one_modality_of_several_is_streamed() -> None:

@@ -134,7 +134,7 @@ def load_examples(
     table, in_manifest = _with_dropped_test(manifest.table, dropped)
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
     rows = _find_rows(ids, samples.sample_id)
-    content = row_content([status.content for status in statuses])[rows]
+    content = row_content([status.content[rows] for status in statuses])
     has_own_splits = bool(manifest.provenance.get("recipe", {}).get("resplit"))
     _check_unchanged(table, samples, rows, content=content, with_splits=not has_own_splits)
     _check_usable(ids, rows, statuses)
