@@ -127,7 +127,7 @@ print(json.dumps(results))
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_streamed_training_has_the_bytes_of_one_in_memory(size: int) -> None:
-    """Quick twins: test_any_number_of_processes_reads_the_same_global_batches, and, of one process, in test_training."""
+    """Its quick twin is test_any_number_of_processes_reads_the_same_global_batches."""
     for resident, streamed in run_in_processes(STREAMED.format(tests=str(Path(__file__).parent)), size=size):
         assert streamed == resident
 
