@@ -103,7 +103,7 @@ def train(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         optimizer.zero_grad()
         outputs = net(inputs, None)
         loss = torch.nn.functional.cross_entropy(outputs.fused, label[torch.from_numpy(rows)])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.item()
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu

@@ -120,7 +120,6 @@ def test_each_cell_keeps_its_first_rows_by_hash(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_files_py, "BATCH_ROWS", batch_rows)
         patch.setattr(external_sort, "_PART_ROWS", 4 if storage == "disk" else 1 << 18)
-        patch.setattr(external_sort, "_MEMORY_PARTS", 1)
         selection = select_rows(score_files, rule, scratch=folder / "scratch")
         decisions = decide_all(selection)
     assert set(decisions["id"][decisions["keep"]]) == expected
@@ -234,7 +233,6 @@ def test_excluded_rows_have_no_cell_and_name_the_manifest(tmp_path: Path) -> Non
 def test_repeated_id_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str) -> None:
     if storage == "disk":
         monkeypatch.setattr(external_sort, "_PART_ROWS", 4)
-        monkeypatch.setattr(external_sort, "_MEMORY_PARTS", 1)
     rule = SomeRule(quota=np.full(6, 4), num_classes=3)
     repeated = table(6, seed=0, sample_id=["d", "b", "b", "a", "a", "a"])
     with pytest.raises(ScoreError, match=r"3 ids occur more than once in the score table \(the first: a\)"):
@@ -262,7 +260,6 @@ def test_empty_selection_raises(tmp_path: Path) -> None:
 
 def test_scratch_folder_is_emptied_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(external_sort, "_PART_ROWS", 4)
-    monkeypatch.setattr(external_sort, "_MEMORY_PARTS", 1)
     monkeypatch.setattr(score_files_py, "BATCH_ROWS", 10)
     bad = np.where(np.arange(40) == 35, 2.0, 0.5).astype(np.float32)
     score_files = open_table(tmp_path, table(40, seed=0, confidence_audio=bad))
@@ -293,7 +290,6 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Storage of the records; parts of 4 rows make many parts in each of these tests."""
     if request.param != "memory":
         monkeypatch.setattr(external_sort_module, "_PART_ROWS", 4)
-        monkeypatch.setattr(external_sort_module, "_MEMORY_PARTS", 1)
     if request.param == "disk of few parts":
         monkeypatch.setattr(external_sort_module, "_MAX_PARTS", 2)
     return str(request.param)
@@ -402,7 +398,6 @@ def test_many_parts_need_few_open_files(tmp_path: Path, monkeypatch: pytest.Monk
     """The limit of open files is 1,024 on most machines, 256 on some; 10^9 rows have 1,024 parts."""
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(external_sort_module, "_PART_ROWS", 4)
-    monkeypatch.setattr(external_sort_module, "_MEMORY_PARTS", 1)
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, old[1]))
     try:

@@ -107,7 +107,6 @@ def test_bytes_are_independent_of_files_and_batches(
         split_to(folder / "one" / "m.parquet", folder / "whole.parquet")
         patch.setattr(score_files, "BATCH_ROWS", batch)
         patch.setattr(external_sort, "_PART_ROWS", part)
-        patch.setattr(external_sort, "_MEMORY_PARTS", 1)
         split_to(folder / "other" / "m.parquet", paths)
         assert file_hashes(folder / "one" / "m.parquet") == file_hashes(folder / "other" / "m.parquet")
         read = read_manifest(folder / "one" / "m.parquet")

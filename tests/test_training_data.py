@@ -66,8 +66,9 @@ def batches_of(epoch: int, **options: Any) -> list[list[Batch]]:
         distributed = DistributedContext(rank=rank, world_size=size) if size > 1 else SINGLE_PROCESS
         methods = resolve(with_options(batch_size=19, **options))
         data = set_up(make_examples(200), methods, seed=3, device="cpu", distributed=distributed)
-        config, context = methods.config, {"seed": 3, "distributed": distributed}
-        sampler = methods.sampler(data.pool, config.order, methods.sampler_config, batch_size=19, **context)
+        sampler = methods.sampler(
+            data.pool, methods.config.order, methods.sampler_config, batch_size=19, seed=3, distributed=distributed
+        )
         of_process.append(list(data.batches(sampler.steps(epoch), epoch=epoch)))
     return [list(step) for step in zip(*of_process, strict=True)]
 

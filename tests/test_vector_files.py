@@ -82,7 +82,8 @@ def test_bytes_are_read_as_bytes_until_a_row_is_missing(tmp_path: Path) -> None:
         file.write_table(pa.table({"vector": column}))
     found = vector_files.VectorFile.of(path, num_vectors=int(usable.sum()))
     assert found is not None
-    assert (found.num_features, found.dtype) == (12, np.uint8)
+    assert found.num_features == 12
+    assert found.dtype == np.dtype(np.uint8)
     features = np.zeros((3, 12), np.uint8)
     found.read_into(features, np.array([2, 0, 1]), np.array([1, 4, 20]))
     np.testing.assert_array_equal(features[[2, 0, 1]], pictures[[1, 4, 20]])

@@ -84,7 +84,7 @@ def _blocks(vectors: RowIndex, *, row_bytes: int) -> Iterator[slice]:
 
 def _read_exactly(file: BinaryIO, block: NDArray[Any], position: int, *, path: Path) -> None:
     """Fill an array with the bytes from a position; DatasetError where the file ends before."""
-    view = memoryview(block).cast("B")
+    view = block.data.cast("B")
     file.seek(position)
     while len(view):
         if not (num_read := file.readinto(view)):  # type: ignore[attr-defined]
@@ -166,5 +166,6 @@ def from_files(inputs: Inputs) -> Inputs:
 
     Hashed terms of texts and selected columns are read as before, from mapped files.
     """
-    is_stored = isinstance(inputs, FeatureMatrix) and not inputs.has_terms and inputs.columns is None
-    return FileInputs(matrix=inputs) if is_stored else inputs
+    if not isinstance(inputs, FeatureMatrix) or inputs.has_terms or inputs.columns is not None:
+        return inputs
+    return FileInputs(matrix=inputs)
