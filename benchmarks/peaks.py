@@ -5,7 +5,7 @@ are drawn and encoded into the feature cache, and scores are those of rows of th
 command runs in a process of its own, whose largest resident set is read from the system. Prints a Markdown table; the
 exit code is 1 if a command takes more than MAX_MORE_MB above its peak on the smallest set.
 
-`python benchmarks/peaks.py FOLDER` keeps the runs in FOLDER (12 GB), and uses those that are there. `--rows
+`python benchmarks/peaks.py FOLDER` keeps the runs in FOLDER (10 GB), and uses those that are there. `--rows
 100000,1000000` measures other sizes, `--only split,report` some commands.
 """
 
