@@ -66,9 +66,15 @@ def scores_section(record: dict[str, Any]) -> dict[str, Any]:
     return {key: record.get(key) for key in _SCORE_KEYS}
 
 
-def signed_record(record: dict[str, Any], *, folder: Path, scores: Path) -> dict[str, Any]:
-    """Return run.json with this user's signature for the folder and the score table in it."""
-    signature = {"folder": str(folder.resolve()), "scores": scores_digest(scores)}
+def signed_record(
+    record: dict[str, Any], *, folder: Path, scores: Path, earlier: Sequence[dict[str, str]] = ()
+) -> dict[str, Any]:
+    """Return run.json with this user's signature for the folder and the score table in it.
+
+    earlier: Signature (`hmac`), `fingerprint` and `version` of the records before rows were appended.
+    """
+    signature: dict[str, Any] = {"folder": str(folder.resolve()), "scores": scores_digest(scores)}
+    signature |= {"earlier": list(earlier)} if earlier else {}
     code = sign(_record_content(record, signature))
     return record if code is None else {**record, "signature": {**signature, "hmac": code}}
 
@@ -145,7 +151,7 @@ def origin_of(path: Path, provenance: dict[str, Any], digests: Digests) -> Origi
         doubt = "it was not signed by you on this machine"
     elif record is not None and changed:
         doubt = f"its {changed} changed since it was made"
-    elif record is not None and (signature["run"], scores) != (record["signature"]["hmac"], scores_section(record)):
+    elif record is not None and not _is_of_run(signature["run"], scores, record):
         doubt = "it was not made from the scores of its run"
     source = balance_numbers.get("source", _source_of(folder))
     return Origin(
@@ -167,7 +173,23 @@ def trusted_folder(path: Path) -> Path:
 
 def _record_content(record: dict[str, Any], signature: dict[str, Any]) -> dict[str, Any]:
     content = {key: record.get(key) for key in _SIGNED_KEYS}
-    return {"signed": "run", **content, "folder": signature.get("folder"), "scores": signature.get("scores")}
+    signed = {key: signature[key] for key in ("folder", "scores", "earlier") if key in signature}
+    return {"signed": "run", **content, "folder": None, "scores": None, **signed}
+
+
+def earlier_records(record: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the signatures of a record that this user signed, and of those before rows were appended to the run."""
+    own = {"hmac": record["signature"]["hmac"], "fingerprint": record["fingerprint"], "version": record["version"]}
+    return [*record["signature"].get("earlier", []), own]
+
+
+def _is_of_run(run: Any, scores: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a manifest's signed run and scores are those of a record, or of the run before rows were appended."""
+    return any(
+        run == entry["hmac"]
+        and scores == {**scores_section(record), "fingerprint": entry["fingerprint"], "version": entry["version"]}
+        for entry in earlier_records(record)
+    )
 
 
 def _manifest_content(path: Path, signature: dict[str, Any]) -> dict[str, Any]:

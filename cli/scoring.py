@@ -21,6 +21,7 @@ from ..audit.parsing import RequiredKeys, build_config
 from ..audit.scores.table import ScoreTable
 from ..audit.storage import read_json, scratch_folder
 from ..audit.workers import Progress, default_workers
+from .appending import append_rows, read_grown
 from .config import RunConfig, load_settings, preset_content, preset_record
 from .effects import effects_in_scoring, warn_without_effect
 from .progress import progress_bars
@@ -108,6 +109,7 @@ def score(
     repeats: int | None = None,
     thorough: bool = False,
     overwrite: bool = False,
+    append: bool = False,
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
@@ -138,6 +140,7 @@ def score(
     repeats: int | None = None,
     thorough: bool = False,
     overwrite: bool = False,
+    append: bool = False,
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
@@ -167,6 +170,7 @@ def score(
     repeats: int | None = None,
     thorough: bool = False,
     overwrite: bool = False,
+    append: bool = False,
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
@@ -198,6 +202,7 @@ def score(
         repeats: Repeats of cross-fitting; by default 3.
         thorough: Also measure what holds for other samples of the same kind; takes twice as long.
         overwrite: Replace a finished run, and remove the manifests and fine-tunings of its scores.
+        append: Score the rows that were added to the data of a finished run by its own probes.
         seed: Random seed; by default 0.
         device: auto, cpu or cuda.
         num_workers: Processes that decode media; 0: none; by default one per CPU.
@@ -225,6 +230,7 @@ def score(
     if data is None and not features:
         raise ConfigError("pass the data to score, or files of vectors with labels: mmaudit score --features FILE")
     check_stage(stage, shard)
+    _check_append(append, stage=stage, overwrite=overwrite)
     keywords = data_settings(
         modality=modality,
         encoder=encoder,
@@ -241,6 +247,8 @@ def score(
     device = pick_device(device)
     run_dir = Run.open(run)
     run_dir.check_folder()
+    if append:
+        run_dir.record()
     about: dict[str, Any] = {} if preset is None else {"preset": _preset_record(preset, config)}
     if files := pairs(features):
         joined = join_vectors(data, files, config.data, folder=run_dir.features / "joined")
@@ -252,7 +260,10 @@ def score(
         if stage is not None and stage != "merge":
             job = open_job(run_dir, dataset, config, **options, staged=True)
             return run_stage(run_dir, job, stage, shard=shard)
-        if overwrite or not run_dir.is_scored():
+        if append:
+            with write_lock(run_dir.folder, command="mmaudit score --append") as lock:
+                append_rows(run_dir, dataset, config, options=options, about=about, lock=lock)
+        elif overwrite or not run_dir.is_scored():
             with write_lock(run_dir.folder, command="mmaudit score") as lock:
                 if overwrite or not run_dir.is_scored():  # another process may have finished it meanwhile
                     if overwrite and stage is None:
@@ -272,10 +283,18 @@ def score(
                     )
                     _write_report(run_dir)
                     return _score_result(run_dir)
-        _check_unchanged(run_dir, dataset, config, options)
+        if not append:
+            _check_unchanged(run_dir, dataset, config, options)
     if not (run_dir.report_file.exists() and run_dir.report_file.with_suffix(".json").exists()):
         report(run=run_dir.folder)
     return _score_result(run_dir)
+
+
+def _check_append(append: bool, *, stage: str | None, overwrite: bool) -> None:
+    """Raise ConfigError for options that cannot be combined with --append."""
+    if append and (stage is not None or overwrite):
+        other = "--overwrite" if stage is None else f"--stage {stage}"
+        raise ConfigError(f"--append with {other}: rows are appended to a finished run, by one process")
 
 
 def report(*, run: str | Path = "mmaudit-run") -> ReportResult:
@@ -335,6 +354,13 @@ def _score_result(run_dir: Run) -> ScoreResult:
 def _check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, options: dict[str, Any]) -> None:
     """Raise RunError if a finished run was made from other data or another config."""
     record = run_dir.record()
+    if "appended" in record:
+        with scratch_folder(run_dir.folder) as folder:
+            grown = read_grown(run_dir, dataset, config, options=options, folder=folder)
+        if grown.is_new.any():
+            raise RunError(f"{dataset.source} has rows that {run_dir.folder} lacks: pass --append, or --overwrite")
+        log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
+        return
     check_config(run_dir, record, dataset, config)
     with scratch_folder(run_dir.folder) as folder:
         in_memory = dataset.num_rows <= SINGLE * config.parts.rows
@@ -343,7 +369,7 @@ def _check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, options:
     if record["fingerprint"] != found:
         raise RunError(
             f"{run_dir.folder} was made from other data (fingerprint {record['fingerprint'][:8]}, now "
-            f"{found[:8]}); pass another folder with --run, or --overwrite"
+            f"{found[:8]}); pass another folder with --run, --append if rows were only added, or --overwrite"
         )
     log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
     if doubt := own_record(run_dir.folder)[1]:

@@ -124,6 +124,8 @@ STAGE_OF = {
     "rows": "encode",
     "status": "encode",
     "selection": "fit",
+    "keys": "fit",
+    "contents": "fit",
     "usable": "fit",
     "halves": "fit",
     "scores": "score",

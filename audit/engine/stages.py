@@ -30,7 +30,8 @@ from .merging import Merged, PartColumns, merge
 from .part_store import MemoryStore, Store
 from .plan import Part, ShardPlan
 from .row_data import EncodedData, RowData, read_row_table, read_status_table
-from .scoring import PartRows, finish_part, part_inputs, score_part, take_probes
+from .run_state import describe_labels, folds_of_contents, folds_of_keys
+from .scoring import PartRows, Whole, finish_part, part_inputs, score_part, take_probes
 from .selection import Selection, fingerprint, read_selection, select, selection_record, selection_tables
 
 log = logging.getLogger("mmaudit")
@@ -91,14 +92,15 @@ class ScoringJob:
             for shard in self.dataset.shards[first:end]
         )
 
-    def row_data(self) -> RowData:
-        """Read the columns of all rows from the row tables of all parts."""
+    def row_data(self, *, edges: Sequence[float] = ()) -> RowData:
+        """Read the columns of all rows from the row tables of all parts; `edges` of a regression's strata, if known."""
         return RowData.of(
             self.dataset,
             lambda part: self.store.read("rows", part),
             num_parts=len(self.plan.parts),
             seed=self.seed,
             test_fraction=self.test_fraction,
+            edges=edges,
         )
 
     def encoded(self, data: RowData) -> EncodedData:
@@ -120,8 +122,11 @@ def read_rows(job: ScoringJob, parts: Sequence[Part]) -> None:
 
 
 @fixed_threads()
-def encode(job: ScoringJob, parts: Sequence[Part]) -> None:
-    """Stage `encode`: encode what the feature cache lacks of parts, and read the status of their rows."""
+def encode(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = False) -> None:
+    """Stage `encode`: encode what the feature cache lacks of parts, and read the status of their rows.
+
+    trust_unchanged: see encode_dataset.
+    """
     missing = [part for part in parts if not job.store.has("status", part.index)]
     shards = tuple(shard for part in missing for shard in job.dataset.shards[part.first_shard : part.end_shard])
     encode_dataset(
@@ -131,6 +136,7 @@ def encode(job: ScoringJob, parts: Sequence[Part]) -> None:
         num_workers=job.num_workers,
         progress=job.progress,
         device=job.device,
+        trust_unchanged=trust_unchanged,
     )
     for part in missing:
         table = read_status_table(job.dataset, job.tasks(part), job.store.read("rows", part.index))
@@ -155,7 +161,10 @@ def log_cut(job: ScoringJob, data: RowData) -> None:
 @fixed_threads()
 def fit(job: ScoringJob, data: RowData) -> tuple[Selection, Fitted]:
     """Stages `select` and `fit`: choose what is scored, and fit the probes."""
-    selection = select(job.encoded(data), probe=job.probe, seed=job.seed, keep_duplicates=job.keep_duplicates)
+    encoded = job.encoded(data)
+    selection = select(encoded, probe=job.probe, seed=job.seed, keep_duplicates=job.keep_duplicates)
+    job.store.write("contents", folds_of_contents(encoded, selection).to_table())
+    job.store.write("keys", folds_of_keys(data, selection).to_table(), counts=describe_labels(data.labels))
     statuses = [
         UsableRows(modality=modality, usable=np.ascontiguousarray(selection.usable[:, index]))
         for index, modality in enumerate(job.dataset.modalities)
@@ -333,13 +342,13 @@ def merge_parts(job: ScoringJob, results: FitResults) -> Merged:
     )
 
 
-def finished_parts(job: ScoringJob, merged: Merged) -> Iterator[tuple[Part, pa.Table, dict[str, int] | None]]:
+def finished_parts(job: ScoringJob, whole: Whole) -> Iterator[tuple[Part, pa.Table, dict[str, int] | None]]:
     """Stage `finish`: yield each part with samples, its whole score table, and the counts of balanced_side."""
     for part in job.plan.parts:
         scores = job.store.read("scores", part.index)
         if scores.num_columns:
             measured = job.store.read("measured", part.index)
-            yield part, *finish_part(scores, measured, merged.whole, names=job.names)
+            yield part, *finish_part(scores, measured, whole, names=job.names)
 
 
 def run_all(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:

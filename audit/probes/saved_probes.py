@@ -46,6 +46,13 @@ def save_probes(probe_set: ProbeSet, cross_fit: CrossFit, folder: Path) -> None:
             save_file(contiguous, temporary, metadata={"mmaudit": json.dumps(stated, sort_keys=True)})
 
 
+def num_bytes(probe_set: ProbeSet) -> int:
+    """Count the bytes of the tensors that `save_probes` writes."""
+    joint = () if probe_set.joint is None else (probe_set.joint,)
+    tensors = [tensor for probe in (*probe_set.probes, *joint) for tensor in _probe_tensors(probe.probe)[0].values()]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def read_calibrations(folder: Path, names: Sequence[str]) -> dict[str, Calibration]:
     """Return the calibration of the probe of each modality, and of `joint` if there is such a probe."""
     files = [*names, *([_JOINT] if (folder / f"{_JOINT}.safetensors").exists() else [])]
