@@ -313,23 +313,43 @@ def open_source(origin: Origin, options: SourceOptions, *, encoders: bool = True
             f"{origin.path} does not record how its data were read, so its scores are not mmaudit's; "
             "score the data with mmaudit score, and split that run"
         )
+    config, scored_config = source_config(origin, options, encoders=encoders)
+    source = options.data if options.data is not None or origin.record is None else origin.record["source"]
+    try:
+        return open_encodable(str(source), config), scored_config
+    except MmauditError as error:
+        mend = "" if options.data is not None else "; if it moved, pass --data"
+        raise ManifestError(f"the manifest's source cannot be opened: {error}{mend}") from error
+
+
+def source_config(origin: Origin, options: SourceOptions, *, encoders: bool = True) -> tuple[DataConfig, RunConfig]:
+    """Return how data are read as at scoring, and the config of that score; raise ManifestError as open_source does."""
     modalities = _scored_modalities(origin)
-    scored_config = build_config(RunConfig, without_none(provenance_section(scores, "config")), where="")
+    scored_config = build_config(RunConfig, without_none(provenance_section(origin.scores, "config")), where="")
     encoder_names = _scored_encoders(origin, options) if encoders else {}
     _check_named(origin, options, encoder_names)
     _check_reader(origin, scored_config.data.reader)
-    source = options.data if options.data is not None or origin.record is None else origin.record["source"]
     config = replace(
         scored_config.data,
         modality=tuple(f"{entry['name']}={entry['column']}:{entry['kind']}" for entry in modalities),
         encoder=tuple(f"{name}={encoder}" for name, encoder in encoder_names.items()),
         allow_outside=options.allow_outside or (origin.record is not None and scored_config.data.allow_outside),
     )
-    try:
-        return open_encodable(str(source), config), scored_config
-    except MmauditError as error:
-        mend = "" if options.data is not None else "; if it moved, pass --data"
-        raise ManifestError(f"the manifest's source cannot be opened: {error}{mend}") from error
+    return config, scored_config
+
+
+def origin_of_run(run_dir: Run) -> Origin:
+    """Return the origin of the probes of a run."""
+    record, doubt = own_record(run_dir.folder)
+    return Origin(
+        path=run_dir.record_file,
+        scores=scores_section(run_dir.record()),
+        record=record,
+        doubt=doubt,
+        source=None,
+        is_own=record is not None,
+        changed="",
+    )
 
 
 def _scored_modalities(origin: Origin) -> list[dict[str, str]]:

@@ -229,7 +229,7 @@ def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDA
 
 
 def read_labels(dataset: Dataset, rows: pa.Table, *, edges: Sequence[float] = ()) -> Labels:
-    """Read the labels of rows with the columns of the label and its name; `edges` of a regression's strata, if known."""
+    """Read the labels of rows with the columns of the label and its name; `edges`: those of a regression's strata."""
     column = rows[dataset.columns.label]
     if dataset.task == "regression":
         return read_number_column(column, name=dataset.columns.label, edges=edges)

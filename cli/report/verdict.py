@@ -362,7 +362,7 @@ def _appended(numbers: Section) -> list[str]:
         return []
     return [
         f"{appended['scored']:,} samples were appended and are scored by the probes of the first "
-        f"{appended['fitted']['scored']:,}. The probe report, the mixture and the checks of the gap are of the first alone."
+        f"{appended['fitted']['scored']:,}. The probe report, the mixture and the checks of the gap are of those alone."
     ]
 
 
