@@ -167,7 +167,7 @@ def test_code_named_by_a_run_of_others_is_not_imported(run: Path, tmp_path: Path
 
 
 def test_command_prints_the_comparison(run: Path, tmp_path: Path) -> None:
-    write(table().slice(60, 60), tmp_path / "new.parquet")
+    write(table().slice(NUM_OLD), tmp_path / "new.parquet")
     words = ["apply", str(run), str(tmp_path / "new.parquet"), "--num-workers", "0", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
@@ -175,4 +175,4 @@ def test_command_prints_the_comparison(run: Path, tmp_path: Path) -> None:
     for text in ("mean", "confidence audio", "KS distance", "balanced by the mixture of the run", "results:"):
         assert text in done.stdout
     done = CliRunner().invoke(app, [*words, "--json"])
-    assert json.loads(done.stdout)["counts"]["known"] == 30 + 15
+    assert json.loads(done.stdout)["counts"]["known"] == 45

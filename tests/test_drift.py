@@ -44,7 +44,7 @@ def test_numbers_are_those_of_scipy() -> None:
     interval = expected.confidence_interval(0.95)
     assert audio["difference"]["low"] == pytest.approx(interval.low, abs=1e-6)
     assert audio["difference"]["high"] == pytest.approx(interval.high, abs=1e-6)
-    test = ks_2samp(first[:, 0].astype(np.float32), second[:, 0].astype(np.float32))
+    test = ks_2samp(first[:, 0].astype(np.float32), second[:, 0].astype(np.float32), method="asymp")
     assert (audio["ks"], audio["p"]) == (test.statistic, test.pvalue)
 
 

@@ -112,7 +112,8 @@ def _read(file: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt", device=device) as opened:
             stated = json.loads(opened.metadata()["mmaudit"])
-            return {name: opened.get_tensor(name) for name in opened.keys()}, stated  # noqa: SIM118  # no mapping
+            # Copies: tensors of the file start at any byte, and products with one output then differ in the last digit.
+            return {name: opened.get_tensor(name).clone() for name in opened.keys()}, stated  # noqa: SIM118  # no mapping
     except Exception as cause:  # safetensors raises an error of its own, which is an Exception
         raise RunError(f"{file} cannot be read ({cause}): run the stage fit again") from cause
 
