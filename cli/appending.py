@@ -1,4 +1,4 @@
-"""Scores of rows that were added to the data of a run, by its saved probes; the scores of the other rows stay."""
+"""Finished runs and their data: whether these are unchanged, and scores of rows that were added to them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from ..audit.dataset.dataset import Dataset
 from ..audit.engine.new_rows import NewRows, read_as_in_run, save_selection, select_new
 from ..audit.engine.part_store import FolderStore, MemoryStore
-from ..audit.engine.plan import Part
+from ..audit.engine.plan import SINGLE, Part
 from ..audit.engine.row_data import ORDER_PURPOSE, EncodedData
 from ..audit.engine.run_state import RunState, folds_of_contents, folds_of_keys
 from ..audit.engine.scoring import finish_part
 from ..audit.engine.selection import fingerprint
-from ..audit.engine.stages import ScoringJob, score
+from ..audit.engine.stages import ScoringJob, fingerprint_of_data, score
 from ..audit.errors import RunError, quarantine_table
 from ..audit.hashing import digest, hash_rank
 from ..audit.locks import Lock
-from ..audit.storage import read_batches, read_json, read_table, write_json, write_parquet
+from ..audit.storage import read_batches, read_json, read_table, scratch_folder, write_json, write_parquet
 from .config import RunConfig
 from .provenance import (
     absolute_source,
@@ -164,6 +164,31 @@ def resumable_store(folder: Path, config: str) -> FolderStore:
         shutil.rmtree(folder)
     write_json({"config": config}, file)
     return FolderStore(folder=folder, config=config)
+
+
+def check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, options: dict[str, Any]) -> None:
+    """Raise RunError if a finished run was made from other data or another config."""
+    record = run_dir.record()
+    if "appended" in record:
+        with scratch_folder(run_dir.folder) as folder:
+            grown = read_grown(run_dir, dataset, config, options=options, folder=folder)
+        if grown.is_new.any():
+            raise RunError(f"{dataset.source} has rows that {run_dir.folder} lacks: pass --append, or --overwrite")
+        log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
+        return
+    check_config(run_dir, record, dataset, config)
+    with scratch_folder(run_dir.folder) as folder:
+        in_memory = dataset.num_rows <= SINGLE * config.parts.rows
+        store = MemoryStore() if in_memory else FolderStore(folder=folder, config="")
+        found = fingerprint_of_data(open_job(run_dir, dataset, config, **options, store=store))
+    if record["fingerprint"] != found:
+        raise RunError(
+            f"{run_dir.folder} was made from other data (fingerprint {record['fingerprint'][:8]}, now "
+            f"{found[:8]}); pass another folder with --run, --append if rows were only added, or --overwrite"
+        )
+    log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
+    if doubt := own_record(run_dir.folder)[1]:
+        log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it again", doubt)
 
 
 def append_rows(

@@ -11,21 +11,19 @@ from typing import Any, overload
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.joined import join_vectors
-from ..audit.engine.part_store import FolderStore, MemoryStore
-from ..audit.engine.plan import SINGLE
-from ..audit.engine.stages import fingerprint_of_data, run_all
+from ..audit.engine.stages import run_all
 from ..audit.errors import ConfigError, RunError
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.locks import WAIT_SECONDS, write_lock
 from ..audit.parsing import RequiredKeys, build_config
 from ..audit.scores.table import ScoreTable
-from ..audit.storage import read_json, scratch_folder
+from ..audit.storage import read_json
 from ..audit.workers import Progress, default_workers
-from .appending import append_rows, read_grown
+from .appending import append_rows, check_unchanged
 from .config import RunConfig, load_settings, preset_content, preset_record
 from .effects import effects_in_scoring, warn_without_effect
 from .progress import progress_bars
-from .provenance import check_config, open_encodable, own_record
+from .provenance import open_encodable
 from .run import Run
 from .staging import StageResult, check_stage, open_job, publish, run_merge, run_stage
 
@@ -284,7 +282,7 @@ def score(
                     _write_report(run_dir)
                     return _score_result(run_dir)
         if not append:
-            _check_unchanged(run_dir, dataset, config, options)
+            check_unchanged(run_dir, dataset, config, options)
     if not (run_dir.report_file.exists() and run_dir.report_file.with_suffix(".json").exists()):
         report(run=run_dir.folder)
     return _score_result(run_dir)
@@ -349,31 +347,6 @@ def _score_result(run_dir: Run) -> ScoreResult:
         warnings=tuple(verdict["warnings"]),
         record=record,
     )
-
-
-def _check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, options: dict[str, Any]) -> None:
-    """Raise RunError if a finished run was made from other data or another config."""
-    record = run_dir.record()
-    if "appended" in record:
-        with scratch_folder(run_dir.folder) as folder:
-            grown = read_grown(run_dir, dataset, config, options=options, folder=folder)
-        if grown.is_new.any():
-            raise RunError(f"{dataset.source} has rows that {run_dir.folder} lacks: pass --append, or --overwrite")
-        log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
-        return
-    check_config(run_dir, record, dataset, config)
-    with scratch_folder(run_dir.folder) as folder:
-        in_memory = dataset.num_rows <= SINGLE * config.parts.rows
-        store = MemoryStore() if in_memory else FolderStore(folder=folder, config="")
-        found = fingerprint_of_data(open_job(run_dir, dataset, config, **options, store=store))
-    if record["fingerprint"] != found:
-        raise RunError(
-            f"{run_dir.folder} was made from other data (fingerprint {record['fingerprint'][:8]}, now "
-            f"{found[:8]}); pass another folder with --run, --append if rows were only added, or --overwrite"
-        )
-    log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
-    if doubt := own_record(run_dir.folder)[1]:
-        log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it again", doubt)
 
 
 def data_settings(

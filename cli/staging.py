@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.engine.executors import Executor, LocalExecutor, ShardExecutor
+from ..audit.engine.fit_results import FitResults, is_fitted, save_fit
 from ..audit.engine.fitting import NetworkSettings
 from ..audit.engine.merging import Audit, Merged
 from ..audit.engine.part_store import FolderStore, MemoryStore, Store
@@ -20,7 +21,6 @@ from ..audit.engine.plan import plan_parts, take_parts
 from ..audit.engine.run_state import RunState
 from ..audit.engine.scoring import Whole
 from ..audit.engine.stages import (
-    FitResults,
     ScoringJob,
     encode,
     finished_parts,
@@ -28,7 +28,6 @@ from ..audit.engine.stages import (
     log_cut,
     merge_parts,
     read_rows,
-    save_fit,
     score,
     timed,
 )
@@ -163,7 +162,7 @@ def run_stage(run_dir: Run, job: ScoringJob, stage: str, *, shard: str | None) -
             executor.run(lambda own: encode(job, own), job.plan.parts)
         elif stage == "score":
             executor.run(lambda own: score(job, FitResults(job=job), own), job.plan.parts)
-        elif not job.store.has("selection"):
+        elif not is_fitted(job):
             data = job.row_data()
             log_cut(job, data)
             save_fit(job, *fit(job, data))

@@ -16,10 +16,11 @@ from ..errors import DatasetError, Quarantined, Reason
 from ..features.encoded_samples import select_usable, sort_quarantined
 from ..hashing import hash_rank
 from ..probes.cross_fit import CrossFit, fold_purposes
+from .fit_results import FitResults
 from .row_data import CUT_PURPOSE, ORDER_PURPOSE, EncodedData, RowData
 from .run_state import RunState, hash_groups
 from .selection import Selection, selection_record, selection_tables
-from .stages import FitResults, ScoringJob, encode, read_rows
+from .stages import ScoringJob, encode, read_rows
 
 
 def read_as_in_run(job: ScoringJob, state: RunState, *, trust_unchanged: bool) -> EncodedData:
