@@ -140,6 +140,7 @@ def test_nothing_to_append_changes_nothing(appended: Path, caplog: pytest.LogCap
     assert files(appended / "run") == before
 
 
+@pytest.mark.slow
 def test_killed_append_is_resumed_to_the_same_bytes(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

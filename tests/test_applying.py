@@ -56,7 +56,7 @@ def scores_of(folder: Path) -> pa.Table:
     return mmaudit.read_scores(Run(folder).score_source).to_arrow()
 
 
-@pytest.mark.parametrize("by_group", [True, False])
+@pytest.mark.parametrize("by_group", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_own_data_have_their_own_scores(by_group: bool, tmp_path: Path) -> None:
     rows = table(by_group=by_group)
     write(rows, tmp_path / "d.parquet")
