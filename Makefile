@@ -57,8 +57,8 @@ bench: $(READY)
 real: $(READY)
 	$(BIN)/python benchmarks/real.py $(DATA)
 
-# All methods and controls on the demo set and on two of them, into docs/study.md: under an hour on two quiet cores. An
-# interrupted study goes on where it was.
+# All methods and controls on the demo set and on two of them, into docs/study-results.md: under an hour on two quiet
+# cores. An interrupted study goes on where it was.
 study: $(READY)
 	$(BIN)/python benchmarks/study.py $(DATA) --page docs
 

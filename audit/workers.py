@@ -175,8 +175,8 @@ def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_work
         pool.shutdown(wait=False)
         if isinstance(error, BrokenProcessPool):
             raise RunError(
-                "a worker process was killed from outside, usually because memory ran out: lower --num-workers and run "
-                "the same command again"
+                "a worker process ended before its work was done: memory ran out (lower --num-workers and run the same "
+                'command again), or a script calls mmaudit without `if __name__ == "__main__":`'
             ) from error
         raise
 

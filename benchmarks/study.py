@@ -2,8 +2,8 @@
 
 Run with: make study DATA=FOLDER, or python benchmarks/study.py [FOLDER] [--seeds 5] [--set NAME ...] [--method ...]
 FOLDER holds ravdess/ and av-digits-graded/; sets that it lacks are skipped. The runs are in --out, where an interrupted
-study goes on; the page and its figures are copied to --page. Exit code 1 if a method is not better than on shuffled
-labels.
+study goes on; the page is copied to study-results.md in the folder --page, and its figures to study/. Exit code 1 if a
+method is not better than on shuffled labels.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.storage import write_parquet
-from mmaudit.cli.console import configure_logging
 from mmaudit.cli.demo import KeypadConfig, write_keypad
+from mmaudit.cli.progress import configure_logging
 from mmaudit.cli.study import study_sets
 from mmaudit.cli.study_steps import Execution, StudyPlan, StudySet, default_methods
 
@@ -151,7 +151,7 @@ def main() -> int:
     execution = Execution(jobs=options.jobs, seed=0, device="cpu", num_workers=None, progress=sys.stderr.isatty())
     result = study_sets(sets, plan, options.out, execution)
     if options.page is not None:
-        shutil.copy(result.page, options.page)
+        shutil.copy(result.page, options.page / "study-results.md")
         shutil.copytree(options.out / "study", options.page / "study", dirs_exist_ok=True)
     rows = [row for entry in result.numbers["sets"].values() for row in entry["shuffled"]]
     return int(not all(row["above"] for row in rows))

@@ -1,9 +1,8 @@
-"""Output on the terminal: log and results as text."""
+"""Results of commands as text, on stdout."""
 
 from __future__ import annotations
 
 import csv
-import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,11 +23,6 @@ _NAME_CELLS = 32  # of a name in a table; three such columns and the numbers fil
 _SPLIT_ORDER = ("train", "validation", "test", "all")
 
 
-def print_status(line: str) -> None:
-    """Print one line on stderr, without control characters."""
-    print(printable(line), file=sys.stderr, flush=True)
-
-
 def print_line(line: str) -> None:
     """Print one line on stdout, without control characters."""
     print(printable(line))
@@ -38,33 +32,6 @@ def print_text(text: str) -> None:
     """Print a text of several lines on stdout, without control characters other than its line feeds."""
     for line in text.split("\n"):
         print_line(line)
-
-
-class _OneLine(logging.Formatter):
-    """Formatter of one line per message, without control characters; a traceback keeps its lines."""
-
-    def __init__(self, *, with_seconds: bool) -> None:
-        super().__init__()
-        self._with_seconds = with_seconds
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format one record."""
-        seconds = f"[{record.relativeCreated / 1000:6.1f} s] " if self._with_seconds else ""
-        lines = [seconds + printable(record.getMessage())]
-        if record.exc_info:
-            lines += [printable(line) for line in self.formatException(record.exc_info).split("\n")]
-        return "\n".join(lines)
-
-
-def configure_logging(level: int = logging.INFO, *, with_seconds: bool = False) -> None:
-    """Send the log of the stages to stderr, one line per message, on request with the seconds since the start."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine(with_seconds=with_seconds))
-    logger = logging.getLogger("mmaudit")
-    logger.handlers = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
-    logging.raiseExceptions = False  # a closed terminal or a full disk for the log does not fail the command
 
 
 def print_score(record: dict[str, Any]) -> None:

@@ -29,8 +29,8 @@ from rich.markup import escape
 
 from .. import __version__
 from ..audit.registry import read_arguments
-from .console import configure_logging, print_status
 from .failures import begin_stage, describe, interrupts_recorded
+from .progress import configure_logging, print_status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""Progress of the stages of a command: bars in a terminal, one line in a notebook, else a line now and then."""
+"""Standard error of a command: its log, and progress as bars, one line in a notebook, or lines now and then."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..audit.errors import printable
 from ..audit.workers import format_duration
-from .console import print_status
 
 if TYPE_CHECKING:
     from ..audit.workers import Progress
@@ -19,6 +19,59 @@ if TYPE_CHECKING:
 _LINE_SECONDS = 10.0  # between two lines of progress if stderr is not a terminal
 _LINE_SHARE = 0.1  # of the time since the start of the stage, if that is longer: an hour prints about 40 lines
 _BAR_WIDTH = 40
+
+
+def print_status(line: str) -> None:
+    """Print one line on stderr, without control characters."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+class _OneLine(logging.Formatter):
+    """Formatter of one line per message, without control characters; a traceback keeps its lines."""
+
+    def __init__(self, *, with_seconds: bool) -> None:
+        super().__init__()
+        self._with_seconds = with_seconds
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one record."""
+        seconds = f"[{record.relativeCreated / 1000:6.1f} s] " if self._with_seconds else ""
+        lines = [seconds + printable(record.getMessage())]
+        if record.exc_info:
+            lines += [printable(line) for line in self.formatException(record.exc_info).split("\n")]
+        return "\n".join(lines)
+
+
+class _Once(logging.Filter):
+    """Passes a warning once: a command that opens a manifest for every method would repeat it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warnings: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a message is no warning, or one that was not passed before."""
+        if record.levelno != logging.WARNING:
+            return True
+        text = record.getMessage()
+        is_new = text not in self.warnings
+        self.warnings.add(text)
+        return is_new
+
+
+def configure_logging(level: int = logging.INFO, *, with_seconds: bool = False) -> None:
+    """Send the log of the stages to stderr, one line per message, on request with the seconds since the start.
+
+    A warning is printed once.
+    """
+    handler = logging.StreamHandler()
+    handler.addFilter(_Once())
+    handler.setFormatter(_OneLine(with_seconds=with_seconds))
+    logger = logging.getLogger("mmaudit")
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+    logging.raiseExceptions = False  # a closed terminal or a full disk for the log does not fail the command
 
 
 @dataclass(slots=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..audit.errors import ConfigError
+from ..audit.errors import ConfigError, RunError
 from ..audit.locks import write_lock
-from ..audit.storage import write_json
+from ..audit.storage import read_json, write_json
 from .config import RunConfig
 from .scoring import data_settings, pick_device
 from .study_page import write_page
@@ -128,4 +128,5 @@ def study_sets(sets: Sequence[StudySet], plan: StudyPlan, out: Path, execution: 
             results[entry.name] = study_set(entry, plan, out / entry.name, execution)
             numbers = {"seeds": plan.seeds, "baseline": plan.baseline, "sets": results}
             write_json(numbers, out / "study.json")
+    numbers = read_json(out / "study.json", error=RunError)  # the page follows its order of names
     return StudyResult(page=write_page(numbers, out), folder=out, numbers=numbers)

@@ -7,10 +7,11 @@ the direction is claimed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import isnan
 from typing import Any, Literal
 
-from ..train.difference import LEVEL, holm
+from ..train.difference import LEVEL, format_p, holm, smallest_effect_of
 
 Outcome = Literal["holds here", "the opposite here", "not of that size here", "cannot be told"]
 
@@ -40,6 +41,12 @@ _GAINS: dict[str, tuple[str, float | None, str]] = {
     "inforeg": ("InfoReg", None, "CVPR 2025"),
     "remix+sum": ("Remix", None, "ICML 2025"),
 }
+# What a filter by the mixture is compared with, by its name in the comparison.
+_CHOICES = {
+    "all data": "all samples",
+    "the random control": "as many random samples",
+    "filtering by the balance score": "as many of the best balance score",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +68,9 @@ def check_claims(numbers: Mapping[str, Any]) -> list[ClaimOutcome]:
         *_gains(numbers["methods"]),
         *_orders(numbers["methods"]),
         *_subsets(numbers["subsets"]),
-        *_findings(numbers["methods"], "all samples"),
-        *_findings(numbers["subsets"], "subsets"),
+        *_findings(numbers["methods"], names=("F1", "F3")),
+        *_findings(numbers["subsets"], names=("F2",)),
+        *_filters(numbers["subsets"]),
     ]
 
 
@@ -83,7 +91,9 @@ def _orders(comparison: Mapping[str, Any]) -> Iterator[ClaimOutcome]:
             yield judge(f"The order of {row['reference']} matters: the opposite one is worse", _negated(row))
     pairs = comparison["pairs"]
     for row, p in zip(pairs, holm([_nan(row["p"]) for row in pairs]), strict=True):
-        tested = {**row, "p_holm": p, "difference": row["mean"]}
+        error, df = _nan(row["standard_error"]), _nan(row["df"])
+        effect = smallest_effect_of(error, df, num_comparisons=len(pairs))
+        tested = {**row, "p_holm": p, "difference": row["mean"], "smallest_effect": None if isnan(effect) else effect}
         if row["reference"] == "bss-h+sum":
             yield judge("BSS-L is better than BSS-H: arXiv 2501.01470", tested)
         elif row["method"].startswith("bss"):
@@ -91,25 +101,34 @@ def _orders(comparison: Mapping[str, Any]) -> Iterator[ClaimOutcome]:
 
 
 def _subsets(comparison: Mapping[str, Any]) -> Iterator[ClaimOutcome]:
-    """Judge whether the choice of samples matters, or their number: each subset against a random one of its size."""
-    names = {"gmm-balanced": "the balanced side of the mixture", "balanced": "the balanced split"}
+    """Judge whether the choice of samples matters, or their number: each subset against a random one of its size.
+
+    That of the mixture is judged as a filter.
+    """
     for row in _rows(comparison, kind="control", manifest=None):
         subset = row["reference_manifest"]
-        if row["manifest"] == f"random-like-{subset}" and row["method"] == row["reference"]:
-            name = names.get(subset, f"the subset {subset}")
-            yield judge(f"Training on {name} is better than on as many random samples", _negated(row))
+        is_random = row["manifest"] == f"random-like-{subset}" and row["method"] == row["reference"]
+        if is_random and subset != "gmm-balanced":
+            yield judge(f"Training on the subset {subset} is better than on as many random samples", _negated(row))
 
 
-def _findings(comparison: Mapping[str, Any], where: str) -> Iterator[ClaimOutcome]:
-    """Return the named checks F1 to F3 of a comparison, and those of filtering by the mixture."""
+def _findings(comparison: Mapping[str, Any], *, names: Sequence[str]) -> Iterator[ClaimOutcome]:
+    """Return the named checks of a comparison: F1 and F3 are about all samples, F2 about the balanced split."""
     outcomes: dict[str, Outcome] = {"seen here": "holds here", "not seen here": "the opposite here"}
     for row in comparison.get("findings", ()):
-        outcome = outcomes.get(row["outcome"], "cannot be told")
-        yield ClaimOutcome(claim=f"{row['name']} ({where}): {row['claim']}", outcome=outcome, sentence=row["sentence"])
+        if row["name"] in names:
+            outcome = outcomes.get(row["outcome"], "cannot be told")
+            yield ClaimOutcome(claim=f"{row['name']}: {row['claim']}", outcome=outcome, sentence=row["sentence"])
+
+
+def _filters(comparison: Mapping[str, Any]) -> Iterator[ClaimOutcome]:
+    """Judge fine-tuning on the balanced side of the mixture, by method, against each other choice of samples."""
     for row in comparison.get("selection") or ():
         if row["comparison"].startswith("anti-curriculum for "):
             continue  # a control, of which nothing is claimed
-        yield judge(f"Filtered fine-tuning ({where}): {row['comparison']}", row)
+        pair, _, choice = row["comparison"].removesuffix(")").rpartition(" (")
+        outcome = judge(f"Training on the balanced side of the mixture is better than on {_CHOICES[choice]}", row)
+        yield replace(outcome, sentence=f"{pair}: {outcome.sentence}")
 
 
 def judge(claim: str, row: Mapping[str, Any], *, gain: float | None = None) -> ClaimOutcome:
@@ -125,7 +144,7 @@ def judge(claim: str, row: Mapping[str, Any], *, gain: float | None = None) -> C
     if low == high:
         equal = "no test sample is predicted otherwise: the trainings are the same, or nearly"
         return ClaimOutcome(claim=claim, outcome="cannot be told", sentence=equal)
-    text = f"{value:+.1f} points, 95% [{low:+.1f}, {high:+.1f}], p {row['p_holm']:.3f}"
+    text = f"{value:+.1f} points, 95% [{low:+.1f}, {high:+.1f}], p {format_p(row['p_holm'])}"
     if row["p_holm"] < LEVEL:
         return ClaimOutcome(claim=claim, outcome="holds here" if value > 0 else "the opposite here", sentence=text)
     if gain is not None and high < gain:

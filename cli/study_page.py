@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..audit.errors import printable
 from ..audit.storage import write_text
+from ..train.difference import format_p
 from .study_claims import ClaimOutcome, check_claims
 
 Numbers = Mapping[str, Any]
@@ -31,7 +33,7 @@ def page_text(numbers: Numbers) -> str:
     """Return the page as Markdown."""
     claims = {name: check_claims(entry) for name, entry in numbers["sets"].items()}
     parts = [
-        "# The study: does rebalancing help?",
+        "# Results of the study",
         _introduction(numbers),
         *_in_short(numbers, claims),
         *(part for name, entry in numbers["sets"].items() for part in _set_parts(name, entry, claims[name])),
@@ -93,13 +95,19 @@ def _verdict_line(name: str, comparison: Numbers, seeds: int) -> str:
     if verdicts["no verdict"] == len(rows):
         return f"**{name}**: no verdict on any of {len(rows)} methods, with {seeds} {_plural('seed', seeds)}."
     smallest = sorted(100 * row["smallest_effect"] for row in rows if row["smallest_effect"] is not None)
-    text = f"**{name}**: of {len(rows)} methods {verdicts['helps']} help and {verdicts['hurts']} hurt"
+    shown = (
+        f"smallest effect that shows: {median(smallest):.1f} points (median of {smallest[0]:.1f} to {smallest[-1]:.1f})"
+    )
     named = [
-        f"{row['method']} ({100 * row['difference']:+.1f})" for row in rows if row["verdict"] in ("helps", "hurts")
+        f"{row['method']} {row['verdict']} ({100 * row['difference']:+.1f})"
+        for row in rows
+        if row["verdict"] in ("helps", "hurts")
     ]
-    if named:
-        text += f": {', '.join(named)}"
-    return f"{text}; no evidence of the others. Effects of {smallest[0]:.1f} to {smallest[-1]:.1f} points show."
+    if not named:
+        return (
+            f"**{name}**: no evidence that any of {len(rows)} {_plural('method', len(rows))} helps or hurts; {shown}."
+        )
+    return f"**{name}**: {', '.join(named)}; no evidence of the other {len(rows) - len(named)}; {shown}."
 
 
 def _shuffled_line(name: str, rows: Sequence[Numbers]) -> str:
@@ -150,10 +158,21 @@ def _set_parts(name: str, entry: Numbers, claims: Sequence[ClaimOutcome]) -> Ite
     yield "### Subsets"
     yield _comparison_table(entry["subsets"], ())
     yield "### Claims, with numbers"
-    yield "\n".join(f"- {row.claim}: **{row.outcome}**. {row.sentence}" for row in claims) or "None was tested."
+    yield "\n".join(_claim_lines(claims)) or "None was tested."
     warnings = list(dict.fromkeys([*entry["methods"]["warnings"], *entry["subsets"]["warnings"]]))
     if warnings:
         yield "Limits of these comparisons:\n\n" + "\n".join(f"- {warning}" for warning in warnings)
+
+
+def _claim_lines(claims: Sequence[ClaimOutcome]) -> Iterator[str]:
+    """Yield each claim with its sentence, or with those of several checks below it."""
+    for claim in dict.fromkeys(row.claim for row in claims):
+        rows = [row for row in claims if row.claim == claim]
+        if len(rows) == 1:
+            yield f"- {claim}: **{rows[0].outcome}**. {rows[0].sentence}"
+        else:
+            yield f"- {claim}:"
+            yield from (f"  - **{row.outcome}**. {row.sentence}" for row in rows)
 
 
 def _comparison_table(comparison: Numbers, shuffled: Sequence[Numbers]) -> str:
@@ -176,7 +195,7 @@ def _comparison_table(comparison: Numbers, shuffled: Sequence[Numbers]) -> str:
                 f"{row['accuracy']:.3f} ± {spread_of.get((row['manifest'], row['method']), 0):.3f}",
                 f"{100 * row['difference']:+.1f}",
                 f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" if has_interval else "",
-                "" if row["p_holm"] is None else f"{row['p_holm']:.3f}",
+                "" if row["p_holm"] is None else format_p(row["p_holm"]),
                 row["verdict"],
             ]
         )

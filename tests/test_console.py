@@ -15,15 +15,14 @@ from runs import run_record
 
 from mmaudit.audit.errors import printable
 from mmaudit.cli.console import (
-    configure_logging,
     print_check,
     print_finetune,
     print_line,
     print_score,
     print_split,
-    print_status,
     print_text,
 )
+from mmaudit.cli.progress import configure_logging, print_status
 from mmaudit.cli.training import FinetuneResult
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\rname\nerror: forged\x9b31m\u202egnp.exe\u2028next\x00\ud800"
@@ -67,6 +66,18 @@ def test_all_output_functions_print_one_line(capsys: pytest.CaptureFixture[str])
         assert text.count("\n") == lines == len(text.splitlines())
         assert "\x1b" not in text
         assert "\\x1b[2J" in text
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_a_warning_is_printed_once_by_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("mmaudit")
+    for _ in range(2):
+        configure_logging()
+        for number in (1, 1, 2):
+            logger.warning("no group has %d samples", number)
+            logger.info("scored")
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == ["no group has 1 samples", "scored", "scored", "no group has 2 samples", "scored"]
 
 
 def test_print_text_keeps_line_feeds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ from mmaudit.train.balancing.balancer import Joint
 from mmaudit.train.balancing.dgl import Dgl, DglConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.fusion import Concat, Mmtm
+from mmaudit.train.cross_modal import Mmtm
+from mmaudit.train.fusion import Concat
 from mmaudit.train.methods import resolve
 from mmaudit.train.network import FusionNet, ModelConfig
 from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization

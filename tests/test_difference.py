@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.train.difference import LEVEL, MIN_TEST_SAMPLES, compare_correctness, holm
+from mmaudit.train.difference import LEVEL, MIN_TEST_SAMPLES, compare_correctness, holm, smallest_effect_of
 
 
 def test_variance_and_degrees_of_freedom_by_hand() -> None:
@@ -29,7 +29,30 @@ def test_variance_and_degrees_of_freedom_by_hand() -> None:
     assert difference.p == pytest.approx(2 * stats.t.sf(1, df))
     half_width = stats.t.ppf(0.975, df) / 3
     assert (difference.low, difference.high) == pytest.approx((max(-1, 1 / 3 - half_width), min(1, 1 / 3 + half_width)))
-    assert difference.smallest_effect == pytest.approx((stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df)) / 3)
+    assert difference.smallest_effect == 1  # (t_.975 + t_.8) / 3 is 2.2: no difference of accuracy is shown
+
+
+def test_smallest_effect_by_hand() -> None:
+    """As the only comparison at the level .05, and as the first of five at .01."""
+    assert smallest_effect_of(0.01, 20) == pytest.approx(0.01 * (2.0860 + 0.8600), abs=1e-6)
+    assert smallest_effect_of(0.01, 20, num_comparisons=5) == pytest.approx(0.01 * (2.8453 + 0.8600), abs=1e-6)
+
+
+@pytest.mark.parametrize("num_comparisons", [1, 5, 29])
+def test_smallest_effect_is_shown_after_the_correction_in_four_of_five_draws(num_comparisons: int) -> None:
+    """Of several comparisons, one has this effect and the others none; 4,000 draws of estimates and their errors."""
+    rng, df, draws = np.random.default_rng(0), 40, 4_000
+    effect = smallest_effect_of(0.1, df, num_comparisons=num_comparisons)
+    true = np.array([effect] + [0.0] * (num_comparisons - 1))
+    errors = 0.1 * np.sqrt(rng.chisquare(df, (draws, num_comparisons)) / df)
+    p = 2 * stats.t.sf(np.abs(true + rng.normal(0, 0.1, errors.shape)) / errors, df)
+    shown = np.mean([holm(row.tolist())[0] < 0.05 for row in p])
+    assert 0.77 < shown < 0.83
+
+
+def test_smallest_effect_is_at_most_one() -> None:
+    assert smallest_effect_of(0.003, 1.0, num_comparisons=29) == 1
+    assert np.isnan(smallest_effect_of(np.nan, np.nan))
 
 
 def test_equal_seeds_give_the_paired_test_over_samples() -> None:

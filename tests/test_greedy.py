@@ -16,7 +16,7 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.train.balancing.greedy import Greedy, GreedyConfig, conditional_speeds, slowest_modality
 from mmaudit.train.batches import Batch, ModelReader
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.fusion import Mmtm
+from mmaudit.train.cross_modal import Mmtm
 from mmaudit.train.network import FusionNet, ModelConfig
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
@@ -94,7 +94,7 @@ def test_mu_sums_squared_gradients_over_squared_weights(m: int) -> None:
         branches = fusion.branch_logits(net.encode(batch.inputs))
         sum(functional.cross_entropy(z, batch.label) for z in branches).backward()  # type: ignore[union-attr]
         for j in range(m):
-            paths = ((fusion.excite[j], fusion.squeeze), (net.encoders[j], fusion.heads[j]))
+            paths = ((fusion.block.excite[j], fusion.block.squeeze), (net.encoders[j], fusion.heads[j]))
             for row, parts in enumerate(paths):
                 parameters = [p for part in parts for p in part.parameters()]
                 grads = [p.grad.square().sum() for p in parameters if p.grad is not None]
@@ -114,10 +114,14 @@ def branches_by_hand(w: dict[str, Tensor], batch: Batch, *, cut: int | None) -> 
         h = x @ w[f"encoders.{j}.layers.0.weight"].T + w[f"encoders.{j}.layers.0.bias"]
         h = (h - h.mean(dim=1, keepdim=True)) / (h.var(dim=1, keepdim=True, correction=0) + 1e-5).sqrt()
         features.append((h * w[f"encoders.{j}.layers.1.weight"] + w[f"encoders.{j}.layers.1.bias"]).clamp(min=0))
-    squeezed = (torch.cat(features, dim=1) @ w["fusion.squeeze.weight"].T + w["fusion.squeeze.bias"]).clamp(min=0)
+    squeezed = (torch.cat(features, dim=1) @ w["fusion.block.squeeze.weight"].T + w["fusion.block.squeeze.bias"]).clamp(
+        min=0
+    )
     logits, excitations = [], []
     for j, f in enumerate(features):
-        excitation = 1 / (1 + (-(squeezed @ w[f"fusion.excite.{j}.weight"].T + w[f"fusion.excite.{j}.bias"])).exp())
+        excitation = 1 / (
+            1 + (-(squeezed @ w[f"fusion.block.excite.{j}.weight"].T + w[f"fusion.block.excite.{j}.bias"])).exp()
+        )
         excitations.append(excitation)
         used = w[f"mean.{j}"] if j == cut else excitation
         logits.append(2 * f * used @ w[f"fusion.heads.{j}.weight"].T + w[f"fusion.heads.{j}.bias"])
@@ -145,7 +149,7 @@ def test_three_steps_equal_the_published_ones() -> None:
         torch.autograd.backward(loss)
         if step != 1:
             for j in range(2):
-                paths = (("fusion.squeeze", f"fusion.excite.{j}"), (f"encoders.{j}", f"fusion.heads.{j}"))
+                paths = (("fusion.block.squeeze", f"fusion.block.excite.{j}"), (f"encoders.{j}", f"fusion.heads.{j}"))
                 for row, prefixes in enumerate(paths):
                     path = [tensor for name, tensor in w.items() if name.startswith(prefixes)]
                     gradients = torch.cat([t.grad.flatten() for t in path if t.grad is not None])
@@ -161,7 +165,7 @@ def test_three_steps_equal_the_published_ones() -> None:
         w = {name: t.detach() - (0 if t.grad is None else 0.5 * t.grad) for name, t in w.items()}
         for name, parameter in balancer.net.named_parameters():
             torch.testing.assert_close(parameter.detach(), w[name], atol=1e-5, rtol=1e-4)
-            assert moved[name] is not (step == 1 and name.startswith(f"fusion.excite.{slow}")), name
+            assert moved[name] is not (step == 1 and name.startswith(f"fusion.block.excite.{slow}")), name
             assert moved[name] is not torch.equal(parameter, before[name])
     state = balancer.state_dict()
     torch.testing.assert_close(state["total"], total, rtol=1e-4, atol=1e-8)
@@ -247,7 +251,7 @@ def test_rebalancing_step_uses_the_mean_excitation() -> None:
         reference = copy.deepcopy(balancer.net)
         features = reference.encode(batch.inputs)
         assert isinstance(reference.fusion, Mmtm)
-        excitation = reference.fusion.excitations(features)[0]
+        excitation = reference.fusion.block(features)[0]
         reference.fusion(features)  # updates the mean first
         heads, mean_excitation = reference.fusion.heads, reference.fusion.mean_excitations()[1]
         branches = heads[0](features[0] * 2 * excitation), heads[1](features[1] * 2 * mean_excitation)

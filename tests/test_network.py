@@ -26,6 +26,8 @@ from mmaudit.train.network_encoders import initialise_xavier
 
 torch.set_num_threads(1)
 
+OF_FEATURES = [name for name in FUSIONS if not FUSIONS.load(name).encodes_jointly]  # see test_cross_modal
+
 VECTORS_CONFIG = ModelConfig(
     modalities=("audio", "visual", "text"), shapes=((5,), (3,), (4,)), classes=tuple("abcdef"), hidden=7, dropout=0.0
 )
@@ -95,7 +97,7 @@ def test_absent_modality_has_features_of_0() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", OF_FEATURES)
 def test_fused_logits_of_a_set_use_features_of_0(fusion: str) -> None:
     net, inputs = build_net(fusion=fusion).eval(), random_inputs()
     features = net.encode(inputs)
@@ -134,7 +136,7 @@ def trainable_gradients(net: FusionNet, loss: Tensor) -> dict[str, Tensor | None
 
 
 @pytest.mark.parametrize("own_heads", [False, True])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", OF_FEATURES)
 def test_each_modality_has_a_say_of_its_own(fusion: str, own_heads: bool) -> None:
     """By the fused classifier's part where there is one, else or if asked for by a head beside it."""
     net, inputs = build_net(fusion=fusion, own_heads=own_heads).eval(), random_inputs()
@@ -158,7 +160,7 @@ def test_each_modality_has_a_say_of_its_own(fusion: str, own_heads: bool) -> Non
 
 
 @pytest.mark.parametrize("own_heads", [False, True])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", OF_FEATURES)
 def test_fused_logits_alone_equal_those_with_unimodal_logits(fusion: str, own_heads: bool) -> None:
     net, inputs = build_net(fusion=fusion, own_heads=own_heads).eval(), random_inputs()
     fused, full = net(inputs, unimodal=False), net(inputs)
@@ -175,7 +177,7 @@ def test_fused_logits_alone_equal_those_with_unimodal_logits(fusion: str, own_he
         _ = fused.unimodal
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", OF_FEATURES)
 def test_gradients_reach_every_parameter(fusion: str) -> None:
     net = build_net(fusion=fusion)
     fused, unimodal = separate_losses(net(random_inputs()), torch.arange(11) % 6)
@@ -185,7 +187,7 @@ def test_gradients_reach_every_parameter(fusion: str) -> None:
 
 
 @pytest.mark.parametrize("own_heads", [False, True])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", OF_FEATURES)
 def test_parameters_of_are_those_only_that_modality_uses(fusion: str, own_heads: bool) -> None:
     net = build_net(fusion=fusion, own_heads=own_heads)
     own_parameters = [{id(parameter) for parameter in net.parameters_of(j)} for j in range(3)]

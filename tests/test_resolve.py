@@ -32,7 +32,7 @@ def warnings_of(config: TrainConfig) -> list[str]:
 HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "dgl", "inforeg", "mla", "aug"}
 ONE_MODALITY = {"joint", "sum"}
 FUSION_OF: dict[str, set[str]] = {
-    "greedy": {"mmtm"},
+    "greedy": {"mmtm", "mmtm-stages"},
     "mla": {"shared"},
     "mmcosine": set(),
     "reconboost": set(),
@@ -42,7 +42,7 @@ PER_MODALITY_SAMPLERS = {"dus-h", "dus-rl"}
 
 
 def is_valid(fusion: str, sampling: str, balancing: str, only: str | None) -> bool:
-    if fusion != "auto" and fusion not in FUSION_OF.get(balancing, set(FUSIONS) - {"shared"}):
+    if fusion != "auto" and fusion not in FUSION_OF.get(balancing, set(FUSIONS) - {"shared", "mmtm-stages"}):
         return False
     if sampling in PER_MODALITY_SAMPLERS and balancing not in HAS_UNIMODAL_LOSS:
         return False
@@ -71,7 +71,7 @@ def test_every_combination_is_accepted_or_raises() -> None:
         (
             {"balancing": "greedy", "fusion": "concat"},
             "--balancing greedy does not support --fusion concat: it measures and cuts the cross-modal path, which no "
-            "other fusion has; use --fusion mmtm",
+            "other fusion has; use --fusion mmtm or mmtm-stages",
         ),
         (
             {"balancing": "mla", "fusion": "late"},
@@ -298,7 +298,7 @@ def test_table_lists_every_method_with_the_meaning_of_its_constants() -> None:
     assert ogm["balancing.ogm.first_epoch"] == (1, "First epoch with modulation, from 1.")
     assert by_name["ogm-ge"].paper == "Peng et al., CVPR 2022"
     assert by_name["dus-h"].needs == ("2 modalities", "unimodal losses, such as --balancing sum")
-    assert by_name["greedy"].needs == ("2 modalities", "--fusion mmtm")
+    assert by_name["greedy"].needs == ("2 modalities", "--fusion mmtm or mmtm-stages")
     assert by_name["shared"].needs == ("--balancing mla",)
     order_keys = [key.key for key in by_name["bss-h"].keys]
     assert [key for key in order_keys if key.startswith("order.")] == [

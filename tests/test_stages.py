@@ -148,17 +148,21 @@ def test_other_numbers_of_processes_do_too(count: int, data: Path, local: Path, 
 
 
 @pytest.mark.slow
-def test_processes_give_the_bytes_of_one(data: Path, local: Path, tmp_path: Path) -> None:
-    """Each task of the arrays is a process; one is killed and run again, and the scripts of a plan are run."""
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+def test_scripts_of_a_plan_give_the_bytes_of_one_process(kind: str, data: Path, local: Path, tmp_path: Path) -> None:
+    """Each task of an array is a process, the last one first; commands of the cluster are replaced."""
     settings = [f"probe.{name}={value}" for name, value in (("folds", 2), ("repeats", 1), ("control", "false"))]
     settings += ["probe.l2_penalties=[1e-2]", "parts.rows=20"]
     run = tmp_path / "run"
-    plan = mmaudit.plan(data, run=run, slurm=True, tasks=3, settings=settings)
+    plan = mmaudit.plan(
+        data, run=run, slurm=kind == "slurm", kubernetes=kind == "kubernetes", tasks=3, settings=settings
+    )
     assert (plan.num_parts, plan.num_tasks) == (8, 3)
     fake = tmp_path / "bin"
     fake.mkdir()
     (fake / "mmaudit").write_text(f'#!/bin/sh\nexec {sys.executable} -m mmaudit --quiet "$@"\n')
     (fake / "sbatch").write_text(SBATCH)
+    (fake / "kubectl").write_text(f"#!{sys.executable}\n{KUBECTL}")
     for path in fake.iterdir():
         path.chmod(0o755)
     environment = {**os.environ, "PATH": f"{fake}:{os.environ['PATH']}", "MMAUDIT_NUM_WORKERS": "0"}
@@ -179,6 +183,16 @@ for task in $(seq "${last:-1}" -1 1); do
     SLURM_ARRAY_TASK_ID=$task sh -c "$command" >&2 || exit 1
 done
 echo 1
+"""
+KUBECTL = """# Runs the container's command of an indexed Job for every index, the last one first.
+import json, os, subprocess, sys
+
+if sys.argv[1] == "apply":
+    spec = json.load(sys.stdin)["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    for index in reversed(range(spec["completions"])):
+        environment = {**os.environ, "JOB_COMPLETION_INDEX": str(index)}
+        subprocess.run(container["command"], env=environment, check=True)
 """
 
 

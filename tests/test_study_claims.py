@@ -59,7 +59,7 @@ def test_order_matters_where_its_opposite_is_worse(difference: float, outcome: s
 
 def test_learned_schedule_is_compared_with_the_heuristic_one() -> None:
     pair = {"method": "bss-l+sum", "reference": "bss-h+sum", "mean": 0.05, "low": 0.02, "high": 0.08, "p": 0.001}
-    numbers = dataset(comparison(row("bss-l+sum", 0.0), pairs=[pair | {"smallest_effect": 0.04}]))
+    numbers = dataset(comparison(row("bss-l+sum", 0.0), pairs=[pair | {"standard_error": 0.015, "df": 50.0}]))
     assert outcome_of(numbers, "BSS-L is better than BSS-H").outcome == "holds here"
 
 
@@ -67,21 +67,37 @@ def test_a_subset_is_judged_against_random_samples_of_its_size() -> None:
     random = control("joint", -0.06, manifest="random-like-balanced", reference_manifest="balanced")
     alone = control("audio alone", -0.2, manifest="balanced", reference_manifest="balanced")
     numbers = dataset(comparison(), comparison(random, alone))
-    outcome = outcome_of(numbers, "Training on the balanced split")
+    outcome = outcome_of(numbers, "Training on the subset balanced")
     assert outcome.outcome == "holds here"
     assert "+6.0 points" in outcome.sentence
 
 
-def test_checks_of_the_study_keep_their_outcome() -> None:
+def test_checks_of_the_study_keep_their_outcome_and_are_not_repeated() -> None:
     claims = [
-        {"name": f"F{index}", "claim": "claim", "outcome": outcome, "sentence": "numbers"}
+        {"name": f"F{index}", "claim": "claim", "outcome": outcome, "sentence": f"numbers {index}"}
         for index, outcome in enumerate(("seen here", "not seen here", "cannot tell"), start=1)
     ]
-    outcomes = check_claims(dataset(comparison(findings=claims)))
-    assert [row.outcome for row in outcomes] == ["holds here", "the opposite here", "cannot be told"]
-    selection = [{"comparison": "gmm against all data", "difference": 0.05, "low": 0.01, "high": 0.09, "p_holm": 0.01}]
-    filtered = outcome_of(dataset(comparison(), comparison(selection=selection)), "Filtered fine-tuning")
-    assert filtered.outcome == "holds here"
+    outcomes = check_claims(dataset(comparison(findings=claims), comparison(findings=claims)))
+    assert [(row.claim, row.outcome, row.sentence) for row in outcomes] == [
+        ("F1: claim", "holds here", "numbers 1"),
+        ("F3: claim", "cannot be told", "numbers 3"),
+        ("F2: claim", "the opposite here", "numbers 2"),
+    ]
+
+
+def test_filters_by_the_mixture_are_one_claim_for_all_methods() -> None:
+    selection = [
+        {"comparison": text, "difference": 0.05, "low": low, "high": 0.09, "p_holm": p}
+        for text, low, p in (
+            ("joint on gmm-balanced against joint on all (all data)", 0.01, 0.01),
+            ("greedy on gmm-balanced against greedy on all (all data)", -0.01, 0.3),
+            ("anti-curriculum for bss-h+sum on gmm-balanced against it on all (all data)", 0.01, 0.01),
+        )
+    ]
+    joint, greedy = check_claims(dataset(comparison(), comparison(selection=selection)))
+    assert joint.claim == greedy.claim == "Training on the balanced side of the mixture is better than on all samples"
+    assert (joint.outcome, greedy.outcome) == ("holds here", "cannot be told")
+    assert joint.sentence == "joint on gmm-balanced against joint on all: +5.0 points, 95% [+1.0, +9.0], p 0.010"
 
 
 def test_methods_that_were_not_trained_have_no_outcome() -> None:

@@ -22,8 +22,10 @@ TRUTH = {
 
 def test_verdicts_are_counted_and_named() -> None:
     text = page_text(study(digits=dataset(comparison(row("ogm-ge", 0.05), row("greedy", -0.04), row("pmr", 0.0)))))
-    assert "of 3 methods 1 help and 1 hurt: ogm-ge (+5.0), greedy (-4.0); no evidence of the others" in text
-    assert "Effects of 3.0 to 3.0 points show" in text
+    assert "**digits**: ogm-ge helps (+5.0), greedy hurts (-4.0); no evidence of the other 1; " in text
+    assert "smallest effect that shows: 3.0 points (median of 3.0 to 3.0)." in text
+    none = page_text(study(digits=dataset(comparison(row("pmr", 0.0)))))
+    assert "**digits**: no evidence that any of 1 method helps or hurts; smallest effect" in none
     assert "**holds here**. +5.0 points" in text
     assert "| OGM-GE is better than joint training (+2.8 points)" in text
 
@@ -67,8 +69,8 @@ def test_several_checks_of_one_claim_are_counted() -> None:
         for outcome, sentence in (("seen here", "on all"), ("seen here", "on balanced"), ("cannot tell", "on few"))
     ]
     text = page_text(study(digits=dataset(comparison(findings=checks))))
-    assert "| F3 (all samples): below it | 2 holds here, 1 cannot be told |" in text
-    assert text.count("F3 (all samples): below it: **holds here**") == 2
+    assert "| F3: below it | 2 holds here, 1 cannot be told |" in text
+    assert "- F3: below it:\n  - **holds here**. on all\n  - **holds here**. on balanced\n" in text
 
 
 def test_figures_are_svg_of_the_same_bytes_and_shown_on_the_page(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from .comparison_metrics import (
     tabulate_runs,
 )
 from .comparison_rows import tabulate_differences, tabulate_unimodal
-from .difference import MIN_TEST_SAMPLES, Condition, Difference, Mask, compare_on
+from .difference import MIN_TEST_SAMPLES, Condition, Difference, Mask, compare_on, format_p
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,8 +46,9 @@ class Comparison:
         baseline: The method that the others are compared with.
         summary: One row per manifest, method and subset: accuracy of both, their difference with its 95% interval, p,
             and on the subset `all` the p corrected for the comparisons of the manifest (`p_holm`, Holm) and the
-            verdict; smallest_effect is the smallest true difference that is shown with a probability of .8. Rows of the
-            kind `control` compare a control with what it controls.
+            verdict; smallest_effect is the smallest true difference that is shown with a probability of .8, on the
+            subset `all` as the first of as many comparisons as Holm corrects for. Rows of the kind `control` compare a
+            control with what it controls.
         metrics: One row per manifest, method, subset and metric (`accuracy`, `macro_f1`, `map`, `ece`, all in [0, 1]):
             the mean over trainings (`value`) with its 95% interval over test samples and trainings, NaN of one
             training. They have no verdict.
@@ -128,7 +129,7 @@ class Comparison:
                 f"{row['accuracy']:.3f}",
                 _points(row["difference"]),
                 "" if np.isnan(row["p"]) else f"[{_points(row['low'])}, {_points(row['high'])}]",
-                "" if np.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}",
+                "" if np.isnan(row["p_holm"]) else format_p(row["p_holm"]),
                 row["verdict"],
             ]
             for row in rows
@@ -328,8 +329,8 @@ def _sentence(row: Mapping[Any, Any]) -> str:
     if np.isnan(row["p"]):
         return text
     return (
-        f"{text}, 95% [{_points(row['low'])}, {_points(row['high'])}], p {row['p_holm']:.3f} (Holm); smallest effect "
-        f"this design shows with power .8: {100 * row['smallest_effect']:.1f} points"
+        f"{text}, 95% [{_points(row['low'])}, {_points(row['high'])}], p {format_p(row['p_holm'])} (Holm); "
+        f"smallest effect this design shows with power .8: {100 * row['smallest_effect']:.1f} points"
     )
 
 

@@ -8,11 +8,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .difference import LEVEL, MIN_TEST_SAMPLES, NO_VERDICT, Array, Condition, Difference, Mask, compare_on, holm
+from .difference import (
+    LEVEL,
+    MIN_TEST_SAMPLES,
+    NO_VERDICT,
+    Array,
+    Condition,
+    Difference,
+    Mask,
+    compare_on,
+    holm,
+    smallest_effect_of,
+)
 
+_VALUES = ("low", "high", "standard_error", "df", "p", "smallest_effect", "num_samples", "num_seeds")
 _ROW = (
     *("manifest", "method", "reference_manifest", "reference", "kind", "subset", "accuracy", "reference_accuracy"),
-    *("difference", "low", "high", "p", "smallest_effect", "num_samples", "num_seeds"),
+    *("difference", *_VALUES),
 )
 
 
@@ -73,19 +85,24 @@ def _rows(
 
 
 def _row(kind: str, a: Condition, b: Condition, *, subset: str, difference: Difference) -> dict[str, Any]:
-    values = {
-        key: getattr(difference, key) for key in ("low", "high", "p", "smallest_effect", "num_samples", "num_seeds")
-    }
+    values = {key: getattr(difference, key) for key in _VALUES}
     names = {"manifest": a[0], "method": a[1], "reference_manifest": b[0], "reference": b[1]}
     return {**names, "kind": kind, "subset": subset, "difference": difference.mean, **values}
 
 
 def _with_verdicts(summary: pd.DataFrame) -> pd.DataFrame:
-    """Add p_holm and verdict: Holm over the methods of a manifest, and over its controls, on all test samples."""
+    """Add p_holm and verdict: Holm over the methods of a manifest, and over its controls, on all test samples.
+
+    The smallest effects are then those of as many comparisons.
+    """
     summary = summary.assign(p_holm=np.nan, verdict="")
     overall = summary[summary["subset"] == "all"]
     for _, rows in overall.groupby(["reference_manifest", "kind"], sort=False):
         summary.loc[rows.index, "p_holm"] = holm(rows["p"].tolist())
+        summary.loc[rows.index, "smallest_effect"] = [
+            smallest_effect_of(error, df, num_comparisons=len(rows))
+            for error, df in zip(rows["standard_error"], rows["df"], strict=True)
+        ]
     for index in overall.index:
         row = summary.loc[index]
         verdict = "no evidence"

@@ -39,8 +39,8 @@ class Difference:
         standard_error: Of the mean, over test samples and trainings; NaN with one seed.
         df: Degrees of freedom of Student's t, Satterthwaite's; NaN with one seed.
         p: Two-sided p of no difference; NaN with one seed.
-        smallest_effect: Smallest true difference that the same design shows with a probability of .8 at the level .05;
-            NaN with one seed.
+        smallest_effect: Smallest true difference that the same design shows with a probability of .8 at the level .05,
+            as the only comparison, see `smallest_effect_of`; NaN with one seed.
         num_samples: Test samples, n.
         num_seeds: Trainings of each method, the smaller number of both.
     """
@@ -124,10 +124,21 @@ def compare_correctness(a: ArrayLike, b: ArrayLike, *, group: Sequence[object] |
         standard_error=standard_error,
         df=df,
         p=_two_sided_p(mean, standard_error, df),
-        smallest_effect=float(stdtrit(df, 1 - LEVEL / 2) + stdtrit(df, POWER)) * standard_error,
+        smallest_effect=smallest_effect_of(standard_error, df),
         num_samples=n,
         num_seeds=num_seeds,
     )
+
+
+def smallest_effect_of(standard_error: float, df: float, *, num_comparisons: int = 1) -> float:
+    """Compute the smallest true difference that is shown with a probability of .8: (t_{1 - a / 2} + t_.8) errors.
+
+    a is .05 divided by the number of comparisons that `holm` corrects for: its first step. If others are shown too, the
+    next steps are less strict. 1 where no difference is shown, as with about one degree of freedom; NaN of NaN.
+    """
+    level = LEVEL / num_comparisons
+    effect = float(stdtrit(df, 1 - level / 2) + stdtrit(df, POWER)) * standard_error
+    return min(effect, 1.0) if effect == effect else effect
 
 
 def compare_on(mask: Mask, a: Array, b: Array, *, group: Sequence[object] | None) -> Difference:
@@ -153,6 +164,11 @@ def holm(p: Sequence[float]) -> list[float]:
     result = np.empty_like(values)
     result[order] = corrected
     return [float(value) for value in result]
+
+
+def format_p(p: float) -> str:
+    """Return a p value with three digits, or "<0.001"."""
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def _correctness(values: ArrayLike, name: str) -> Array:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import ClassVar, cast
 
 import torch
@@ -23,6 +22,7 @@ class Fusion(nn.Module, ABC):
     Attributes:
         paper: Reference; empty where there is none.
         decomposes: It has unimodal logits; otherwise each modality gets a separate head.
+        encodes_jointly: It computes the features itself, by `encode`: the encoders exchange information.
         is_sum: Its fused logits are the sum of its unimodal ones.
         min_modalities: Fewest modalities that it fuses.
         needs_pairs: Its fused logits have weights that the unimodal logits do not use.
@@ -32,6 +32,7 @@ class Fusion(nn.Module, ABC):
 
     paper: ClassVar[str] = ""
     decomposes: ClassVar[bool]
+    encodes_jointly: ClassVar[bool] = False
     is_sum: ClassVar[bool] = False
     min_modalities: ClassVar[int] = 2
     needs_pairs: ClassVar[bool] = False
@@ -45,6 +46,12 @@ class Fusion(nn.Module, ABC):
         self.hidden = hidden
 
     @classmethod
+    def of(cls, encoders: Sequence[nn.Module], *, num_classes: int, hidden: int) -> Fusion:
+        """Build the fusion of encoders; `num_features` of each is d_j. ConfigError where it cannot join them."""
+        sizes = [int(encoder.num_features) for encoder in encoders]  # type: ignore[arg-type]
+        return cls(sizes, num_classes=num_classes, hidden=hidden)
+
+    @classmethod
     def needs(cls) -> tuple[str, ...]:
         """Return what the fusion needs of settings, in words."""
         return () if cls.usual_balancing == "joint" else (f"--balancing {cls.usual_balancing}",)
@@ -52,6 +59,12 @@ class Fusion(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the fused logits (b, k)."""
+
+    def encode(
+        self, encoders: Sequence[nn.Module], inputs: Sequence[Tensor], modality_mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Compute the features, as `FusionNet.encode`, where `encodes_jointly`."""
+        raise TypeError(f"{type(self).__name__} joins features, and computes none")
 
     def fused_and_unimodal_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Compute fused and unimodal logits; a fusion that sums the latter computes them once."""
@@ -220,78 +233,6 @@ class FilmProjected(Fusion):
             h = h + (1 + gamma) * value(f)
         logits: Tensor = self.head(h)
         return logits
-
-
-class Mmtm(Fusion):
-    """Cross-modal squeeze: s = relu(Z [f_1; ...; f_m]), x_j = W_j (f_j * 2 sigmoid(E_j s)) + b_j, and their mean.
-
-    The multimodal transfer module of Vaezi Joze et al. (CVPR 2020), which Greedy (ICML 2022) needs. As in Greedy's code
-    the fused logits are the mean of the branches x_j, and `mean` is the mean of each excitation, sigmoid(E_j s), over
-    all training steps (its code also counts evaluations, and the second modality gets the mean of the first).
-
-    Ours: one module, on the features. Theirs are three, on the feature maps of two ResNets after their stages 2, 3 and
-    4: squeezed by the mean over pixels, Z with half as many outputs as the two have maps.
-    That does not fit a network whose features are of one modality alone, on which its unimodal logits, the evaluation
-    without a modality, and every other fusion rest: with m modalities each would have other features in every set of
-    them. The factor 2 is that of Vaezi Joze et al., which Greedy's code leaves out.
-
-    For unimodal logits, f_j is excited by its mean excitation instead: the path without information from the other
-    modalities, which Greedy's rebalancing steps use. `cut` (m,): for which modalities the fused logits use that path.
-    """
-
-    paper = "Vaezi Joze et al., CVPR 2020"
-    decomposes = True
-    needs_pairs = True
-    mean: Tensor
-    num_steps: Tensor
-
-    def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
-        super().__init__(num_features, num_classes=num_classes, hidden=hidden)
-        squeezed = max(1, sum(num_features) // (2 * len(num_features)))  # a quarter of two, as in the paper
-        self.squeeze = nn.Linear(sum(num_features), squeezed)
-        self.excite = nn.ModuleList(nn.Linear(squeezed, d) for d in num_features)
-        self.heads = nn.ModuleList(nn.Linear(d, num_classes) for d in num_features)
-        self.register_buffer("mean", torch.full((sum(num_features),), 0.5))
-        self.register_buffer("num_steps", torch.zeros(()))
-        self.cut = [False] * len(num_features)
-
-    def excitations(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the excitation of each modality's features, after the sigmoid: m of (b, d_j)."""
-        squeezed = self.squeeze(torch.cat(list(features), dim=1)).relu()
-        return [excite(squeezed).sigmoid() for excite in self.excite]
-
-    def branch_logits(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the logits of every branch, m of (b, k); in training, update the mean excitations."""
-        excitations = self.excitations(features)
-        if self.training:
-            self.num_steps += 1
-            if len(features[0]):  # a process may have no row of a last step
-                with torch.no_grad():
-                    mean = torch.cat(excitations, dim=1).float().mean(dim=0)
-                    self.mean.lerp_(mean, 1 / self.num_steps)
-        return self._excited_logits(
-            features,
-            [
-                mean if cut else excitation
-                for excitation, mean, cut in zip(excitations, self.mean_excitations(), self.cut, strict=True)
-            ],
-        )
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Compute the mean of the branches' logits."""
-        return torch.stack(self.branch_logits(features)).mean(dim=0)
-
-    def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
-        """Compute the logits with each modality's mean excitation."""
-        return torch.stack(self._excited_logits(features, self.mean_excitations()))
-
-    def _excited_logits(self, features: Sequence[Tensor], excitations: Sequence[Tensor]) -> list[Tensor]:
-        return [head(f * 2 * excitation) for head, f, excitation in zip(self.heads, features, excitations, strict=True)]
-
-    def mean_excitations(self) -> list[Tensor]:
-        """Return the mean over training steps of each modality's excitations, after the sigmoid: m of (d_j,)."""
-        mean, ends = self.mean.clone(), list(accumulate(self.num_features))  # the next step changes it in place
-        return [mean[end - size : end] for end, size in zip(ends, self.num_features, strict=True)]
 
 
 class Shared(Fusion):

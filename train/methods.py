@@ -89,6 +89,11 @@ def resolve(config: TrainConfig) -> Methods:
         fusion=fusion,
     )
     _check_answer(methods)
+    if fusion.encodes_jointly and methods.has_own_heads:
+        raise ConfigError(
+            f"finetune.own_heads does not work with --fusion {fusion_name}: its features are not of one modality "
+            "alone, and its unimodal logits have heads already"
+        )
     return methods
 
 
@@ -294,7 +299,7 @@ def list_methods(registries: Mapping[str, Registry] = REGISTRIES, *, details: bo
 
     Example:
         >>> [row.name for row in list_methods(details=False) if row.kind == "fusion"]
-        ['concat', 'late', 'gated', 'gated-unit', 'film', 'film-projected', 'mmtm', 'shared']
+        ['concat', 'late', 'gated', 'gated-unit', 'film', 'film-projected', 'mmtm', 'mmtm-stages', 'shared']
     """
     rows = []
     for kind, registry in registries.items():

@@ -152,12 +152,11 @@ class FusionNet(nn.Module):
         super().__init__()
         self.config = config
         self.encoders = nn.ModuleList(_build_encoders(config))
-        sizes = [int(encoder.num_features) for encoder in self.encoders]  # type: ignore[arg-type]
         fusion_type: type[Fusion] = fusion or FUSIONS.load(config.fusion)
-        self.fusion = fusion_type(sizes, num_classes=len(config.classes), hidden=config.hidden)
+        self.fusion = fusion_type.of(list(self.encoders), num_classes=len(config.classes), hidden=config.hidden)
         # A fusion that does not decompose needs separate heads for unimodal logits.
         self.has_own_heads = config.own_heads or not self.fusion.decomposes
-        head_sizes = sizes if self.has_own_heads else []
+        head_sizes = self.fusion.num_features if self.has_own_heads else ()
         self.heads = nn.ModuleList(nn.Linear(size, len(config.classes)) for size in head_sizes)
         self._frozen: frozenset[int] = frozenset()
         self._register_target_moments()
@@ -227,6 +226,8 @@ class FusionNet(nn.Module):
         Inputs have b rows; with `modality_mask` (b, m) the b_j <= b rows that use modality j: the others have features
         of 0.
         """
+        if self.fusion.encodes_jointly:
+            return self.fusion.encode(list(self.encoders), inputs, modality_mask)
         if modality_mask is None:
             return tuple(encoder(rows) for encoder, rows in zip(self.encoders, inputs, strict=True))
         return tuple(

@@ -67,11 +67,18 @@ class PictureEncoder(nn.Module):
         """Set mean and standard deviation of each channel (c,)."""
         self.trunk.standardise_by(np.asarray(mean.double().cpu()), np.asarray(scale.double().cpu()))
 
+    def pictures(self, rows: Tensor) -> Tensor:
+        """Return rows as pictures (b, f, c, h, w)."""
+        return rows if rows.ndim == 5 else to_pictures(rows, self.shape)
+
+    def lacks_variance(self, pictures: Tensor) -> bool:
+        """Whether training has fewer than two pictures, which have no variance: the running means are used."""
+        return self.trunk.training and pictures.shape[0] * pictures.shape[1] < 2
+
     def forward(self, rows: Tensor) -> Tensor:
-        """Compute the features of a batch; fewer than two pictures have no variance and use the running means."""
-        pictures = rows if rows.ndim == 5 else to_pictures(rows, self.shape)
-        by_batch = self.trunk.training and pictures.shape[0] * pictures.shape[1] > 1
-        features = self.trunk(pictures) if by_batch == self.trunk.training else self._by_running_means(pictures)
+        """Compute the features of a batch."""
+        pictures = self.pictures(rows)
+        features = self._by_running_means(pictures) if self.lacks_variance(pictures) else self.trunk(pictures)
         output: Tensor = self.dropout(features)
         return output
 

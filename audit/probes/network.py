@@ -53,11 +53,31 @@ class Trunk(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Compute the features (b, d) of a batch of pictures (b, f, c, h, w)."""
-        standardised = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
-        frames = standardised.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        features = self.resnet(frames).pooler_output.flatten(1).float()
+        features = self.resnet(self._frames(pictures)).pooler_output.flatten(1).float()
         mean: Tensor = features.view(*pictures.shape[:2], self.num_features).mean(dim=1)
         return mean
+
+    def _frames(self, pictures: Tensor) -> Tensor:
+        """Standardise pictures (b, f, c, h, w) into frames (b f, c, h, w)."""
+        standardised = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
+        return standardised.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+    @property
+    def num_maps(self) -> list[int]:
+        """Number of feature maps after each of the four stages."""
+        return list(self.resnet.config.hidden_sizes)  # type: ignore[union-attr, arg-type]
+
+    def first_maps(self, pictures: Tensor, *, stages: int) -> Tensor:
+        """Compute the feature maps (b f, c', h', w') of pictures (b, f, c, h, w) after the first `stages` stages."""
+        maps: Tensor = self.resnet.embedder(self._frames(pictures))  # type: ignore[operator]
+        for index in range(stages):
+            maps = self.next_maps(maps, stage=index)
+        return maps
+
+    def next_maps(self, maps: Tensor, *, stage: int) -> Tensor:
+        """Compute the feature maps after a stage, 0 to 3, from those before it."""
+        next_maps: Tensor = self.resnet.encoder.stages[stage](maps)  # type: ignore[union-attr, index, operator]
+        return next_maps
 
 
 class Network(nn.Module):

@@ -21,7 +21,7 @@ from ...audit.parsing import RequiredKeys
 from ...audit.storage import atomic_write, read_json, write_json, write_text
 from ...train.comparison import Comparison
 from ...train.comparison_metrics import CLASS_PREFIX
-from ...train.difference import NO_VERDICT
+from ...train.difference import NO_VERDICT, format_p
 from .findings import Numbers
 from .verdict import breakable, breakable_sentence, signed
 
@@ -122,9 +122,7 @@ def share_interval(row: Mapping[str, Any]) -> str:
 
 def _p(value: float) -> str:
     """Format a corrected p value; nothing where there is none."""
-    if np.isnan(value):
-        return ""
-    return "<0.001" if value < 0.0005 else f"{value:.3f}"
+    return "" if np.isnan(value) else format_p(value)
 
 
 def minus(sentence: str) -> str:
@@ -201,10 +199,12 @@ def _summary_sentences(methods: pd.DataFrame, comparison: Comparison) -> list[st
         )
     effects = 100 * methods["smallest_effect"].dropna()
     if len(effects):
-        span = f"{effects.min():.1f}" + (f" to {effects.max():.1f}" if effects.max() - effects.min() >= 0.05 else "")
+        span = (
+            f" (median of {effects.min():.1f} to {effects.max():.1f})" if effects.max() - effects.min() >= 0.05 else ""
+        )
         sentences.append(
-            f"The smallest effect that this design shows with a probability of .8 is {span} points, by the comparison, "
-            f"with {len(comparison.per_sample):,} test samples"
+            f"The smallest effect that this design shows with a probability of .8, after the correction, is "
+            f"{effects.median():.1f} points{span}, with {len(comparison.per_sample):,} test samples"
             + ("." if comparison.group is None else f" of {len(set(comparison.group)):,} groups.")
         )
     return sentences

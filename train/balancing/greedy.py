@@ -12,9 +12,10 @@ Every ordinary step from epoch `first_epoch` on compares; d > alpha starts `wind
 over all training steps replaces the slow modality's excitation. They do not count in mu, and update all parameters that
 have a gradient. Their optimiser is SGD without momentum and weight decay, learning rate 0.1, batches of 8.
 
-Ours: the mean of the others' s for more than two modalities; a branch's loss is that of the samples with its modality;
-the options `rest` and `trained`; and one cross-modal module on the features instead of three within the encoders, see
-fusion.Mmtm.
+Their network has cross-modal modules after three stages of two ResNets: cross_modal.MmtmStages, --fusion mmtm-stages.
+
+Ours: one module on the features of encoders of any kind, cross_modal.Mmtm, the default; the mean of the others' s for
+more than two modalities; a branch's loss is that of the samples with its modality; the options `rest` and `trained`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from ...audit.parsing import check_choices, check_ranges
 from ..batches import Batch, start_warning
 from ..config import TrainConfig
-from ..fusion import Mmtm
+from ..cross_modal import CrossModal
 from ..network import Outputs
 from .balancer import Balancer
 
@@ -90,7 +91,7 @@ class Greedy(Balancer):
     config_type = GreedyConfig
     paper = "Wu et al., ICML 2022"
     accumulation_reason = "the mean excitation that cuts a path follows every pass"
-    fusions = ("mmtm",)
+    fusions = ("mmtm", "mmtm-stages")
     fusion_reason = "it measures and cuts the cross-modal path, which no other fusion has"
     state_fields = ("epoch", "total", "ordinary", "slow", "steps_left", "rebalanced")
     config: GreedyConfig
@@ -104,7 +105,7 @@ class Greedy(Balancer):
 
     def initialize(self) -> None:
         """Set up the state."""
-        assert isinstance(self.net.fusion, Mmtm)  # checked by methods.resolve
+        assert isinstance(self.net.fusion, CrossModal)  # checked by methods.resolve
         self.fusion = self.net.fusion
         # Of mu over the ordinary steps: cross-modal, own.
         self.total = torch.zeros(2, self.net.num_modalities, device=self.device)
@@ -116,10 +117,8 @@ class Greedy(Balancer):
 
     def _gather_paths(self) -> None:
         """List the measured parameters, and which of them belong to which path (2m, number of parameters)."""
-        fusion, paths = self.fusion, []
-        for excite in fusion.excite:
-            paths.append([*excite.parameters(), *fusion.squeeze.parameters()])
-        for encoder, head in zip(self.net.encoders, fusion.heads, strict=True):
+        paths = [self.fusion.cross_parameters(j) for j in range(self.net.num_modalities)]
+        for encoder, head in zip(self.net.encoders, self.fusion.heads, strict=True):
             paths.append([*(p for p in encoder.parameters() if p.requires_grad), *head.parameters()])
         self._measured = list({id(p): p for path in paths for p in path}.values())
         index_of = {id(p): index for index, p in enumerate(self._measured)}
