@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..audit.dataset.dataset import Dataset
+from ..audit.dataset.modalities import Modality
 from ..audit.engine.new_rows import NewRows, read_as_in_run, save_selection, select_new
 from ..audit.engine.part_store import FolderStore, MemoryStore
 from ..audit.engine.plan import SINGLE, Part
@@ -25,6 +26,7 @@ from ..audit.engine.scoring import finish_part
 from ..audit.engine.selection import fingerprint
 from ..audit.engine.stages import ScoringJob, fingerprint_of_data, score
 from ..audit.errors import RunError, quarantine_table
+from ..audit.features.encoders import is_network
 from ..audit.hashing import digest, hash_rank
 from ..audit.locks import Lock
 from ..audit.storage import read_batches, read_json, read_table, scratch_folder, write_json, write_parquet
@@ -106,7 +108,9 @@ class GrownData:
 
 def check_probes(run_dir: Run, record: dict[str, Any]) -> RunState:
     """Return what a run keeps beside its probes; raise RunError if its probes score no other rows."""
-    names = [entry["name"] for entry in record["modalities"] if entry.get("encoder") == "resnet18"]
+    keys = ("name", "column", "kind", "encoder")
+    modalities = [Modality(**{key: entry[key] for key in keys}) for entry in record["modalities"]]
+    names = [modality.name for modality in modalities if is_network(modality)]
     if names:
         raise RunError(
             f"{run_dir.folder}: the probe of {names[0]} is a network, of which outputs for the run's own samples are "
@@ -160,8 +164,11 @@ def read_grown(
 def resumable_store(folder: Path, config: str) -> FolderStore:
     """Return the store of a folder, whose tables are removed if they depend on something else."""
     file = folder / "config.json"
-    if file.exists() and read_json(file, error=RunError).get("config") != config:
-        shutil.rmtree(folder)
+    stated = None
+    with suppress(RunError):  # without the file, or with a damaged one
+        stated = read_json(file, error=RunError).get("config")
+    if stated != config:
+        shutil.rmtree(folder, ignore_errors=True)
     write_json({"config": config}, file)
     return FolderStore(folder=folder, config=config)
 

@@ -217,7 +217,7 @@ def test_grown_data_need_the_option(scored: Path, appended: Path, tmp_path: Path
 
 
 def test_network_probes_score_no_other_rows(tmp_path: Path) -> None:
-    stated = {"modalities": [{"name": "image", "encoder": "resnet18"}]}
+    stated = {"modalities": [{"name": "image", "column": "file", "kind": "image", "encoder": "resnet18"}]}
     with pytest.raises(RunError, match="the probe of image is a network"):
         appending.check_probes(Run(tmp_path), stated)
 
@@ -239,3 +239,12 @@ def test_manifests_of_earlier_scores_stay_usable(tmp_path: Path) -> None:
     numbers = report_numbers(Run(tmp_path / "run"))
     assert [entry["of_this_run"] for entry in numbers["manifests"]] == [False]
     assert any("60 samples were appended" in text for text in numbers["verdict"]["warnings"])
+
+
+def test_tables_that_depend_on_something_else_are_removed(tmp_path: Path) -> None:
+    rows = pa.table({"id": ["a"]})
+    appending.resumable_store(tmp_path / "append", "first").write("rows", rows)
+    assert appending.resumable_store(tmp_path / "append", "first").has("rows")
+    assert not appending.resumable_store(tmp_path / "append", "second").has("rows")
+    (tmp_path / "append" / "config.json").write_text("{")
+    assert not appending.resumable_store(tmp_path / "append", "second").has("rows")

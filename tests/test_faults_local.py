@@ -125,6 +125,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "stages/probes/joint.safetensors": Path.unlink,
     "stages/scores/part-00003.arrow": Path.unlink,
     "stages/measured/part-00004.arrow": flip,
+    "stages/scores/part-00005.json": truncate,
 }
 
 
