@@ -35,12 +35,14 @@ from .appending import check_probes, resumable_store
 from .config import RunConfig
 from .progress import progress_bars
 from .provenance import (
+    Origin,
     SourceOptions,
     absolute_source,
     described_modalities,
     open_encodable,
-    origin_of_run,
+    own_record,
     score_provenance,
+    scores_section,
     source_config,
 )
 from .run import REPORT_ROWS, Run, replacing
@@ -132,7 +134,7 @@ def apply(
     record = run_dir.record()
     state = check_probes(run_dir, record)
     options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
-    data_config, config = source_config(origin_of_run(run_dir), options)
+    data_config, config = source_config(_origin(run_dir), options)
     columns = {"label": label, "id": id, "group": group, "split": split}
     dataset = _open_data(str(data), record, replace(data_config, **_columns_of_run(record, columns)), config)
     folder = _default_folder(run_dir, data) if out is None else Path(out)
@@ -146,7 +148,21 @@ def apply(
     return _result(folder)
 
 
-def _columns_of_run(record: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, str | None]:
+def _origin(run_dir: Run) -> Origin:
+    """Return the origin of the probes of a run."""
+    record, doubt = own_record(run_dir.folder)
+    return Origin(
+        path=run_dir.record_file,
+        scores=scores_section(run_dir.record()),
+        record=record,
+        doubt=doubt,
+        source=None,
+        is_own=record is not None,
+        changed="",
+    )
+
+
+def _columns_of_run(record: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
     """Return the column of each role: that which is passed, else that of the run."""
     own = {role: record["columns"].get(role) or "none" for role in ("label", "group", "split")}
     own["id"] = ",".join(record["columns"]["id"]) or "none"

@@ -173,7 +173,7 @@ def trusted_folder(path: Path) -> Path:
 
 def _record_content(record: dict[str, Any], signature: dict[str, Any]) -> dict[str, Any]:
     content = {key: record.get(key) for key in _SIGNED_KEYS}
-    signed = {key: signature[key] for key in ("folder", "scores", "earlier") if key in signature}
+    signed: dict[str, Any] = {key: signature[key] for key in ("folder", "scores", "earlier") if key in signature}
     return {"signed": "run", **content, "folder": None, "scores": None, **signed}
 
 
@@ -336,20 +336,6 @@ def source_config(origin: Origin, options: SourceOptions, *, encoders: bool = Tr
         allow_outside=options.allow_outside or (origin.record is not None and scored_config.data.allow_outside),
     )
     return config, scored_config
-
-
-def origin_of_run(run_dir: Run) -> Origin:
-    """Return the origin of the probes of a run."""
-    record, doubt = own_record(run_dir.folder)
-    return Origin(
-        path=run_dir.record_file,
-        scores=scores_section(run_dir.record()),
-        record=record,
-        doubt=doubt,
-        source=None,
-        is_own=record is not None,
-        changed="",
-    )
 
 
 def _scored_modalities(origin: Origin) -> list[dict[str, str]]:
