@@ -125,8 +125,8 @@ def test_appending_twice_is_appending_once(scored: Path, appended: Path, tmp_pat
             del content[name]
     assert twice == once
     records = [record(path / "run") for path in (folder, appended)]
-    for content in records:
-        del content["source"]
+    for entry in records:
+        del entry["source"]
     assert records[0] == records[1]
 
 
@@ -227,6 +227,7 @@ def test_manifests_of_earlier_scores_stay_usable(tmp_path: Path) -> None:
     write(rows.slice(0, NUM_OLD), tmp_path / "data" / "a.parquet")
     score(tmp_path / "data" / "*.parquet", run=tmp_path / "run", config=CONFIG, num_workers=0)
     path = split(run=tmp_path / "run", config=CONFIG, subset="balanced:0.5", name="even").manifest
+    assert path is not None
     before = path.read_bytes()
     write(rows.slice(NUM_OLD), tmp_path / "b.parquet")
     grow(tmp_path, tmp_path / "b.parquet")

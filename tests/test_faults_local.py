@@ -28,7 +28,7 @@ from grown import files, write_empty_report
 
 import mmaudit
 from mmaudit.audit import storage
-from mmaudit.audit.engine import stages
+from mmaudit.audit.engine import row_data, stages
 from mmaudit.audit.errors import DatasetError, MmauditError, RunError
 from mmaudit.audit.locks import write_lock
 from mmaudit.audit.storage import read_json
@@ -176,7 +176,7 @@ def test_changed_or_missing_data_are_refused_until_they_are_back(data: Path, und
 def test_data_that_change_within_a_stage_are_one_line(
     change: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy, read = tmp_path / "planted.parquet", stages.read_row_table
+    copy, read = tmp_path / "planted.parquet", row_data.read_row_table
     shutil.copy2(data, copy)
 
     def change_and_read(*values: Any, **options: Any) -> pa.Table:
@@ -252,7 +252,15 @@ def small_disk(folder: Path, *, kilobytes: int) -> Iterator[None]:
 def test_small_file_system_is_one_line(share: float, data: Path, undisturbed: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     blocks = sum(4 * -(-path.stat().st_size // 4096) + 4 for path in undisturbed.rglob("*"))
-    words = ["score", data, "--run", disk / "run", "--num-workers", "0", *(f"--set={text}" for text in SETTINGS)]
+    words: list[str | Path] = [
+        "score",
+        data,
+        "--run",
+        disk / "run",
+        "--num-workers",
+        "0",
+        *(f"--set={text}" for text in SETTINGS),
+    ]
     with small_disk(disk, kilobytes=int(share * blocks)):
         done = command(*words, folder=tmp_path)
         assert done.returncode == 2, done.stderr
@@ -461,7 +469,7 @@ def test_killed_worker_is_one_line_and_resumed(tmp_path: Path) -> None:
     (clips / "metadata.csv").write_text("\n".join(rows) + "\n")
     settings = [*(f"--set={text}" for text in SETTINGS[:4]), "--set=data.shard_rows=5", "--num-workers", "2"]
     modalities = ["--modality", "a=image_file_name:image", "--modality", "b=other_file_name:image"]
-    words = ["score", clips, *settings, *modalities, "--encoder", "a=fragile:encode"]
+    words: list[str | Path] = ["score", clips, *settings, *modalities, "--encoder", "a=fragile:encode"]
     killed = command(*words, "--run", tmp_path / "run", folder=tmp_path)
     assert killed.returncode == 2, killed.stderr
     assert "a worker process was killed" in killed.stderr.strip().splitlines()[-1]
