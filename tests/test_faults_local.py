@@ -292,7 +292,7 @@ def test_second_command_names_the_first_and_reading_ones_do_not_wait(
                 writing()
         manifest = run / "manifests" / "even.parquet"
         assert len(Run(run).scores()) == 120
-        assert mmaudit.verify(manifest, run=run).failed_gate == ""
+        assert mmaudit.verify(manifest, run=run, data=data).failed_gate == ""
         assert mmaudit.diff(manifest, run / "manifests" / "other.parquet").lines()
         assert mmaudit.read_manifest(manifest)
         score(data, run=run, **OPTIONS)  # finished: it writes nothing
