@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 _INT64_DIGITS, _FLOAT64_DIGITS = 18, 15  # decimals of so many digits are exact as int64 and float64
@@ -213,3 +214,21 @@ def vector_length(type_: pa.DataType) -> int | None:
         return 1
     inner = vector_length(type_.value_type)
     return type_.list_size * inner if pa.types.is_fixed_size_list(type_) and inner is not None else None
+
+
+_MAX_ROWS_PER_BYTE = 256  # of a Parquet file: ascending integers, which compress best, have about 100
+
+
+def check_row_number(num_rows: int, stated_rows: int) -> None:
+    """Raise ValueError where pages and footer differ in the number of rows, since Arrow then silently returns fewer."""
+    if num_rows != stated_rows:
+        raise ValueError(f"the footer states {stated_rows:,} rows, the pages hold {num_rows:,}")
+
+
+def check_footer(footer: pq.FileMetaData, *, size: int) -> None:
+    """Raise ValueError for row counts in a footer that contradict each other or the size of the file in bytes."""
+    group_rows = [footer.row_group(row_group).num_rows for row_group in range(footer.num_row_groups)]
+    if min(group_rows, default=0) < 0 or sum(group_rows) != footer.num_rows:
+        raise ValueError(f"the footer states {footer.num_rows:,} rows, its row groups {sum(group_rows):,}")
+    if footer.num_rows > size * _MAX_ROWS_PER_BYTE:
+        raise ValueError(f"the footer states {footer.num_rows:,} rows, the file has only {size:,} bytes")

@@ -7,6 +7,7 @@ MmauditError            one line for the user, exit 2
 ├── MixtureError        no mixture can be fitted to these samples
 ├── ManifestError       a manifest is malformed, or its source has changed
 ├── RunError            the run folder is incomplete, locked, or made from other data
+├── RemoteError         a file at a URL cannot be reached, read or written
 ├── TrainError          training cannot continue
 └── GateError           a requested check has failed, exit 3
 """
@@ -62,6 +63,10 @@ class ManifestError(MmauditError):
 
 class RunError(MmauditError):
     """The run folder is incomplete, locked by another process, or made from other data."""
+
+
+class RemoteError(MmauditError):
+    """A file at a URL cannot be reached, read or written, or the URL is not accepted."""
 
 
 class TrainError(MmauditError):

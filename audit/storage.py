@@ -19,27 +19,34 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .arrow import plain_table
+from .arrow import check_footer, check_row_number, plain_table
 from .errors import MmauditError
 from .parsing import Shape, check_shape, parse_json
+from .remote.parquet import Preload, keep_footer, known_footer
+from .remote.paths import AnyPath, RemotePath, source_path
 from .workers import ProcessId, this_process
 
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 _KINDS |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
 
 
-def file_stamp(path: str | Path) -> tuple[str, int, int, int] | None:
+def file_stamp(path: str | AnyPath) -> tuple[str, int, int | str, int] | None:
     """Return path, size, and times of modification and status change in ns; None if there is no file.
 
-    The status change notices a file that was rewritten with its old size and modification time.
+    The status change notices a file that was rewritten with its old size and modification time. A file at a URL has its
+    tag (ETag, digest or time) in place of the first time.
     """
+    path = source_path(path) if isinstance(path, str) else path
+    if isinstance(path, RemotePath):
+        remote = path.status()
+        return None if remote is None else (path.url, remote.size, remote.tag, 0)
     try:
         path = os.path.realpath(path)
         status = os.stat(path)
@@ -48,11 +55,14 @@ def file_stamp(path: str | Path) -> tuple[str, int, int, int] | None:
     return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | AnyPath) -> BinaryIO:
     """Open a regular file to read its bytes; raise OSError for anything else, without waiting for another process.
 
-    O_NONBLOCK opens a FIFO without waiting for a writer; it has no effect on a regular file.
+    O_NONBLOCK opens a FIFO without waiting for a writer; it has no effect on a regular file. A file at a URL is read
+    by ranges.
     """
+    if isinstance(path, RemotePath):
+        return cast(BinaryIO, path.open())
     check_regular(path)  # before opening, since opening some devices starts them
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -63,8 +73,11 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise
 
 
-def check_regular(path: str | Path) -> None:
+def check_regular(path: str | AnyPath) -> None:
     """Raise OSError unless a path is a regular file; for readers that open paths themselves."""
+    if isinstance(path, RemotePath):
+        path.file_status()
+        return
     _check_mode(os.stat(path).st_mode, path)
 
 
@@ -236,7 +249,6 @@ PROVENANCE_KEY = b"mmaudit"
 # Arrow raises most of these itself, and Cython the rest, for damaged names and for sizes beyond memory.
 _FAULTS = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
 _MAX_FOOTER = 1 << 26  # bytes: 10,000 columns in 50 row groups
-_MAX_ROWS_PER_BYTE = 256  # of a file: ascending integers, which compress best, have about 100
 
 
 def write_parquet(table: pa.Table, path: Path, *, provenance: dict[str, Any]) -> None:
@@ -248,24 +260,24 @@ def write_parquet(table: pa.Table, path: Path, *, provenance: dict[str, Any]) ->
 
 
 def read_parquet(
-    path: Path, *, error: type[MmauditError], shape: Shape | None = None
+    path: AnyPath, *, error: type[MmauditError], shape: Shape | None = None
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Read a table and its provenance, {} where it has none; raise `error` if the file cannot be read."""
     table = read_table(path, error=error)
     return table, parse_provenance(table.schema.metadata or {}, error=error, where=str(path), shape=shape)
 
 
-def read_table(path: Path, *, error: type[MmauditError]) -> pa.Table:
+def read_table(path: AnyPath, *, error: type[MmauditError]) -> pa.Table:
     """Read all rows of a file."""
-    with open_parquet(path, error=error) as file:
+    with open_parquet(path, error=error, preload=Preload()) as file:
         table = plain_table(file.read())
         table.validate(full=True)
-        _check_number(table.num_rows, file.metadata.num_rows)
+        check_row_number(table.num_rows, file.metadata.num_rows)
     return table
 
 
 def read_batches(
-    path: Path | str,
+    path: AnyPath | str,
     *,
     error: type[MmauditError],
     rows: int,
@@ -283,25 +295,25 @@ def read_batches(
             batch.validate(full=True)  # otherwise text that is not UTF-8 would fail later, on conversion to str
             num_rows += len(batch)
             yield plain_table(pa.Table.from_batches([batch]))
-        _check_number(num_rows, sum(file.metadata.row_group(group).num_rows for group in groups))
+        check_row_number(num_rows, sum(file.metadata.row_group(group).num_rows for group in groups))
 
 
-def read_schema(path: Path | str, *, error: type[MmauditError]) -> pa.Schema:
+def read_schema(path: AnyPath | str, *, error: type[MmauditError]) -> pa.Schema:
     """Read the schema of a file, with its metadata."""
     with open_parquet(path, error=error) as file:
         return plain_table(file.schema_arrow.empty_table()).schema
 
 
-def read_row_group(path: Path | str, number: int, *, columns: Sequence[str], error: type[MmauditError]) -> pa.Table:
+def read_row_group(path: AnyPath | str, number: int, *, columns: Sequence[str], error: type[MmauditError]) -> pa.Table:
     """Read columns of one row group."""
-    with open_parquet(path, error=error) as file:
+    with open_parquet(path, error=error, preload=Preload(row_group=number, columns=columns)) as file:
         table = plain_table(file.read_row_group(number, columns=list(columns)))
         table.validate(full=True)
-        _check_number(table.num_rows, file.metadata.row_group(number).num_rows)
+        check_row_number(table.num_rows, file.metadata.row_group(number).num_rows)
     return table
 
 
-def read_footer(path: Path | str, *, error: type[MmauditError]) -> pq.FileMetaData:
+def read_footer(path: AnyPath | str, *, error: type[MmauditError]) -> pq.FileMetaData:
     """Read the footer of a file: row groups, statistics, metadata."""
     with open_parquet(path, error=error) as file:
         return file.metadata
@@ -309,23 +321,44 @@ def read_footer(path: Path | str, *, error: type[MmauditError]) -> pq.FileMetaDa
 
 @contextmanager
 def open_parquet(
-    path: Path | str, *, error: type[MmauditError], dictionary: Sequence[str] = (), buffer_bytes: int = 0
+    path: AnyPath | str,
+    *,
+    error: type[MmauditError],
+    dictionary: Sequence[str] = (),
+    buffer_bytes: int = 0,
+    preload: Preload | None = None,
 ) -> Iterator[pq.ParquetFile]:
-    """Open a file and check its footer; raise `error` for any fault of the file, also within the block."""
-    if not Path(path).exists():
+    """Open a file and check its footer; raise `error` for any fault of the file, also within the block.
+
+    A file at a URL is read by ranges: first the `preload`, concurrently, then what is missing.
+    """
+    path = source_path(path) if isinstance(path, str) else path
+    if not path.exists():
         raise error(f"no such file: {path}")
     try:
         check_regular(path)
-        _check_size(Path(path))
+        remote = path.open() if isinstance(path, RemotePath) else None
+        known = known_footer(path)
+        if known is None:
+            with open_regular(path) if remote is None else nullcontext(cast(BinaryIO, remote)) as source:
+                size = _check_size(source)
+        else:
+            size = known[1]
         with pq.ParquetFile(
-            Path(path).absolute(),  # Arrow would interpret a relative path such as hf:/a as a remote file system
+            # Arrow would interpret a relative path such as hf:/a as a remote file system
+            path.absolute() if remote is None else remote,
+            metadata=None if known is None else known[0],
             pre_buffer=False,
             buffer_size=buffer_bytes,
             read_dictionary=list(dictionary),
             page_checksum_verification=True,
         ) as file:
             _check_names(file.schema_arrow, path, error=error)
-            _check_footer(file.metadata, size=Path(path).stat().st_size)
+            check_footer(file.metadata, size=size)
+            if remote is not None:
+                keep_footer(path, file.metadata, size)
+                if preload is not None:
+                    remote.preload(preload.ranges(file.metadata))
             yield file
     except _FAULTS as cause:
         message = (isinstance(cause, OSError) and cause.strerror) or str(cause)
@@ -350,32 +383,17 @@ def parse_provenance(
     return dict(content)
 
 
-def _check_size(path: Path) -> None:
-    """Raise ValueError for a footer so large that parsing it would take a gigabyte of memory."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        footer_bytes = int.from_bytes(file.read(4), "little")
+def _check_size(source: BinaryIO) -> int:
+    """Return the bytes of a file; ValueError for a footer so large that parsing it would take a gigabyte of memory."""
+    size = source.seek(0, os.SEEK_END)
+    source.seek(max(0, size - 8))
+    footer_bytes = int.from_bytes(source.read(4), "little")
     if _MAX_FOOTER < footer_bytes <= size:
         raise ValueError(f"the footer has {footer_bytes >> 20:,} MiB, the maximum is {_MAX_FOOTER >> 20}")
+    return size
 
 
-def _check_names(schema: pa.Schema, path: Path | str, *, error: type[MmauditError]) -> None:
+def _check_names(schema: pa.Schema, path: AnyPath | str, *, error: type[MmauditError]) -> None:
     names = schema.names  # a name that is not UTF-8 fails only here
     if duplicate := next((name for name, count in Counter(names).items() if count > 1), None):
         raise error(f"{path} has {names.count(duplicate)} columns named {duplicate}: column names must be unique")
-
-
-def _check_number(num_rows: int, stated_rows: int) -> None:
-    """Raise ValueError where pages and footer differ in the number of rows, since Arrow then silently returns fewer."""
-    if num_rows != stated_rows:
-        raise ValueError(f"the footer states {stated_rows:,} rows, the pages hold {num_rows:,}")
-
-
-def _check_footer(footer: pq.FileMetaData, *, size: int) -> None:
-    """Raise ValueError for row counts in the footer that contradict each other or the size of the file."""
-    group_rows = [footer.row_group(row_group).num_rows for row_group in range(footer.num_row_groups)]
-    if min(group_rows, default=0) < 0 or sum(group_rows) != footer.num_rows:
-        raise ValueError(f"the footer states {footer.num_rows:,} rows, its row groups {sum(group_rows):,}")
-    if footer.num_rows > size * _MAX_ROWS_PER_BYTE:
-        raise ValueError(f"the footer states {footer.num_rows:,} rows, the file has only {size:,} bytes")

@@ -162,7 +162,9 @@ def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_work
         # partial function is of the module `functools`: that of its function counts.
         context.set_forkserver_preload([getattr(work, "func", work).__module__, "pandas"])
     other_children = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context, initializer=_prepare_worker)
+    pool = ProcessPoolExecutor(
+        min(num_workers, len(tasks)), mp_context=context, initializer=_prepare_worker, initargs=(dict(os.environ),)
+    )
     try:
         futures = deque(pool.submit(work, task) for task in tasks)
         while futures:
@@ -222,8 +224,9 @@ def _exit_after(sentinel: int) -> None:
     os._exit(1)
 
 
-def _prepare_worker() -> None:
+def _prepare_worker(environment: dict[str, str]) -> None:
     end_with_parent()
+    os.environ.update(environment)  # the fork server has that of its start: credentials may have been set since
     # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The workers are the parallelism: with two BLAS threads in each of two workers, a video took 38 ms instead of 17.

@@ -27,6 +27,7 @@ from ..audit.engine.stages import ScoringJob, finished_parts, score
 from ..audit.errors import ConfigError, DatasetError, RunError, ScoreError, quarantine_table
 from ..audit.hashing import digest, file_digest
 from ..audit.locks import Lock, write_lock
+from ..audit.remote.paths import is_url
 from ..audit.scores.drift import compare_distributions
 from ..audit.scores.table import ScoreTable, read_score_sample, read_scores
 from ..audit.storage import read_json, write_json, write_parquet
@@ -45,6 +46,7 @@ from .provenance import (
     scores_section,
     source_config,
 )
+from .remote_run import with_run
 from .run import REPORT_ROWS, Run, replacing
 from .scoring import pairs, pick_device
 
@@ -83,6 +85,7 @@ class ApplyResult:
         return {**self.record, "folder": str(self.folder)}
 
 
+@with_run("features", "stages", writes=True)
 def apply(
     run: str | Path,
     data: str | Path,
@@ -105,7 +108,7 @@ def apply(
     the run's own data have its own scores. The scores are confidences in the true class, so the data need labels.
 
     Args:
-        run: Run folder.
+        run: Run folder, a path or a URL.
         data: The data, as for `score`, with the columns of the run's data.
         out: Folder of the results; by default RUN/applied/NAME, with the name of the data.
         label: Label column; by default that of the run.
@@ -130,6 +133,10 @@ def apply(
         >>> result = mmaudit.apply("mmaudit-run", "may.parquet")
         >>> result.record["comparison"]["gap"]["difference"]["mean"]
     """
+    if is_url(out):
+        raise ConfigError(
+            f"--out {out}: pass a folder; without --out, the results of a run at a URL are published there"
+        )
     run_dir = Run.open(run)
     record = run_dir.record()
     state = check_probes(run_dir, record)

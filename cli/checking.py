@@ -25,6 +25,7 @@ from .config import RunConfig, load_settings
 from .effects import effects_in_checking, warn_without_effect
 from .progress import progress_bars
 from .provenance import open_encodable
+from .remote_run import with_run
 from .run import Run
 from .scoring import data_settings, encode_missing, pick_device
 
@@ -110,6 +111,7 @@ def ingest(
     return ingest_download(name, folder, lists=lists, out=out)
 
 
+@with_run("stages", writes=True)
 def check(
     data: str | Path,
     *,
@@ -135,8 +137,8 @@ def check(
     split that `score` would cut is checked.
 
     Args:
-        data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
-        run: Run folder.
+        data: Folder, table file, glob, tar shards or their URL, saved dataset, or a Hugging Face dataset name.
+        run: Run folder, a path or a URL.
         modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
         encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
         task: classification, multilabel or regression; by default classification.

@@ -31,6 +31,7 @@ from .config import Given, RunConfig, load_settings
 from .effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect
 from .progress import progress_bars
 from .provenance import SourceOptions
+from .remote_run import with_run
 from .run import Run
 from .scoring import pairs, pick_device
 from .splitting import split
@@ -42,6 +43,7 @@ _WITHOUT_EFFECT = ("finetune.init", "finetune.report_to", "finetune.save_steps")
 _RANDOM_SECONDS = 600.0  # to wait for another shard that draws a random control
 
 
+@with_run("stages", writes=True)
 def compare(
     *,
     manifest: Sequence[str] = (),
@@ -77,7 +79,7 @@ def compare(
         plan: TOML file with manifests, methods, seeds, name, controls and grid; options override it.
         name: Name of the comparison; by default made of the manifests.
         controls: Train no controls (one modality, same-size random subset, opposite order, shuffled labels).
-        run: Run folder.
+        run: Run folder, a path or a URL.
         jobs: Processes that train at the same time; by default as many as the processors or cards serve.
         shard: Train only the i-th of n parts, i/n, as in a Slurm array; the last call, without it, writes the tables.
         grid: Values tried for each method, such as optim.lr=1e-3,1e-2; the best on validation samples is trained; in

@@ -20,6 +20,7 @@ from ..audit.leakage import LeakageConfig
 from ..audit.media.files import MediaConfig
 from ..audit.parsing import build_config, plain
 from ..audit.probes.config import NetworkConfig, ProbeConfig
+from ..audit.remote.settings import VARIABLES
 from ..audit.scores.mixture import MixtureConfig
 from ..audit.storage import check_regular
 from ..rebalance.balanced import BalancedConfig
@@ -38,7 +39,7 @@ log = logging.getLogger("mmaudit")
 NETWORK_FIELDS = ("width", "normalise_pictures", "normalise_sound")  # of section network, that fine-tuning reads
 TRAINING_SECTIONS = tuple(name for name in TrainConfig.__dataclass_fields__ if name not in NETWORK_FIELDS)
 _PREFIX = "MMAUDIT_"
-_OTHER_VARIABLES = {"MMAUDIT_DEBUG", "MMAUDIT_RUN", "MMAUDIT_DEVICE", "MMAUDIT_NUM_WORKERS"}  # of the command line
+_OTHER_VARIABLES = {"MMAUDIT_DEBUG", "MMAUDIT_RUN", "MMAUDIT_DEVICE", "MMAUDIT_NUM_WORKERS", *VARIABLES}
 _DEEP_KEY = re.compile(r"""(?:["'\w-]{1,100}[ \t]{0,9}\.[ \t]{0,9}){64}""")
 
 

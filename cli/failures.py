@@ -188,8 +188,11 @@ def _on(file: str | None) -> str:
 
 def _input_of(parameters: Mapping[str, Any]) -> str | None:
     """Return the first input named on the command line."""
+    from ..audit.remote.paths import is_url, shown_url
+
     values = (parameters.get(name) for name in _INPUTS)
-    return next((printable(value) for value in values if isinstance(value, str)), None)
+    value = next((value for value in values if isinstance(value, str)), None)
+    return value and (shown_url(value) if is_url(value) else printable(value))
 
 
 def _one_line(text: str) -> str:

@@ -22,6 +22,7 @@ from .config import RunConfig, load_settings
 from .effects import effects_in_order, scored_settings, warn_without_effect
 from .progress import progress_bars
 from .provenance import Origin, SourceOptions, open_source, origin_of
+from .remote_run import with_run
 from .run import Run
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Epoch:
         }
 
 
+@with_run("features", "stages", writes=False)
 def verify(
     manifest: str | Path,
     *,
@@ -133,7 +135,7 @@ def verify(
 
     Args:
         manifest: Manifest file, or its name in the run.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         media: Check the media files; --no-media skips them.
         data: The data; also if your own data moved.
         allow_outside: Allow paths outside the data folder.
@@ -167,6 +169,7 @@ def verify(
     return replace(checked, checks=tuple(checks))
 
 
+@with_run("features", "stages", writes=False)
 def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> ManifestDiff | ScoreAgreement:
     """Compare two manifests: ids, bins, scores and recipes; or two runs: the rank agreement of their scores.
 
@@ -211,12 +214,13 @@ def _score_file(entry: str | Path) -> Path | None:
     return path if has_scores and not {"subset", "reason"} & set(names) else None
 
 
+@with_run("features", "stages", writes=False)
 def card(manifest: str | Path, *, run: str | Path = "mmaudit-run", out: str | Path | None = None) -> Card:
     """Write a dataset card section on a manifest: modality balance, recipe, and how to load it.
 
     Args:
         manifest: Manifest file, or its name in the run.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         out: File to write; by default none.
 
     Returns:
@@ -235,6 +239,7 @@ def card(manifest: str | Path, *, run: str | Path = "mmaudit-run", out: str | Pa
     return Card(manifest=str(manifest), text=text, file=None if out is None else Path(out))
 
 
+@with_run("features", "stages", writes=False)
 def export(
     manifest: str | Path,
     *,
@@ -256,7 +261,7 @@ def export(
         manifest: Manifest file, or its name in the run.
         format: Name of the format.
         out: File or folder to write.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         skip_missing: Skip and count missing media.
         escape_formulas: csv: put an apostrophe before text that a spreadsheet would evaluate (= + - @);
             --no-escape-formulas leaves it as it is.
@@ -299,6 +304,7 @@ def export(
     )
 
 
+@with_run("features", "stages", writes=False)
 def order(
     manifest: str | Path,
     *,
@@ -316,7 +322,7 @@ def order(
     Args:
         manifest: Manifest file, or its name in the run.
         epoch: Epoch, counted from 1.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         order: curriculum, anti-curriculum, shuffled or weighted; by default curriculum.
         pacing: root, linear, step, geometric or exponential; by default root.
         batch_size: Samples per step; by default 64.

@@ -19,6 +19,7 @@ from .. import __version__
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
 from ..audit.hashing import digest, file_digest, is_signed, sign
 from ..audit.parsing import build_config, provenance_section
+from ..audit.remote.paths import is_url, source_path
 from ..audit.scores.table import RANGES, SCHEMA_VERSION
 from ..audit.storage import read_json, write_json
 from ..rebalance.manifest import Digests, Manifest, balance_path, read_stated_digests
@@ -439,5 +440,8 @@ def absolute_source(source: str) -> str:
     """Return the absolute path of a source on disk; the name of a Hugging Face dataset is returned unchanged."""
     from ..audit.dataset.formats.saved import looks_like_hub_name
 
+    if is_url(source) and not source.startswith("file://"):
+        return source
+    source = str(source_path(source))
     on_disk = Path(source).exists() or not looks_like_hub_name(source)
     return str(Path(source).absolute()) if on_disk else source

@@ -17,6 +17,7 @@ from typing import Any
 from ..audit.errors import ConfigError, RunError, choices, printable
 from ..audit.locks import Lock, find_holders, write_lock
 from ..audit.parsing import RequiredKeys, Shape, check_shape
+from ..audit.remote.paths import is_url
 from ..audit.scores.table import ScoreTable, read_score_sample, read_scores
 from ..audit.storage import flush, read_json, write_json
 
@@ -162,6 +163,8 @@ class Run:
     @classmethod
     def open(cls, folder: str | Path) -> Run:
         """Open a new or existing run folder; complete a replacement that was committed and then interrupted."""
+        if is_url(str(folder)):
+            raise RunError(f"{folder}: commands take a run at a URL by --run; this function takes a folder")
         complete_swaps(Path(folder))
         return cls(Path(folder))
 

@@ -24,6 +24,7 @@ from .config import RunConfig, load_settings, preset_content, preset_record
 from .effects import effects_in_scoring, warn_without_effect
 from .progress import progress_bars
 from .provenance import open_encodable
+from .remote_run import with_run
 from .run import Run
 from .staging import StageResult, check_stage, open_job, publish, run_merge, run_stage
 
@@ -150,6 +151,7 @@ def score(
 ) -> ScoreResult | StageResult: ...
 
 
+@with_run(writes=True)
 def score(
     data: str | Path | None = None,
     *,
@@ -184,8 +186,8 @@ def score(
     modalities are vectors computed elsewhere, joined to the data by id.
 
     Args:
-        data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
-        run: Run folder.
+        data: Folder, table file, glob, tar shards or their URL, saved dataset, or a Hugging Face dataset name.
+        run: Run folder, a path or a URL.
         features: Vectors of a modality: a .parquet, .npz or .npy file; in Python also {"audio": "audio.npz"}.
         preset: Published protocol whose media settings to use, as `finetune --preset` does.
         modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
@@ -295,11 +297,12 @@ def _check_append(append: bool, *, stage: str | None, overwrite: bool) -> None:
         raise ConfigError(f"--append with {other}: rows are appended to a finished run, by one process")
 
 
+@with_run("features", "stages", writes=True)
 def report(*, run: str | Path = "mmaudit-run") -> ReportResult:
     """Write report.html, report.json and the figures from the files of the run folder.
 
     Args:
-        run: Run folder.
+        run: Run folder, a path or a URL.
 
     Returns:
         The paths of the page, of its numbers and of the figures.

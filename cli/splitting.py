@@ -21,6 +21,7 @@ from ..rebalance.score_tables import ScoreFiles, open_scores
 from .config import RunConfig, load_settings
 from .effects import effects_in_splitting, warn_without_effect
 from .provenance import origin_of, sign_manifest, trusted_folder
+from .remote_run import with_run
 from .run import Run, replacing_manifest
 
 # Packages that decode media or train are imported inside functions: a split of 10^8 rows has no memory to spare.
@@ -88,6 +89,7 @@ class ReplayResult:
         }
 
 
+@with_run("features", "stages", writes=True)
 def split(
     *,
     run: str | Path = "mmaudit-run",
@@ -118,7 +120,7 @@ def split(
     At most one of balanced, subset, dominated and gmm selects the samples.
 
     Args:
-        run: Run folder.
+        run: Run folder, a path or a URL.
         balanced: Uniformly distributed discrepancy.
         subset: MODALITY-preferred, balanced[:T] for |D| <= T, most-balanced:N, least-balanced:N or random:N; N is a
             number or a share such as 20%.
@@ -259,12 +261,13 @@ def _printed_numbers(numbers: dict[str, Any]) -> dict[str, Any]:
     return {**printed, "least_uniform_classes": sorted(numbers["classes"], key=lambda row: -row["distance_after"])[:5]}
 
 
+@with_run("features", "stages", writes=False)
 def replay(manifest: str | Path, *, run: str | Path = "mmaudit-run", scores: str | Path | None = None) -> ReplayResult:
     """Rebuild a manifest from its score table and recipe; exit 3 unless it is identical, byte by byte.
 
     Args:
         manifest: Manifest file, or its name in the run.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         scores: Score table, if it moved.
 
     Returns:

@@ -40,6 +40,7 @@ from ..audit.storage import write_json, write_parquet
 from ..audit.workers import Progress, default_workers
 from .config import RunConfig
 from .provenance import described_modalities, record_of, score_provenance, signed_record
+from .remote_run import fetch_parts
 from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
 
 log = logging.getLogger("mmaudit")
@@ -146,6 +147,7 @@ def _rows_digest(dataset: Dataset) -> str:
 def run_merge(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
     """Run the stage `merge` on the results of earlier ones."""
     seconds: dict[str, float] = {}
+    fetch_parts(job.features.parent, [part.index for part in job.plan.parts], ())
     results = FitResults(job=job)
     with timed(seconds, "merge"):
         return results, merge_parts(job, results), seconds
@@ -155,6 +157,9 @@ def run_stage(run_dir: Run, job: ScoringJob, stage: str, *, shard: str | None) -
     """Run one stage before `merge` in this process."""
     executor: Executor = LocalExecutor() if shard is None else ShardExecutor(shard)
     parts = job.plan.parts if shard is None else take_parts(shard, job.plan.parts)
+    tasks = job.tasks() if stage == "fit" else [task for part in parts for task in job.tasks(part)]
+    files = [task.file(modality) for task in tasks for modality in job.dataset.modalities]
+    fetch_parts(run_dir.folder, [part.index for part in (job.plan.parts if stage == "fit" else parts)], files)
     scope = f"stages/{stage}" + ("" if shard is None else f"-{shard.replace('/', '-of-')}")
     with write_lock(run_dir.folder, scope, command=f"mmaudit score --stage {stage}"):
         if stage == "encode":

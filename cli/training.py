@@ -30,6 +30,7 @@ from .config import RunConfig, load_settings, to_toml, without_none
 from .effects import check_media_settings, effects_in_training, warn_without_effect
 from .progress import progress_bars
 from .provenance import SourceOptions
+from .remote_run import with_run
 from .run import Run, new_finetune, read_metrics, swap_finetune
 from .scoring import data_settings, pairs, pick_device
 from .training_source import (
@@ -92,6 +93,7 @@ class EvaluationResult:
         return {**self.metrics, "file": str(self.file)}
 
 
+@with_run("stages", writes=True)
 def finetune(
     manifest: str | Path | None = None,
     *,
@@ -135,7 +137,7 @@ def finetune(
 
     Args:
         manifest: Manifest file, or its name in the run; by default none, and all samples of the data are used.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         preset: Published protocol, listed by `mmaudit methods --presets`; other options and settings override it.
         sampling: Which samples each step uses, in which order; by default uniform.
         balancing: Loss, and what is done to its gradients; by default joint, or as the sampling needs.
@@ -285,6 +287,7 @@ def _write_finetune(target: Path, metrics: dict[str, Any], loaded: LoadedSource)
     write_json(metrics, target / "metrics.json")  # written last: it marks a finished fine-tuning
 
 
+@with_run("stages", writes=True)
 def evaluate(
     name: str,
     *,
@@ -309,7 +312,7 @@ def evaluate(
 
     Args:
         name: Name of a finished fine-tuning in the run, or its folder.
-        run: Run folder.
+        run: Run folder, a path or a URL.
         manifest: Manifest to test on; by default its training manifest.
         split: test, validation or train.
         model: Confirm the network of yours (code) that was trained, package.module:factory.
@@ -391,6 +394,7 @@ def _main_values(metrics: dict[str, Any]) -> dict[str, float]:
     return {"accuracy": float(fused.get("accuracy", math.nan)), "value": value}
 
 
+@with_run("stages", writes=False)
 def read_examples(
     manifest: str | Path,
     *,

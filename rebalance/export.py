@@ -20,6 +20,7 @@ import pyarrow.csv
 from ..audit.dataset.columns import SPLIT_NAMES
 from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ConfigError, ManifestError, RunError
+from ..audit.remote.paths import AnyPath
 from ..audit.storage import atomic_folder, atomic_write
 from . import EXPORTERS
 from .manifest import (
@@ -48,7 +49,7 @@ class ExportJob:
         schema: Its columns, without metadata.
         paths: Names of the columns of the source's own paths.
         provenance: What the manifest was made from.
-        root: Folder of the media; None if unknown.
+        root: Folder of the media, which may be at a URL; None if unknown.
         allow_outside: Whether paths may lead outside the root.
         skip_missing: Skip and count missing media instead of raising.
         escape_formulas: Escape texts that a spreadsheet would run; of csv only.
@@ -58,7 +59,7 @@ class ExportJob:
     schema: pa.Schema
     paths: tuple[str, ...]
     provenance: dict[str, Any]
-    root: Path | None
+    root: AnyPath | None
     allow_outside: bool
     skip_missing: bool
     escape_formulas: bool

@@ -14,7 +14,7 @@ import pytest
 from mmaudit.audit.dataset.columns import Columns
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
-from mmaudit.audit.errors import ConfigError, DatasetError, Reason, UnusableError
+from mmaudit.audit.errors import ConfigError, DatasetError, Reason, RemoteError, UnusableError
 
 CSV = "audio_file_name,image_file_name,label\na.wav,a.png,cat\nb.wav,b.png,dog\n"
 
@@ -238,12 +238,21 @@ def test_paths_outside_the_folder_require_allow_outside(dataset_folder: Path, ou
     assert allowed.load(name, allowed.modalities[0]) == b"secret"
 
 
-@pytest.mark.parametrize("url", ["https://example.org/a.wav", "file:///a.wav"])
-def test_urls_are_never_fetched(dataset_folder: Path, url: str) -> None:
+@pytest.mark.parametrize("url", ["https://example.org/a.wav", "s3://bucket/a.wav", "other:///a.wav", "file:///a.wav"])
+def test_urls_are_not_fetched_unless_allowed(dataset_folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("a request was made")
+
+    monkeypatch.setattr("mmaudit.audit.remote.requests.file_system", fail)
     dataset = open_dataset(dataset_folder)
     with pytest.raises(DatasetError, match="leads outside"):
         dataset.load(url, dataset.modalities[0])
-    assert reason_for(open_dataset(dataset_folder, DataConfig(allow_outside=True)), url) is Reason.MISSING
+    allowed = open_dataset(dataset_folder, DataConfig(allow_outside=True))
+    if url.startswith("file:"):
+        assert reason_for(allowed, url) is Reason.MISSING
+    else:
+        with pytest.raises(RemoteError if url.startswith("other") else AssertionError):
+            allowed.load(url, allowed.modalities[0])
 
 
 @pytest.mark.parametrize("cell", [None, "none.wav", "deep", "a.wav/b.wav", "nul\0.wav", "", "circle.wav"])

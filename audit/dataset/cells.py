@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from ..errors import DatasetError, Reason, UnusableError
 from ..hashing import digest
 from ..media.files import is_hidden, kind_of_path, missing_file, require_fetched
-from ..media.media_file import MAX_ARRAY_BYTES, MAX_IN_MEMORY, MediaFile, Medium, wave_file
+from ..media.media_file import MAX_ARRAY_BYTES, MAX_IN_MEMORY, MediaFile, Medium, RemoteMediaFile, wave_file
 from ..parsing import BROKEN, check_header, read_array
+from ..remote.cache import read_cached
+from ..remote.paths import AnyPath, RemotePath, is_url, shown_url, source_path
 from ..storage import file_stamp, open_regular
 from .modalities import FileChecks, Modality
 
@@ -38,7 +40,7 @@ class CellLoader:
     """Loading of the cells of one modality, from files below `root`."""
 
     modality: Modality
-    root: Path
+    root: AnyPath
     allow_outside: bool
 
     def load(self, cell: Any) -> Any:
@@ -151,7 +153,7 @@ class CellLoader:
             raise UnusableError(Reason.EMPTY, f"no picture in the folder {name}")
         return [f"{name}/{picture}" for picture in pictures]
 
-    def _resolve(self, name: str) -> Path:
+    def _resolve(self, name: str) -> AnyPath:
         return resolve(name, root=self.root, allow_outside=self.allow_outside)
 
     def _read_bytes(self, name: str, *, max_bytes: int) -> bytes:
@@ -164,6 +166,11 @@ class CellLoader:
         """Read a regular file; one larger than `max_bytes` is returned as a MediaFile, which is read in ranges."""
         path = self._resolve(name)
         try:
+            if isinstance(path, RemotePath):
+                is_large = path.file_status().size > max_bytes
+                return require_fetched(
+                    RemoteMediaFile.at(path) if is_large else read_cached(path, Path.read_bytes), name
+                )
             with open_regular(path) as file:
                 status = os.fstat(file.fileno())
                 is_small = status.st_size <= max_bytes
@@ -174,12 +181,12 @@ class CellLoader:
             raise UnusableError(Reason.CORRUPT, f"{name}: {error.strerror}") from error
 
 
-def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> Any:
+def load_cell(cell: Any, modality: Modality, *, root: AnyPath, allow_outside: bool) -> Any:
     """Load one cell; see CellLoader.load."""
     return CellLoader(modality=modality, root=root, allow_outside=allow_outside).load(cell)
 
 
-def check_files(root: Path, *, allow_outside: bool) -> FileChecks:
+def check_files(root: AnyPath, *, allow_outside: bool) -> FileChecks:
     """Return checks of the files that cells name, for the inference of kinds; outside `root` no file is opened."""
 
     def exists(name: str) -> bool:
@@ -198,25 +205,59 @@ def check_files(root: Path, *, allow_outside: bool) -> FileChecks:
     def array_shape(name: str) -> tuple[int, ...] | None:
         try:
             with open_regular(resolve(name, root=root, allow_outside=allow_outside)) as file:
-                return check_header(file, num_bytes=os.fstat(file.fileno()).st_size)
+                num_bytes = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                return check_header(file, num_bytes=num_bytes)
         except (DatasetError, UnusableError, OSError, *BROKEN):
             return None
 
     return FileChecks(exists=exists, holds_pictures=holds_pictures, array_shape=array_shape)
 
 
-def resolve(name: str, *, root: Path, allow_outside: bool) -> Path:
-    """Return the path that a name below `root` stands for; DatasetError if it leads outside, unless allowed."""
+def resolve(name: str, *, root: AnyPath, allow_outside: bool) -> AnyPath:
+    """Return the path that a name below `root` stands for; DatasetError if it leads outside, unless allowed.
+
+    A URL is outside, and so is a file of this machine for data at a URL, which may never name one.
+    """
+    outside = DatasetError(
+        f"{shown_url(name) if is_url(name) else name!r} leads outside {root}; make paths relative to the metadata, or "
+        "pass --allow-outside"
+    )
+    if isinstance(root, RemotePath) or is_url(name):
+        return _resolve_remote(name, root, outside if not allow_outside else None)
     root_path = root.resolve()
     try:
         path = (root_path / name).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # circular links, or a NUL in the name
         raise UnusableError(Reason.MISSING, f"no file {name!r}: {error}") from error
-    if not allow_outside and ("://" in name or not path.is_relative_to(root_path)):
-        raise DatasetError(
-            f"{name!r} leads outside {root}; make paths relative to the metadata, or pass --allow-outside"
-        )
+    if not allow_outside and not path.is_relative_to(root_path):
+        raise outside
     return path
+
+
+def _resolve_remote(name: str, root: AnyPath, refusal: DatasetError | None) -> AnyPath:
+    """Return the path of a URL, or of a name below a URL; raise the refusal, if any, for one that leads outside."""
+    if is_url(name):
+        if refusal is not None:
+            raise refusal
+        path = source_path(name)
+        if isinstance(root, RemotePath) and not isinstance(path, RemotePath):
+            raise DatasetError(f"{name!r} names a file of this machine, which data at a URL may not do: {root}")
+        return path
+    assert isinstance(root, RemotePath)
+    if name.startswith("/"):
+        raise DatasetError(f"{name!r} names a file of this machine, which data at a URL may not do: {root}")
+    names: list[str] = []
+    for part in name.split("/"):
+        if part == "..":
+            if not names:
+                raise refusal or DatasetError(f"{name!r} leads outside {root}: write it as a URL")
+            names.pop()
+        elif part not in ("", "."):
+            names.append(part)
+    if "\0" in name or not names:
+        raise UnusableError(Reason.MISSING, f"no file {name!r}")
+    return root / "/".join(names)
 
 
 def _is_picture_list(cell: Any) -> bool:
@@ -245,10 +286,13 @@ def _folder_names(cell: str | list[str | None], column: str) -> list[str]:
     return folders  # type: ignore[return-value]
 
 
-def _pictures(folder: Path) -> list[str]:
+def _pictures(folder: AnyPath) -> list[str]:
     """Return the image names of a folder in natural order: numbers compare as numbers, so frame 10 follows frame 9."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in islice(entries, MAX_FOLDER_ENTRIES + 1)]
+    if isinstance(folder, RemotePath):
+        names = list(folder.entries())
+    else:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in islice(entries, MAX_FOLDER_ENTRIES + 1)]
     if len(names) > MAX_FOLDER_ENTRIES:
         raise UnusableError(Reason.TOO_LARGE, f"more than {MAX_FOLDER_ENTRIES:,} files in the folder {folder.name}")
     pictures = [name for name in names if kind_of_path(name) == "image" and not is_hidden(name)]

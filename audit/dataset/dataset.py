@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 from ..arrow import dataset_table, flat_vectors, vector_length
 from ..errors import ConfigError, DatasetError, UnusableError
 from ..parsing import check_choices, check_ranges
+from ..remote.paths import AnyPath, RemotePath, is_url
+from ..remote.settings import remote_settings
 from .cells import CellLoader, check_files
 from .columns import Columns, compose_ids, find_columns, text_roles
 from .formats import Plan, Shard, plan_source
@@ -103,7 +105,7 @@ class Dataset:
     cell. A shard can be sent to another process.
 
     Args:
-        source: The path, glob or hub name that was opened.
+        source: The path, URL, glob or hub name that was opened.
         root: Folder that relative paths start from.
         modalities: The modalities, at least two, each with its name, column, kind and encoder.
         columns: Names of the id, label, group and split columns.
@@ -125,7 +127,7 @@ class Dataset:
     """
 
     source: str
-    root: Path
+    root: AnyPath
     modalities: tuple[Modality, ...]
     columns: Columns
     schema: pa.Schema
@@ -203,6 +205,15 @@ class Dataset:
         """
         with self._naming_source():
             return self._loader(modality).load(cell)
+
+    def read_threads(self, modality: Modality, cells: pa.ChunkedArray) -> int:
+        """Return the number of threads that load cells ahead: 0 unless they name files at URLs."""
+        if not (self.in_files(modality) or modality.kind == "frames"):
+            return 0
+        is_remote = isinstance(self.root, RemotePath)
+        if not is_remote and self.allow_outside and is_text(cells.type):
+            is_remote = any(is_url(cell) for cell in cells.slice(0, 1).to_pylist())
+        return remote_settings().num_threads if is_remote else 0
 
     def stamp(self, cell: Any, modality: Modality, source_stamp: str | None) -> str | None:
         """Return a digest of the paths, sizes and times of the files that a cell names; see CellLoader.stamp."""

@@ -17,6 +17,7 @@ from ..dataset.formats import Shard
 from ..errors import ConfigError, RunError
 from ..hashing import digest
 from ..parsing import RequiredKeys, Shape, check_ranges
+from ..remote.paths import is_url
 from ..storage import file_stamp, read_json, write_json
 
 PLAN_SCHEMA = "mmaudit.shards/1"
@@ -132,12 +133,17 @@ def plan_parts(
 def _stamps(shards: Sequence[Shard], *, own: Path | None) -> Iterator[str]:
     """Yield the files of shards with size and time of modification, and the positions of the shards."""
     located = [(shard.location, shard.num_rows) for shard in shards if shard.location is not None]
-    names = {location[0]: os.path.realpath(location[0]) for location, _ in located}
+    names = {location[0]: _real_name(location[0]) for location, _ in located}
     for name in sorted(names):
         stamp = file_stamp(name)
-        is_own = own is not None and Path(names[name]).is_relative_to(own.resolve())
+        is_own = own is not None and not is_url(name) and Path(names[name]).is_relative_to(own.resolve())
         yield repr((names[name], stamp and (stamp[1], 0 if is_own else stamp[2])))
     yield repr([(names[location[0]], *location[1:], num_rows) for location, num_rows in located])
+
+
+def _real_name(name: str) -> str:
+    """Return the path of a file without links; a URL as it is."""
+    return name if is_url(name) else os.path.realpath(name)
 
 
 def _files(shards: Sequence[Shard]) -> list[list[str | int]]:

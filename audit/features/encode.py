@@ -26,6 +26,8 @@ from ..errors import DatasetError, Reason, UnusableError, attach_file_name
 from ..hashing import digest
 from ..media.files import MediaConfig
 from ..media.media_file import MediaFile, Medium
+from ..remote.paths import RemotePath
+from ..remote.settings import remote_settings
 from ..storage import atomic_write, file_stamp
 from ..workers import Progress, fixed_threads, prefetch_map, run_tasks
 from .encoders import encode_cell, is_pretrained, preprocessing
@@ -299,8 +301,10 @@ def _encode_cells(column: _Column, cells: pa.ChunkedArray, ids: Sequence[str]) -
     content: list[bytes] = []
     stamps: list[str | None] = []
     new: list[dict[int, EncodeResult]] = [{} for _ in column.modalities]
-    for row, cell in enumerate(cells):
-        digest_, stamp, loaded = column.identify(row, cell)
+    # Of files at URLs the next ones are loaded while one is decoded.
+    num_threads = column.task.dataset.read_threads(column.modalities[0], cells)
+    identified = prefetch_map(lambda row: column.identify(row, cells[row]), range(len(cells)), num_threads=num_threads)
+    for row, (digest_, stamp, loaded) in enumerate(identified):
         content.append(digest_)
         stamps.append(stamp)
         for modality, cache, results in zip(column.modalities, column.cached, new, strict=True):
@@ -363,6 +367,8 @@ def _run_model(tasks: Sequence[EncodeTask], modality: Modality, *, num_threads: 
         except UnusableError as error:
             return content, stamp, error
 
+    if isinstance(tasks[0].dataset.root, RemotePath):
+        num_threads = max(num_threads, remote_settings().num_threads)
     prepared = prefetch_map(prepare, cells(), num_threads=num_threads)
     for task in tasks:
         content: list[bytes] = []

@@ -17,6 +17,7 @@ from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
 from ..errors import DatasetError, Quarantined, Reason, ScoreError, UnusableError
 from ..hashing import digest
+from ..workers import prefetch_map
 from .cached_matrix import recurring_rows
 from .encode import EncodeTask, column_of, content_of, load_cell_content, read_arrow
 from .vectors import check_lengths, encode_vectors
@@ -352,8 +353,11 @@ def _hash_cells(
     if modality.kind == "features" and not dataset.in_files(modality):
         return encode_vectors(cells, modality).content
     digests = []
-    for row, cell in enumerate(cells):
-        loaded, content = load_cell_content(dataset, modality, cell.as_py())
+    num_threads = dataset.read_threads(modality, cells)
+    loading = prefetch_map(
+        lambda cell: load_cell_content(dataset, modality, cell.as_py()), cells, num_threads=num_threads
+    )
+    for row, (loaded, content) in enumerate(loading):
         digests.append(content)
         if isinstance(loaded, UnusableError):
             problems.setdefault(row, loaded.detail)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError, Reason, UnusableError
 from ..parsing import check_choices, check_ranges, fold_text
+from ..remote.paths import AnyPath, RemotePath
 from ..storage import open_regular
 from .media_file import Medium
 
@@ -89,9 +90,11 @@ def is_lfs_pointer(data: Medium) -> bool:
     return len(data) < _MAX_LFS_BYTES and data.startswith(_LFS_START)
 
 
-def is_lfs_pointer_file(path: Path) -> bool:
+def is_lfs_pointer_file(path: AnyPath) -> bool:
     """Return whether a regular file is a Git LFS pointer; False if it cannot be read."""
     try:
+        if isinstance(path, RemotePath) and path.file_status().size >= _MAX_LFS_BYTES:
+            return False
         with open_regular(path) as file:
             return is_lfs_pointer(file.read(_MAX_LFS_BYTES))
     except OSError:
@@ -105,9 +108,9 @@ def require_fetched(data: Medium, name: str) -> Medium:
     return data
 
 
-def missing_file(root: Path, name: str) -> UnusableError:
+def missing_file(root: AnyPath, name: str) -> UnusableError:
     """Return the error of a file that does not exist, which names a similar one that does; see `similar_path`."""
-    similar = similar_path(root, name)
+    similar = None if isinstance(root, RemotePath) else similar_path(root, name)
     return UnusableError(Reason.MISSING, f"no file {name}" + (f"; there is {similar}: write it so" if similar else ""))
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Reason, UnusableError
+from ..remote.cache import cached_file, read_cached
+from ..remote.paths import RemotePath
 from ..storage import open_regular
 
 MAX_IN_MEMORY = 1 << 24  # bytes; smaller files are read into memory
@@ -107,6 +109,29 @@ class MediaFile:
         with self.open() as file:
             file.seek(start)
             return file.read(count)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteMediaFile(MediaFile):
+    """The bytes of a large file at a URL, read from its copy in the cache, which is downloaded again if it is removed.
+
+    The cache names a copy by the tag of the file, so that its content does not change.
+    """
+
+    remote: RemotePath
+
+    @classmethod
+    def at(cls, remote: RemotePath) -> RemoteMediaFile:
+        """Download a file."""
+        file = cached_file(remote)
+        return cls(file, remote.file_status().size, (0, 0, 0), remote)
+
+    def open(self) -> BinaryIO:
+        """Open the copy as a stream."""
+        try:
+            return read_cached(self.remote, open_regular)
+        except OSError as error:
+            raise UnusableError(Reason.MISSING, f"{self.remote.name}: {error.strerror}") from error
 
 
 Medium = bytes | MediaFile

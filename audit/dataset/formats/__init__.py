@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 
 from ...errors import DatasetError
 from ...registry import Entry, Registry
+from ...remote.paths import AnyPath
 from ..not_read import NotRead
 
 
@@ -53,7 +53,7 @@ class Plan:
     bytes (or structs of `bytes` and `path`) of media, vectors of numbers, or texts.
 
     Args:
-        root: Folder that relative paths start from, and that paths may not leave.
+        root: Folder that relative paths start from, and that paths may not leave; a path, or a RemotePath of a URL.
         sample: Some 64 rows spread over the source, from which modalities are inferred; its schema is that of all rows.
             A column with values is not null in all of them.
         shards: All rows, in order.
@@ -61,10 +61,10 @@ class Plan:
         not_read: Files that belong to the source, but to no column.
     """
 
-    root: Path
+    root: AnyPath
     sample: pa.Table
     shards: tuple[Shard, ...]
-    folders: tuple[Path, ...] = ()
+    folders: tuple[AnyPath, ...] = ()
     not_read: tuple[NotRead, ...] = ()
 
 
@@ -74,7 +74,7 @@ class Reader(Protocol):
     The formats are asked in turn, so that a reader recognises its own by names and existence of files alone.
 
     Args:
-        data: Path, glob or name as the user wrote it.
+        data: Path, URL, glob or name as the user wrote it.
         shard_rows: Most rows of a shard whose columns hold media; 256 by default.
         allow_outside: Whether links may lead outside the source's folder.
 
@@ -129,9 +129,10 @@ def plan_source(data: str, *, reader: str = "auto", shard_rows: int, allow_outsi
         ConfigError: There is no such reader, or its package cannot be imported.
         DatasetError: The source has no known format, or not that of the named reader, or cannot be read.
     """
-    from .sources import strip_wildcard
+    from .sources import check_source, strip_wildcard
     from .tables import source_error
 
+    check_source(data, allow_outside=allow_outside)
     for name in READERS if reader == "auto" else (reader,):
         plan_rows: Reader = READERS.load(name)
         plan = plan_rows(strip_wildcard(data), shard_rows=shard_rows, allow_outside=allow_outside)

@@ -9,13 +9,13 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv
 
 from ...errors import DatasetError
 from ...parsing import decode_text, encoding_of
+from ...remote.paths import AnyPath
 
 log = logging.getLogger("mmaudit")
 
@@ -50,7 +50,7 @@ class CsvText:
         return self.data.count(newline, 0, position) + 1
 
 
-def read_csv_rows(path: Path) -> pa.Table:
+def read_csv_rows(path: AnyPath) -> pa.Table:
     """Read a csv or tsv file, every column as strings; DatasetError with the first malformed line and the reason."""
     try:
         text = _read_text(path)
@@ -90,7 +90,7 @@ def sniff_separator(text: str) -> str:
     return max(SEPARATORS, key=lambda separator: num_fields[separator])
 
 
-def _read_text(path: Path) -> CsvText:
+def _read_text(path: AnyPath) -> CsvText:
     """Read a file, convert it to UTF-8 if it is UTF-16 or UTF-32, and infer its separator, unless its first line does.
 
     A first line sep=; becomes empty, so that line numbers in messages stay those of the file.
@@ -167,7 +167,7 @@ def _quoted_values(text: CsvText) -> Iterator[re.Match[bytes]]:
         position = data.find(b'"', match.end(1) if match else position + 1)
 
 
-def _check_quotes(text: CsvText, *, num_columns: int, path: Path | None) -> None:
+def _check_quotes(text: CsvText, *, num_columns: int, path: AnyPath | None) -> None:
     """Raise ValueError with the line in which a quote opens that closes nowhere, or lines below inside another value.
 
     Warn of a value whose lines would all be rows without its quotes: then too a quote may have been left open.

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from ...errors import DatasetError
 from ...media.files import is_hidden, kind_of_path
+from ...remote.paths import AnyPath, RemotePath, source_path
 from ..columns import SPLIT
 from ..not_read import files_not_read
 from . import Plan
@@ -50,7 +51,7 @@ def plan_folders(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | N
     Files whose paths differ only in the extension are one sample: train/dog/1.wav and train/dog/1.png. If the first
     folders are named after modalities, so are audio/dog/1.wav and image/dog/1.png.
     """
-    root = Path(data)
+    root = source_path(data)
     paths = list(_iter_files(root, allow_outside=allow_outside)) if root.is_dir() else []
     media = [path for path in paths if kind_of_path(path) is not None]
     if not media:
@@ -66,8 +67,11 @@ def plan_folders(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | N
     return plan_rows(root, rows, shard_rows=shard_rows, not_read=not_read)
 
 
-def _iter_files(root: Path, *, allow_outside: bool) -> Iterator[str]:
+def _iter_files(root: AnyPath, *, allow_outside: bool) -> Iterator[str]:
     """Yield the paths of all files below the root, sorted, without hidden ones; DatasetError for links outside it."""
+    if isinstance(root, RemotePath):
+        yield from sorted((path for path in root.find() if not is_hidden(path)), key=lambda path: path.split("/"))
+        return
     resolved_root = root.resolve()
 
     def walk(folder: Path, parents: tuple[Path, ...]) -> Iterator[str]:
@@ -131,7 +135,7 @@ def _join_frames(files: Sequence[LayoutFile]) -> list[LayoutFile]:
     return list(joined.values())
 
 
-def _sample_rows(root: Path, files: Sequence[LayoutFile]) -> pa.Table:
+def _sample_rows(root: AnyPath, files: Sequence[LayoutFile]) -> pa.Table:
     """Return one row per sample: id, label, split, and a column of paths for each modality."""
     column_of = _column_names(files)
     paths_by_sample: dict[str, dict[str, str]] = {}

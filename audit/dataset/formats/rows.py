@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from ...arrow import dataset_schema, dataset_table
 from ...errors import DatasetError
 from ...parsing import MAX_DEPTH, decode_text, encoding_of, parse_data_json
-from ...storage import read_batches, read_footer, read_row_group, read_schema
+from ...remote.cache import read_cached
+from ...remote.paths import AnyPath, RemotePath
+from ...storage import file_stamp, read_batches, read_footer, read_row_group, read_schema
 from ..columns import SPLIT, with_split
 from ..modalities import holds_media
 from .csv_rows import MAX_COLUMNS
@@ -36,7 +38,7 @@ _DEPTH_CHANGE = np.zeros(256, dtype=np.int8)
 _DEPTH_CHANGE[list(b"{[")], _DEPTH_CHANGE[list(b"}]")] = 1, -1
 
 
-def read_json_lines(path: Path) -> pa.Table:
+def read_json_lines(path: AnyPath) -> pa.Table:
     """Read a file of one JSON object per line; DatasetError with the first malformed line and the reason."""
     try:
         with _open_utf8(path) as file:
@@ -50,7 +52,7 @@ def read_json_lines(path: Path) -> pa.Table:
     return rows
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: AnyPath) -> Iterator[tuple[int, bytes]]:
     """Yield number, from 1, and text of each line that is not blank; ValueError for a line that is too long."""
     with _open_utf8(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(JSON_BLOCK_BYTES), b""), start=1):
@@ -77,7 +79,7 @@ def parse_line(number: int, text: bytes) -> dict[str, Any]:
     return content
 
 
-def _parse_json_lines(path: Path) -> pa.Table:
+def _parse_json_lines(path: AnyPath) -> pa.Table:
     options = pyarrow.json.ReadOptions(block_size=JSON_BLOCK_BYTES)
     with _open_utf8(path) as file:
         rows = pyarrow.json.read_json(file, read_options=options)
@@ -91,9 +93,9 @@ def _parse_json_lines(path: Path) -> pa.Table:
     return rows_as_written.select(rows.column_names)
 
 
-def _open_utf8(path: Path) -> BinaryIO:
+def _open_utf8(path: AnyPath) -> BinaryIO:
     """Open a text file as UTF-8: the file itself, or its converted content if it is UTF-16 or UTF-32."""
-    file = path.open("rb")
+    file: BinaryIO = io.BytesIO(read_cached(path, Path.read_bytes)) if isinstance(path, RemotePath) else path.open("rb")
     encoding = encoding_of(file.read(4))
     file.seek(0)
     if encoding == "utf-8-sig":
@@ -153,7 +155,7 @@ def _check_objects(
             raise ValueError("a line is not an object")
 
 
-def _json_problem(path: Path, error: Exception) -> str:
+def _json_problem(path: AnyPath, error: Exception) -> str:
     """Return the first malformed line and the reason. Slow, but only called after reading has failed."""
     kind_of_key: dict[str, tuple[str, int]] = {}
     try:
@@ -215,8 +217,8 @@ class ParquetShard:
     def _read(self, columns: list[str]) -> pa.Table:
         if self.part_rows is None:
             return read_row_group(self.path, self.row_group, columns=columns, error=DatasetError)
-        file_status = Path(self.path).stat()  # a rewritten file is opened again
-        key = (self.path, file_status.st_mtime_ns, file_status.st_size, self.row_group, tuple(columns), self.part_rows)
+        stamp = file_stamp(self.path)  # a rewritten file is opened again
+        key = (self.path, stamp, self.row_group, tuple(columns), self.part_rows)
         reader = _open_row_group(*key)
         if reader.position > self.start:
             _open_row_group.cache_clear()
@@ -228,7 +230,7 @@ class ParquetShard:
 
 
 def row_group_shards(
-    paths: Sequence[Path], *, media_rows: int, splits: Sequence[str | None] | None = None
+    paths: Sequence[AnyPath], *, media_rows: int, splits: Sequence[str | None] | None = None
 ) -> list[ParquetShard]:
     """Plan one shard per row group, or several of at most 64 MiB (and at most `media_rows` rows if they hold media).
 
@@ -260,7 +262,7 @@ def row_group_shards(
     return shards
 
 
-def read_parquet_schema(path: Path) -> pa.Schema:
+def read_parquet_schema(path: AnyPath) -> pa.Schema:
     """Read the schema of the rows that the shards of a Parquet file return."""
     return dataset_schema(read_schema(path, error=DatasetError))
 
@@ -307,6 +309,6 @@ class _RowGroupReader:
 
 @lru_cache(maxsize=1)
 def _open_row_group(
-    path: str, modified: int, size: int, row_group: int, columns: tuple[str, ...], batch_rows: int
+    path: str, stamp: object, row_group: int, columns: tuple[str, ...], batch_rows: int
 ) -> _RowGroupReader:
     return _RowGroupReader(path, row_group, columns, batch_rows)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from ...arrow import dataset_schema, dataset_table, small_offsets
 from ...errors import DatasetError
 from ...parsing import check_shape, parse_data_json
+from ...remote.paths import RemotePath, source_path
 from ...storage import check_regular
 from ..columns import SPLIT, with_split
 from ..labels import declared_classes
@@ -29,6 +30,7 @@ from .tables import SAVED_NAMES, TABLE_SUFFIXES, concat_rows, plan_rows
 log = logging.getLogger("mmaudit")
 
 _ARROW_MAGIC = b"ARROW1\0\0"  # an Arrow file is these bytes, a stream, and a footer
+_PARQUET = "download it, or write it with to_parquet"
 _SAVE_AGAIN = "save the dataset again with save_to_disk"
 _READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
 
@@ -75,7 +77,11 @@ class SplitFiles:
 
 def plan_saved(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
     """Plan a folder written by Dataset.save_to_disk or DatasetDict.save_to_disk; names of the latter are the splits."""
-    folder = Path(data)
+    folder = source_path(data)
+    if isinstance(folder, RemotePath):
+        if any((folder / name).is_file() for name in SAVED_NAMES):
+            raise DatasetError(f"{data} was saved by save_to_disk, which is read on this machine only: {_PARQUET}")
+        return None
     dict_path, state_path = (folder / name for name in SAVED_NAMES)
     if dict_path.is_file():
         names = _read_state(dict_path).get("splits", [])

@@ -7,11 +7,14 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path, PurePath
 
 from ...errors import DatasetError
 from ...media.files import LFS_HINT, is_hidden, is_lfs_pointer_file
+from ...remote.paths import AnyPath, RemotePath, is_url, list_folders, match_remote, source_path
+from ...remote.requests import forget, is_page
 from ..columns import SPLIT_NAMES
 
 log = logging.getLogger("mmaudit")
@@ -39,9 +42,9 @@ def split_of_path(path: PurePath) -> str | None:
     return next(filter(None, folders), None) or split_of_name(path.name)
 
 
-def splits_of(paths: Sequence[Path], *, root: Path) -> list[str | None]:
+def splits_of(paths: Sequence[AnyPath], *, root: AnyPath) -> list[str | None]:
     """Return the splits that paths below `root` state; None for all unless every path states one; see `divide`."""
-    splits = [split_of_path(_relative(path, root)) for path in paths]
+    splits = [split_of_path(relative(path, root)) for path in paths]
     unnamed = [path.name for path, split in zip(paths, splits, strict=True) if split is None]
     if unnamed and len(set(splits)) > 2:
         log.warning(
@@ -73,12 +76,12 @@ def strip_wildcard(data: str) -> str:
     """Return the folder of a pattern that matches everything in it, such as data/*; any other text unchanged."""
     for suffix in _WHOLE_FOLDER:
         folder = data.removesuffix(suffix)
-        if folder != data and Path(folder).is_dir() and not Path(data).exists():
+        if folder != data and source_path(folder).is_dir() and not source_path(data).exists():
             return folder
     return data
 
 
-def match_files(data: str, suffixes: Collection[str]) -> list[Path]:
+def match_files(data: str, suffixes: Collection[str]) -> list[AnyPath]:
     """Return the files with these suffixes that a glob or brace pattern matches, sorted; [] for any other text.
 
     A folder that it matches stands for its files, as in `find_files`. Matches of other kinds are logged.
@@ -87,14 +90,14 @@ def match_files(data: str, suffixes: Collection[str]) -> list[Path]:
     files = [path for path in matches if path.suffix in suffixes and path.is_file()]
     folders = [path for path in matches if path.is_dir()]
     if not files:
-        return sorted(path for folder in folders for path in find_files(folder, suffixes))
+        return sort_paths(path for folder in folders for path in find_files(folder, suffixes))
     if len(files) < len(matches):
-        skipped = sorted(set(matches) - set(files))
+        skipped = sort_paths(set(matches) - set(files))
         log.info("%s: skipped %d matches of other kinds, such as %s", data, len(skipped), skipped[0])
     return files
 
 
-def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+def find_files(folder: AnyPath, suffixes: Collection[str]) -> list[AnyPath]:
     """Return the files of a folder with these suffixes, sorted; hidden files are left out.
 
     They lie in the folder itself or in subfolders named after splits (train/0.tar), else one level deeper
@@ -102,46 +105,84 @@ def find_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """
     paths = _split_files(folder, suffixes)
     if not paths:
+        list_ahead(subfolders(folder))
         by_folder = {inner: _split_files(inner, suffixes, direct=inner.name == "data") for inner in subfolders(folder)}
         configurations = [inner for inner, inner_paths in by_folder.items() if inner_paths]
         if len(configurations) > 1:
             names = ", ".join(inner.name for inner in configurations[:_MAX_SHOWN])
             raise DatasetError(f"{folder} holds {len(configurations)} sets of files ({names}): pass the folder of one")
         paths = [path for inner_paths in by_folder.values() for path in inner_paths]
-    return sorted(paths)
+    return sort_paths(paths)
 
 
-def _split_files(folder: Path, suffixes: Collection[str], *, direct: bool = True) -> list[Path]:
+def _split_files(folder: AnyPath, suffixes: Collection[str], *, direct: bool = True) -> list[AnyPath]:
     """Return the files of a folder, if `direct`, and of its subfolders that are named after splits."""
     folders = [folder] if direct else []
     folders += [inner for inner in subfolders(folder) if split_of_name(inner.name)]
     return [path for inner in folders for path in visible(inner) if path.suffix in suffixes and path.is_file()]
 
 
-def subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: AnyPath) -> list[AnyPath]:
     """Return the folders in a folder, sorted, without hidden ones."""
+    if isinstance(folder, RemotePath):
+        statuses = folder.entries().items()
+        return [folder / name for name, status in statuses if status.is_folder and not is_hidden(name)]
     with os.scandir(folder) as entries:
         return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not is_hidden(entry.name))
 
 
-def visible(folder: Path) -> list[Path]:
+def visible(folder: AnyPath) -> list[AnyPath]:
     """Return the entries of a folder, sorted, without hidden ones and those of operating systems."""
+    if isinstance(folder, RemotePath):
+        return [folder / name for name in folder.entries() if not is_hidden(name)]
     with os.scandir(folder) as entries:
         return sorted(Path(entry.path) for entry in entries if not is_hidden(entry.name))
 
 
-def common_folder(paths: Sequence[Path]) -> Path:
+def sort_paths(paths: Iterable[AnyPath]) -> list[AnyPath]:
+    """Sort paths, which are all of this machine or all at URLs."""
+    return sorted(paths)
+
+
+def list_ahead(folders: Sequence[AnyPath]) -> None:
+    """List folders at URLs concurrently, whose entries are then looked up one after the other."""
+    list_folders([folder for folder in folders if isinstance(folder, RemotePath)])
+
+
+def check_source(data: str, *, allow_outside: bool) -> None:
+    """Check a URL before any request is made, and drop what is known of files at URLs.
+
+    Raises:
+        RemoteError: The URL has another scheme, or credentials in it.
+        DatasetError: It is of https, whose host is outside by its nature, and `allow_outside` is False.
+    """
+    if not is_url(data):
+        return
+    path = source_path(data)
+    forget()
+    if isinstance(path, RemotePath) and is_page(path.url) and not allow_outside:
+        raise DatasetError(f"{path} is on a host of the internet: pass --allow-outside if you trust it")
+
+
+def common_folder(paths: Sequence[AnyPath]) -> AnyPath:
     """Return the innermost folder that contains all these files."""
+    if isinstance(paths[0], RemotePath):
+        levels = zip(*(path.parent.parts for path in paths), strict=False)
+        shared = takewhile(lambda names: len(set(names)) == 1, levels)
+        return RemotePath("/".join(names[0] for names in shared))
     if any(path.is_absolute() for path in paths):
         paths = [path.absolute() for path in paths]
-    return Path(os.path.commonpath([path.parent for path in paths]))
+    return Path(os.path.commonpath([str(path.parent) for path in paths]))
 
 
-def _relative(path: Path, root: Path) -> Path:
-    return path if root == Path() else path.absolute().relative_to(root.absolute())
+def relative(path: AnyPath, root: AnyPath) -> PurePath:
+    """Return the path of a file or folder below a folder."""
+    if isinstance(path, RemotePath):
+        return path.relative_to(root)
+    return path if root == Path() else path.absolute().relative_to(str(root.absolute()))
 
 
-def check_fetched(paths: Sequence[Path]) -> None:
+def check_fetched(paths: Sequence[AnyPath]) -> None:
     """Raise DatasetError if a file is a Git LFS pointer."""
     if pointers := [path for path in paths if is_lfs_pointer_file(path)]:
         raise DatasetError(f"{pointers[0]} cannot be read: {LFS_HINT} ({len(pointers)} of {len(paths)} files)")
@@ -149,23 +190,24 @@ def check_fetched(paths: Sequence[Path]) -> None:
 
 def is_pattern(data: str) -> bool:
     """Return whether a text is a glob or a brace pattern, not the path of a file."""
-    return not os.path.lexists(data) and (glob.has_magic(data) or _BRACES.search(data) is not None)
+    is_there = not is_url(data) and os.path.lexists(data)
+    return not is_there and (glob.has_magic(data) or _BRACES.search(data) is not None)
 
 
-def match_paths(data: str) -> list[Path]:
+def match_paths(data: str) -> list[AnyPath]:
     """Return what a glob or brace pattern matches, sorted; DatasetError if a part of a brace pattern has no match."""
     if not is_pattern(data):
         return []
     patterns = expand_braces(data)
-    matches: set[Path] = set()
+    matches: set[AnyPath] = set()
     for pattern in patterns:
-        parts = Path(pattern).parts
-        paths = map(Path, glob.glob(pattern, recursive=True))
+        parts = source_path(pattern).parts
+        paths = match_remote(pattern) if is_url(pattern) else map(Path, glob.glob(pattern, recursive=True))
         visible_paths = {path for path in paths if not any(is_hidden(part) for part in path.parts if part not in parts)}
         if not visible_paths and len(patterns) > 1:
             raise DatasetError(f"no such folder or file: {pattern}, of {data}")
         matches |= visible_paths
-    return sorted(matches)
+    return sort_paths(matches)
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
 from ...arrow import dataset_table, small_offsets
 from ...errors import DatasetError
-from ...storage import check_regular, read_table
+from ...remote.paths import AnyPath, RemotePath, source_path
+from ...remote.requests import thread_pool
+from ...storage import check_regular, read_footer, read_table
 from ..columns import SPLIT, with_split
 from ..modalities import holds_files, holds_media
 from ..not_read import NotRead
@@ -22,8 +23,11 @@ from .sources import (
     check_fetched,
     common_folder,
     find_files,
+    list_ahead,
     match_files,
     match_paths,
+    relative,
+    sort_paths,
     split_of_path,
     splits_of,
     subfolders,
@@ -62,11 +66,12 @@ def plan_tables(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | No
 
 def plan_parquet_folder(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
     """Plan a folder of Parquet files, also in subfolders named after splits, and in the layouts of the hub."""
-    paths = find_files(Path(data), [".parquet"]) if Path(data).is_dir() else []
+    folder = source_path(data)
+    paths = find_files(folder, [".parquet"]) if folder.is_dir() else []
     return plan_table_files(paths, shard_rows=shard_rows) if paths else None
 
 
-def plan_table_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
+def plan_table_files(paths: Sequence[AnyPath], *, shard_rows: int) -> Plan:
     """Plan the rows of table files; names of files and folders that state different splits become the column `split`.
 
     Relative paths start from the common folder of the files, after those of each file were prefixed with its own.
@@ -76,13 +81,13 @@ def plan_table_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
     return plan_files(root, paths, shard_rows=shard_rows, splits=splits_of(paths, root=root))
 
 
-def find_tables(data: str) -> list[Path]:
+def find_tables(data: str) -> list[AnyPath]:
     """Return the table files that `data` means, sorted; [] if it means none, DatasetError if their formats differ.
 
     `data` is a table file, a glob or brace pattern of such, or a folder with a metadata file, with subfolders that each
     have one, or with tables named after splits (train.csv and test.csv). A folder of Parquet files is another format.
     """
-    path = Path(data)
+    path = source_path(data)
     if path.is_dir():
         return [] if any((path / name).is_file() for name in SAVED_NAMES) else _find_tables_in(path)
     if path.is_file():
@@ -90,18 +95,19 @@ def find_tables(data: str) -> list[Path]:
     return _check_one_format(match_files(data, TABLE_SUFFIXES), source=data)
 
 
-def _find_tables_in(folder: Path) -> list[Path]:
+def _find_tables_in(folder: AnyPath) -> list[AnyPath]:
     """Return the metadata files of a folder or of its subfolders, else the tables named after different splits."""
     if metadata := _find_metadata(folder):
         return [metadata]
+    list_ahead(subfolders(folder))
     if tables := [table for inner in subfolders(folder) if (table := _find_metadata(inner))]:
         return tables
-    split_of = {path: split_of_path(path.relative_to(folder)) for path in find_files(folder, _TEXT_SUFFIXES)}
+    split_of = {path: split_of_path(relative(path, folder)) for path in find_files(folder, _TEXT_SUFFIXES)}
     paths = [path for path, split in split_of.items() if split]
     return _check_one_format(paths, source=str(folder)) if len({split_of[path] for path in paths}) > 1 else []
 
 
-def _find_metadata(folder: Path) -> Path | None:
+def _find_metadata(folder: AnyPath) -> AnyPath | None:
     """Return the metadata file of a folder, None if it has none; DatasetError if it has several."""
     paths = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
     if len(paths) > 1:
@@ -109,7 +115,7 @@ def _find_metadata(folder: Path) -> Path | None:
     return paths[0] if paths else None
 
 
-def _check_one_format(paths: list[Path], *, source: str) -> list[Path]:
+def _check_one_format(paths: list[AnyPath], *, source: str) -> list[AnyPath]:
     """Return table files of one format; DatasetError if there are several, which may hold the same rows."""
     for path in paths:
         if path.suffix != paths[0].suffix:
@@ -119,7 +125,7 @@ def _check_one_format(paths: list[Path], *, source: str) -> list[Path]:
 
 def source_error(data: str) -> DatasetError:
     """Return the error of a source that no reader recognises, which states what DATA may be."""
-    path = Path(data)
+    path = source_path(data)
     if path.is_dir():
         return DatasetError(
             f"{data} has none of {', '.join(METADATA_NAMES)}: "
@@ -139,13 +145,15 @@ def source_error(data: str) -> DatasetError:
 
 
 def plan_files(
-    root: Path, paths: Sequence[Path], *, shard_rows: int, splits: Sequence[str | None] | None = None
+    root: AnyPath, paths: Sequence[AnyPath], *, shard_rows: int, splits: Sequence[str | None] | None = None
 ) -> Plan:
     """Plan the rows of these files; Parquet files with media or vectors are read by shard, all others at once.
 
     `splits` holds one split per file: the value of the column `split`, unless the rows already have that column.
     """
     if all(path.suffix == ".parquet" for path in paths):
+        if isinstance(root, RemotePath):  # footers are then at hand
+            list(thread_pool().map(lambda path: read_footer(path, error=DatasetError), paths))
         schemas = [read_parquet_schema(path) for path in paths]
         if any(pa.types.is_nested(type_) or holds_media(type_) for type_ in schemas[0].types):
             _check_same_columns(paths, schemas)
@@ -153,19 +161,19 @@ def plan_files(
             shards = row_group_shards(paths, media_rows=shard_rows, splits=splits)
             groups = [(shard.path, shard.row_group, shard.split) for shard in shards if not shard.start]
             schema = with_split(schemas[0].empty_table(), splits[0] if splits else None).schema
-            folders = tuple(sorted({path.parent for path in paths}))
+            folders = tuple(sort_paths({path.parent for path in paths}))
             return Plan(root=root, sample=sample_row_groups(groups, schema), shards=tuple(shards), folders=folders)
     return plan_rows(root, read_tables(paths, root=root, splits=splits), shard_rows=shard_rows)
 
 
-def plan_rows(root: Path, rows: pa.Table, *, shard_rows: int, not_read: tuple[NotRead, ...] = ()) -> Plan:
+def plan_rows(root: AnyPath, rows: pa.Table, *, shard_rows: int, not_read: tuple[NotRead, ...] = ()) -> Plan:
     """Plan rows in memory."""
     rows = dataset_table(rows)
     shards = tuple(memory_shards(rows, shard_rows=shard_rows))
     return Plan(root=root, sample=sample_rows(rows), shards=shards, not_read=not_read)
 
 
-def read_tables(paths: Sequence[Path], *, root: Path, splits: Sequence[str | None] | None = None) -> pa.Table:
+def read_tables(paths: Sequence[AnyPath], *, root: AnyPath, splits: Sequence[str | None] | None = None) -> pa.Table:
     """Read and concatenate files; a column without values takes its type from another file.
 
     Files of one folder have the same columns. In files of several folders paths are prefixed, so that they start from
@@ -175,14 +183,14 @@ def read_tables(paths: Sequence[Path], *, root: Path, splits: Sequence[str | Non
     if len({path.parent for path in paths}) == 1:
         _check_same_columns(paths, [part.schema for part in parts])
     else:
-        prefixes = [path.parent.absolute().relative_to(root.absolute()).as_posix() for path in paths]
+        prefixes = [relative(path.parent, root).as_posix() for path in paths]
         parts = [_prefix_paths(part, prefix) for part, prefix in zip(parts, prefixes, strict=True)]
     named = zip(parts, splits or [None] * len(parts), strict=True)
     parts = [with_split(part, None if SPLIT in part.column_names else split) for part, split in named]
     return concat_rows(parts, source=str(root))
 
 
-def read_rows(path: Path) -> pa.Table:
+def read_rows(path: AnyPath) -> pa.Table:
     """Read a csv, jsonl or Parquet file; DatasetError with file, line (if it has lines) and reason."""
     try:
         check_regular(path)
@@ -215,7 +223,7 @@ def memory_shards(rows: pa.Table, *, shard_rows: int) -> list[MemoryShard]:
     return shards
 
 
-def _check_same_columns(paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> None:
+def _check_same_columns(paths: Sequence[AnyPath], schemas: Sequence[pa.Schema]) -> None:
     """Raise DatasetError if schemas differ, other than in the width of offsets.
 
     Of jsonl only the names are compared: types are inferred per file.

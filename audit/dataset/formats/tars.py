@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import tarfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from ...errors import DatasetError
 from ...media.files import is_hidden, kind_of_path
 from ...parsing import BROKEN, check_header, decode_text, parse_data_json, read_array
+from ...remote.paths import AnyPath, RemotePath, source_path
+from ...remote.ranged_file import RangedFile
+from ...remote.requests import thread_pool
 from ...storage import open_regular
 from ..columns import SPLIT
 from ..modalities import KINDS
@@ -87,7 +90,9 @@ class TarShard:
         member_names = [name for name in columns if name not in self.rows.column_names]
         contents: dict[str, list[Any]] = {name: [] for name in member_names}
         if member_names:
-            with open(self.path, "rb") as file:
+            with _open(source_path(self.path)) as file:
+                if isinstance(file, RangedFile):
+                    file.preload(self._ranges(member_names))
                 for row in range(self.num_rows):
                     for name in member_names:
                         contents[name].append(self._read_member(file, row, name))
@@ -96,6 +101,16 @@ class TarShard:
             field_ = self.schema.field(name)
             rows = rows.append_column(field_, pa.array(cells, field_.type))
         return rows.select(columns)
+
+    def _ranges(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Return the bytes (start, end) of all members of these columns."""
+        ranges = []
+        for name in names:
+            if f"offset:{name}" in self.positions.column_names:
+                offsets, sizes = (self.positions[f"{key}:{name}"].to_pylist() for key in ("offset", "size"))
+                pairs = zip(offsets, sizes, strict=True)
+                ranges += [(offset, offset + size) for offset, size in pairs if offset is not None]
+        return ranges
 
     def _read_member(self, file: BinaryIO, row: int, name: str) -> Any:
         if f"offset:{name}" not in self.positions.column_names:
@@ -123,9 +138,9 @@ class TarSample:
     positions: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def find_tars(data: str) -> list[Path]:
+def find_tars(data: str) -> list[AnyPath]:
     """Return the tars of a file, a glob or brace pattern, or a folder and its subfolders; [] if there are none."""
-    path = Path(data)
+    path = source_path(data)
     if path.is_dir():
         return find_files(path, [".tar"])
     if path.is_file():
@@ -141,13 +156,14 @@ def plan_tars(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None
     return plan_tar_files(paths, shard_rows=shard_rows) if paths else None
 
 
-def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
+def plan_tar_files(paths: Sequence[AnyPath], *, shard_rows: int) -> Plan:
     """Index tars and plan their samples; a column that a sample does not have is null there.
 
     Raises DatasetError for a tar without samples, a truncated or damaged tar, and a repeated key.
     """
     check_fetched(paths)
-    samples_of_tar = [_index_tar(path) for path in paths]
+    concurrently = thread_pool().map if isinstance(paths[0], RemotePath) else map
+    samples_of_tar = list(concurrently(_index_tar, paths))
     _check_keys(paths, samples_of_tar)
     _warn_of_dots(paths, samples_of_tar)
     root = common_folder(paths)
@@ -220,7 +236,7 @@ def _first_with(shards: Sequence[TarShard], name: str) -> int | None:
     return None
 
 
-def _index_tar(path: Path) -> list[TarSample]:
+def _index_tar(path: AnyPath) -> list[TarSample]:
     """Return the samples of one tar, in file order."""
     samples: list[TarSample] = []
     skipped: list[str] = []
@@ -243,16 +259,17 @@ def _index_tar(path: Path) -> list[TarSample]:
     return samples
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: AnyPath) -> BinaryIO:
     try:
         return open_regular(path)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _iter_members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def _iter_members(path: AnyPath, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """Yield the regular files of a tar; DatasetError at an invalid header, where `tarfile` stops without an error."""
-    file_size, offset = path.stat().st_size, 0
+    file_size, offset = file.seek(0, os.SEEK_END), 0
+    file.seek(0)
     try:
         archive = tarfile.TarFile(fileobj=file)
         while True:
@@ -320,8 +337,8 @@ def _is_flat(value: Any) -> bool:
     return not isinstance(value, dict)
 
 
-def _check_keys(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSample]]) -> None:
-    tar_of_key: dict[str, Path] = {}
+def _check_keys(paths: Sequence[AnyPath], samples_of_tar: Sequence[Sequence[TarSample]]) -> None:
+    tar_of_key: dict[str, AnyPath] = {}
     for path, samples in zip(paths, samples_of_tar, strict=True):
         for sample in samples:
             if sample.key in tar_of_key:
@@ -332,7 +349,7 @@ def _check_keys(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSamp
             tar_of_key[sample.key] = path
 
 
-def _warn_of_dots(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSample]]) -> None:
+def _warn_of_dots(paths: Sequence[AnyPath], samples_of_tar: Sequence[Sequence[TarSample]]) -> None:
     """Log a warning of columns that begin with a number: probably parts of keys with dots, as in 22.05.png."""
     for path, samples in zip(paths, samples_of_tar, strict=True):
         for sample in samples:

@@ -1,0 +1,234 @@
+"""Runs at URLs: what a command publishes, another reads from an empty working copy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+import mmaudit
+from mmaudit.audit.errors import RemoteError, RunError
+from mmaudit.audit.remote import locks, requests
+from mmaudit.audit.remote.locks import remote_lock
+from mmaudit.audit.remote.paths import RemotePath
+from mmaudit.audit.workers import this_process
+from mmaudit.cli.remote_run import RECORDS, WorkingCopy, read_records
+from mmaudit.cli.run import Run
+
+URL = "memory://bucket/run"
+QUICK = {"probe.repeats": 1, "probe.folds": 3}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_figures: None) -> Iterator[Path]:
+    monkeypatch.setenv("MMAUDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(requests, "_WAITS", (0.01, 0.01, 0.01))
+    yield tmp_path / "cache"
+    MemoryFileSystem.store.clear()
+    requests.forget()
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    names = ("scores.parquet", "quarantine.parquet", "mixture.json", "manifests/balanced.parquet")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def remote_bytes(name: str) -> bytes:
+    return bytes(MemoryFileSystem().cat_file(f"/bucket/run/{name}"))
+
+
+@pytest.mark.slow
+def test_a_run_at_a_url_has_the_bytes_of_a_local_one(planted: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
+    data = planted()
+    mmaudit.score(data, run=tmp_path / "local", settings=QUICK, progress=False)
+    mmaudit.split(run=tmp_path / "local", balanced=True)
+    mmaudit.score(data, run=URL, settings=QUICK, progress=False)
+    shutil.rmtree(cache)  # as on another machine
+    result = mmaudit.split(run=URL, balanced=True)
+    assert result.manifest is not None
+    assert result.manifest.is_file()
+    local = bytes_of(tmp_path / "local")
+    assert {name: remote_bytes(name) for name in local} == local
+    shutil.rmtree(cache)
+    assert mmaudit.report(run=URL).page.read_bytes()
+    record = json.loads(remote_bytes("run.json"))
+    assert record["fingerprint"] == json.loads((tmp_path / "local/run.json").read_bytes())["fingerprint"]
+
+
+def test_stages_at_a_url_run_in_processes_that_share_nothing_else(
+    planted: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    data = planted(num_samples=120)
+    settings = {**QUICK, "parts.rows": 15}
+    mmaudit.score(data, run=tmp_path / "local", settings=settings, progress=False)
+    for stage, shard in [("encode", "2/2"), ("encode", "1/2"), ("fit", None), ("score", "1/2"), ("score", "2/2")]:
+        mmaudit.score(data, run=URL, settings=settings, stage=stage, shard=shard, progress=False)
+        shutil.rmtree(cache)
+    mmaudit.score(data, run=URL, settings=settings, stage="merge", progress=False)
+    parts = sorted((tmp_path / "local/scores").glob("*.parquet")) or [tmp_path / "local/scores.parquet"]
+    for part in parts:
+        assert remote_bytes(part.relative_to(tmp_path / "local").as_posix()) == part.read_bytes()
+    assert not any(path.startswith("stages/") for path in read_records(RemotePath.parse(URL)))
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> WorkingCopy:
+    opened = WorkingCopy.of(RemotePath.parse(URL))
+    for name in ("run.json", "scores.parquet", "stages/rows/part-00000.arrow", "stages/rows/part-00000.json"):
+        path = opened.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name, encoding="utf-8")
+    return opened
+
+
+def fetch(cache: Path) -> Path:
+    shutil.rmtree(cache, ignore_errors=True)
+    opened = WorkingCopy.of(RemotePath.parse(URL))
+    opened.folder.mkdir(parents=True)
+    opened.fetch(lambda path: True)
+    return opened.folder
+
+
+def test_records_are_put_after_their_files_and_removed_before(
+    copy: WorkingCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    run = requests._run
+
+    def record(system: object, name: str, *args: object, **options: Any) -> object:
+        if name in ("pipe_file", "put_file", "rm_file"):
+            path = str(args[1] if name == "put_file" else args[0])
+            done.append(("rm" if name == "rm_file" else "put", path.removeprefix("/bucket/run/").partition("@")[0]))
+        return run(system, name, *args, **options)
+
+    monkeypatch.setattr(requests, "_run", record)
+    copy.publish()
+    order = [path for _, path in done]
+    assert order[-2:] == ["run.json", f"{RECORDS}/run.json"]
+    for path in read_records(copy.url):
+        assert order.index(path) < order.index(f"{RECORDS}/{path.replace('/', '%2F')}")
+    assert order.index("stages/rows/part-00000.arrow") < order.index("stages/rows/part-00000.json")
+    done.clear()
+    for name in ("run.json", "scores.parquet"):
+        (copy.folder / name).write_text("another", encoding="utf-8")
+    copy.publish()
+    assert done[:2] == [("rm", f"{RECORDS}/run.json"), ("rm", f"{RECORDS}/scores.parquet")]
+    assert done[-1] == ("put", f"{RECORDS}/run.json")
+
+
+def test_a_publication_that_fails_leaves_no_finished_run_and_is_completed(
+    copy: WorkingCopy, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy.publish()
+    (copy.folder / "run.json").write_text("new", encoding="utf-8")
+    (copy.folder / "scores.parquet").write_text("new", encoding="utf-8")
+    put = copy._put_file.__func__  # type: ignore[attr-defined]
+
+    def fail(self: WorkingCopy, path: str, record: object) -> None:
+        if path == "scores.parquet":
+            raise RemoteError("the network ended")
+        put(self, path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkingCopy, "_put_file", fail)
+        with pytest.raises(RemoteError, match="ended"):
+            copy.publish()
+    assert "run.json" not in read_records(copy.url)
+    WorkingCopy.of(copy.url).publish()  # the next command on this machine
+    folder = fetch(cache)
+    assert {name: (folder / name).read_text() for name in ("run.json", "scores.parquet")} == {
+        "run.json": "new",
+        "scores.parquet": "new",
+    }
+
+
+def test_a_file_that_differs_from_its_record_is_not_read(copy: WorkingCopy, cache: Path) -> None:
+    copy.publish()
+    MemoryFileSystem().pipe_file("/bucket/run/scores.parquet", b"scores.parqueT")
+    with pytest.raises(RemoteError, match=f"{URL}: files differ from their records"):
+        fetch(cache)
+
+
+def test_files_that_are_gone_are_removed_in_both_directions(copy: WorkingCopy, cache: Path) -> None:
+    copy.publish()
+    (copy.folder / "stages/rows/part-00000.json").unlink()
+    copy.publish()
+    assert "stages/rows/part-00000.json" not in read_records(copy.url)
+    assert not MemoryFileSystem().exists("/bucket/run/stages/rows/part-00000.json")
+    other = WorkingCopy(url=copy.url, folder=cache / "other")
+    other.fetch(lambda path: True)
+    (copy.folder / "scores.parquet").unlink()
+    copy.publish()
+    other.fetch(lambda path: True)
+    assert not (cache / "other/scores.parquet").exists()
+
+
+@pytest.mark.parametrize("path", ["../run.json", "/etc/x", ".hidden", "a/../../b", "a//b"])
+def test_a_run_may_not_name_files_outside(path: str, copy: WorkingCopy, cache: Path) -> None:
+    from urllib.parse import quote
+
+    copy.publish()
+    MemoryFileSystem().pipe_file(f"/bucket/run/{RECORDS}/{quote(path, safe='')}@1-{'0' * 64}", b"1")
+    with pytest.raises(RunError, match="no record of a file of a run"):
+        fetch(cache)
+
+
+def test_a_lock_is_refused_while_its_process_runs_and_taken_over_when_it_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = RemotePath.parse(URL)
+    path = folder / f"{locks.FOLDER}/score.json"
+    message = r"held by mmaudit score \(process \d+ on"
+    with remote_lock(folder, "score"), pytest.raises(RunError, match=message), remote_lock(folder, "score"):
+        pass
+    assert not path.exists()
+    ended = {"token": "x", "command": "mmaudit score", "host": "here", "process": str(this_process())}
+    ended["process"] = ended["process"].rpartition("-")[0] + "-1"  # the same pid, started at another time
+    requests.call(str(path), "pipe_file", json.dumps(ended).encode())
+    with remote_lock(folder, "score") as lock:
+        lock.check()
+        requests.call(str(path), "pipe_file", b"{}")
+        with pytest.raises(RunError, match="taken over"):
+            lock.check()
+
+
+def test_a_lock_of_another_machine_is_taken_over_unless_it_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_WATCH_SECONDS", 0.3)
+    folder = RemotePath.parse(URL)
+    path = folder / f"{locks.FOLDER}/score.json"
+    other = {"token": "x", "command": "mmaudit score", "host": "there", "process": "00000000-1-1", "renewal": 0}
+    requests.call(str(path), "pipe_file", json.dumps(other).encode())
+    with remote_lock(folder, "score"):
+        pass
+    read, count = locks._read, iter(range(100))
+    monkeypatch.setattr(locks, "_read", lambda path: {**read(path), "renewal": str(next(count))})
+    requests.call(str(path), "pipe_file", json.dumps(other).encode())
+    with pytest.raises(RunError, match="wait until it has ended"), remote_lock(folder, "score"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("s3://KEY:SECRET@bucket/run", "holds credentials"),
+        ("https://host.example/run", "a run folder at a URL is s3"),
+        ("memory://bucket", "a run folder at a URL is s3"),
+        ("memory://bucket/none", "holds no finished run"),
+    ],
+)
+def test_runs_that_are_not_accepted_are_one_line(run: str, message: str) -> None:
+    with pytest.raises((RemoteError, RunError), match=message) as caught:
+        mmaudit.report(run=run)
+    assert "SECRET" not in str(caught.value)
+    with pytest.raises(RunError, match="takes a folder"):
+        Run.open(run)
+
+
+def test_file_urls_are_local_runs(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"^{tmp_path}/local holds no finished run"):
+        mmaudit.report(run=f"file://{tmp_path}/local")

@@ -1,0 +1,186 @@
+"""Data and runs on a server of the S3 protocol on loopback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from remote_files import Faults, proxy, write_forms
+
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.errors import DatasetError, RemoteError, RunError
+from mmaudit.audit.features.encoded_samples import content_hashes
+from mmaudit.audit.remote import requests
+from mmaudit.audit.remote.locks import remote_lock
+from mmaudit.audit.remote.paths import RemotePath
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of botocore
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A server with the bucket `clips`, whose address and keys are in the environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        requests._process().systems.pop("s3", None)
+        requests.file_system("s3://clips").mkdir("clips")
+        yield address
+        requests._process().systems.pop("s3", None)
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MMAUDIT_CACHE", str(tmp_path / "cache"))
+    yield
+    requests.forget()
+
+
+def put(folder: Path, url: str) -> str:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            requests.call(f"{url}/{path.relative_to(folder).as_posix()}", "pipe_file", path.read_bytes())
+    return url
+
+
+def samples_of(source: str) -> list[tuple[str, str, str | None]]:
+    return [(row.sample_id, row.content, row.problem) for row in content_hashes(open_dataset(source))]
+
+
+@pytest.mark.parametrize("form", ["parquet", "tars", "folders", "metadata"])
+def test_every_form_is_read_by_s3(server: str, clip_source: Path, tmp_path: Path, form: str) -> None:
+    sources = {**write_forms(clip_source, tmp_path / "forms"), "metadata": clip_source}
+    url = put(sources[form], f"s3://clips/{form}")
+    assert samples_of(url) == samples_of(str(sources[form]))
+
+
+def test_missing_buckets_and_keys_are_one_line(server: str) -> None:
+    with pytest.raises(DatasetError, match="no such folder or file: s3://no-bucket/data"):
+        open_dataset("s3://no-bucket/data")
+    with pytest.raises(DatasetError, match=r"no such folder or file: s3://clips/none\.csv"):
+        open_dataset("s3://clips/none.csv")
+
+
+def test_missing_credentials_are_one_line(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    systems = requests._process().systems
+    kept = systems.pop("s3")
+    try:
+        with pytest.raises(RemoteError, match="s3://clips"):
+            open_dataset("s3://clips/data.csv")
+    finally:
+        systems["s3"] = kept
+
+
+def run_command(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mmaudit", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def test_scores_and_manifests_by_s3_are_those_of_local_files(server: str, clip_source: Path, tmp_path: Path) -> None:
+    data = put(clip_source, "s3://clips/scored")
+    options = ["--group", "speaker", "--set", "data.shard_rows=5", "--num-workers", "2"]
+    for source, run in ((str(clip_source), str(tmp_path / "local")), (data, "s3://clips/runs/one")):
+        scored = run_command("score", source, "--run", run, *options)
+        assert scored.returncode == 0, scored.stderr
+        assert run_command("split", "--balanced", "--run", run).returncode == 0
+    for name in ("scores.parquet", "quarantine.parquet", "mixture.json", "manifests/balanced.parquet"):
+        assert requests.call(f"s3://clips/runs/one/{name}", "cat_file") == (tmp_path / "local" / name).read_bytes()
+    again = run_command("score", data, "--run", "s3://clips/runs/one", *options, MMAUDIT_CACHE=str(tmp_path / "other"))
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do" in again.stderr
+    options = ["--set", "finetune.epochs=1", "--run", "s3://clips/runs/one", "--num-workers", "0"]
+    trained = run_command("finetune", "--manifest", "balanced", *options)
+    assert trained.returncode == 0, trained.stderr
+    assert any("metrics.json" in path for path in requests.find("s3://clips/runs/one"))
+
+
+def test_locks_are_objects_that_are_created_once(server: str) -> None:
+    folder = RemotePath.parse("s3://clips/locked")
+    with remote_lock(folder, "score"), pytest.raises(RunError, match="is held by"), remote_lock(folder, "score"):
+        pass
+    with ThreadPoolExecutor(8) as pool:  # the look-up before does not decide: all see no object
+        created = list(pool.map(lambda number: requests.create("s3://clips/locked/race", b"%d" % number), range(8)))
+    assert created.count(True) == 1
+    assert requests.call("s3://clips/locked/race", "cat_file") == b"%d" % created.index(True)
+    assert requests.create("s3://clips/locked/once", b"1")
+    assert not requests.create("s3://clips/locked/once", b"2")
+    assert requests.call("s3://clips/locked/once", "cat_file") == b"1"
+
+
+def test_a_missing_bucket_of_a_run_is_one_line(server: str, clip_source: Path) -> None:
+    result = run_command("score", str(clip_source), "--run", "s3://no-such-bucket/run")
+    assert result.returncode == 2
+    assert "s3://no-such-bucket/run/" in result.stderr
+    assert "there is no such bucket to write to" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_profile_that_does_not_exist_is_one_line(server: str, clip_source: Path) -> None:
+    result = run_command(
+        "score", "s3://clips/metadata/metadata.csv", AWS_ENDPOINT_URL=server, AWS_ACCESS_KEY_ID="", AWS_PROFILE="none"
+    )
+    assert result.returncode == 2
+    assert "s3://clips/metadata/metadata.csv" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def faults(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """Faults between the client and the server."""
+    faults, systems = Faults(), requests._process().systems
+    kept = systems.pop("s3")
+    with proxy(int(server.rpartition(":")[2]), faults) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setattr(requests, "_WAITS", (0.01, 0.01, 0.01))
+        yield faults
+    systems["s3"] = kept
+
+
+@pytest.mark.parametrize("kinds", [["500", "500", ""], ["short", "short", ""], ["503", "short", ""]])
+def test_a_get_by_s3_that_fails_twice_is_made_good(clip_source: Path, faults: Faults, kinds: list[str]) -> None:
+    url = put(clip_source, "s3://clips/faults")
+    faults.by_path["/5.wav"] = list(kinds)
+    assert samples_of(url) == samples_of(str(clip_source))
+    assert faults.by_path["/5.wav"] == [""]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("403", r"access denied \(403\)"),
+        ("500", "in 4 tries"),
+        ("short", "in 4 tries"),
+        ("slow", r"no answer within 0\.5 s \(MMAUDIT_REMOTE_SECONDS\), in 4 tries"),
+    ],
+)
+def test_a_fault_by_s3_that_stays_is_one_line(
+    clip_source: Path, faults: Faults, kind: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = put(clip_source, "s3://clips/faults")
+    if kind == "slow":
+        monkeypatch.setenv("MMAUDIT_REMOTE_SECONDS", "0.5")
+    faults.by_path["/5.wav"] = [kind]
+    with pytest.raises(RemoteError, match=message) as caught:
+        samples_of(url)
+    assert str(caught.value).startswith(f"{url}/5.wav: ")
+    assert "\n" not in str(caught.value)
