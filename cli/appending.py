@@ -28,7 +28,7 @@ from ..audit.engine.stages import ScoringJob, fingerprint_of_data, score
 from ..audit.errors import RunError, quarantine_table
 from ..audit.features.encoders import is_network
 from ..audit.hashing import digest, hash_rank
-from ..audit.locks import Lock
+from ..audit.locks import Lock, write_lock
 from ..audit.storage import read_batches, read_json, read_table, scratch_folder, write_json, write_parquet
 from .config import RunConfig
 from .provenance import (
@@ -181,6 +181,7 @@ def check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, options: 
             grown = read_grown(run_dir, dataset, config, options=options, folder=folder)
         if grown.is_new.any():
             raise RunError(f"{dataset.source} has rows that {run_dir.folder} lacks: pass --append, or --overwrite")
+        _remove_finished_stages(run_dir)
         log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
         return
     check_config(run_dir, record, dataset, config)
@@ -193,9 +194,18 @@ def check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, options: 
             f"{run_dir.folder} was made from other data (fingerprint {record['fingerprint'][:8]}, now "
             f"{found[:8]}); pass another folder with --run, --append if rows were only added, or --overwrite"
         )
+    _remove_finished_stages(run_dir)
     log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
     if doubt := own_record(run_dir.folder)[1]:
         log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it again", doubt)
+
+
+def _remove_finished_stages(run_dir: Run) -> None:
+    """Remove what is left of the stages of a run that was killed while it was published; others are kept."""
+    plan = run_dir.stages / "shards.json"
+    if plan.exists() and run_dir.shards_file.exists() and plan.read_bytes() == run_dir.shards_file.read_bytes():
+        with suppress(RunError), write_lock(run_dir.folder, "stages", command="mmaudit score"):
+            shutil.rmtree(run_dir.stages, ignore_errors=True)
 
 
 def append_rows(

@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from grown import CONFIG, IN_PARTS, NUM_OLD, QUICK, check_close, files, table, with_copy, write, write_empty_report
 from typer.testing import CliRunner
 
 import mmaudit
 from mmaudit.audit.dataset.dataset import DataConfig
-from mmaudit.audit.errors import DatasetError, ManifestError, RunError
+from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError, RunError
+from mmaudit.audit.remote import requests
 from mmaudit.cli import scoring
 from mmaudit.cli.applying import apply
 from mmaudit.cli.config import RunConfig
@@ -176,3 +178,25 @@ def test_command_prints_the_comparison(run: Path, tmp_path: Path) -> None:
         assert text in done.stdout
     done = CliRunner().invoke(app, [*words, "--json"])
     assert json.loads(done.stdout)["counts"]["known"] == 45
+
+
+def test_run_at_a_url_is_applied_and_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMAUDIT_CACHE", str(tmp_path / "cache"))
+    url, data = "memory://bucket/applied-run", tmp_path / "data" / "d.parquet"
+    try:
+        write(table().slice(0, NUM_OLD), data)
+        score(data, run=url, config=CONFIG, num_workers=0)
+        shutil.rmtree(tmp_path / "cache")  # as on another machine
+        write(table().slice(NUM_OLD), tmp_path / "new.parquet")
+        apply(url, tmp_path / "new.parquet", num_workers=0)
+        with pytest.raises(ConfigError, match="pass a folder"):
+            apply(url, tmp_path / "new.parquet", out="memory://bucket/out")
+        write(table(), data)
+        score(data, run=url, config=CONFIG, num_workers=0, append=True)
+        remote = MemoryFileSystem()
+        stated = json.loads(remote.cat_file("/bucket/applied-run/applied/new/apply.json"))
+        assert stated["counts"]["known"] == 45
+        assert json.loads(remote.cat_file("/bucket/applied-run/run.json"))["appended"]["scored"] == 60
+    finally:
+        MemoryFileSystem.store.clear()
+        requests.forget()

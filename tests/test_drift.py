@@ -10,7 +10,7 @@ from mmaudit.audit.scores.drift import compare_distributions
 from mmaudit.audit.scores.table import ScoreTable
 
 
-def scores(confidence: np.ndarray, *, groups: int = 0) -> ScoreTable:  # type: ignore[type-arg]
+def scores(confidence: np.ndarray, *, groups: int = 0) -> ScoreTable:
     n = len(confidence)
     names = np.array([f"s{row}" for row in range(n)], dtype=object)
     return ScoreTable(
