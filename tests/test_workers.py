@@ -204,7 +204,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path, seconds: float 
 
 def test_killed_worker_raises_one_line_error() -> None:
     work: Callable[[int], None] = signal.raise_signal
-    with pytest.raises(RunError, match=r"a worker process ended before its work .* lower --num-workers") as caught:
+    with pytest.raises(RunError, match=r"a worker process ended before its work .*lower --num-workers") as caught:
         list(run_tasks(work, [signal.SIGKILL] * 4, num_workers=2))
     assert "\n" not in str(caught.value)
     assert remaining_processes() == []
