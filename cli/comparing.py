@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..audit.engine.executors import RayOptions, choose_engine
 from ..audit.errors import ConfigError, RunError
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.workers import default_workers
@@ -28,7 +29,7 @@ from .comparing_plan import Design, Plan, design_cells, method_config, read_plan
 from .comparing_results import collect_results, write_tables
 from .comparing_schedule import Schedule, Shard
 from .config import Given, RunConfig, load_settings
-from .effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect
+from .effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect, with_engine
 from .progress import progress_bars
 from .provenance import SourceOptions
 from .remote_run import with_run
@@ -62,6 +63,8 @@ def compare(
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     config: RunConfig | str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
     progress: bool = True,
@@ -89,7 +92,9 @@ def compare(
         allow_outside: Allow paths outside the data folder.
         seed: First random seed; by default 0.
         device: auto, cpu or cuda.
-        num_workers: Processes that decode media; 0: none; by default one per CPU.
+        num_workers: Processes that decode media; 0: none; by default one per CPU. With Ray the workers that train.
+        engine: local, or ray to train on workers of a Ray cluster, in place of --jobs.
+        ray_address: HOST:PORT of a Ray cluster, or auto; by default RAY_ADDRESS, else a cluster of this machine.
         config: TOML file with settings; in Python also a RunConfig.
         settings: One setting of all methods, such as finetune.epochs=20; in Python also {"finetune.epochs": 20}.
         progress: Show a progress bar in a terminal or notebook.
@@ -107,12 +112,15 @@ def compare(
     """
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs {jobs}: at least 1")
+    if jobs is not None and engine == "ray":
+        raise ConfigError(f"--jobs {jobs}: with --engine ray the number of workers is --num-workers")
     part = None if shard is None else Shard.parse(shard)
     chosen = read_plan(
         plan, manifests=manifest, methods=method, seeds=seeds, name=name, controls=controls, grid=grid or ()
     )
-    run_dir, device = Run.open(run), local_device(pick_device(device))
     base, given = load_settings(config, settings, {"seed": seed})
+    ray = choose_engine(engine, base.ray, address=ray_address, num_workers=num_workers, device=device)
+    run_dir, device = Run.open(run), "cpu" if ray else local_device(pick_device(device))
     configs = {spec.name: method_config(spec, config, settings, seed) for spec in chosen.methods}
     check_grid(chosen, given, configs)
     if any(made.finetune.end_to_end for made in (base, *(made for made, _ in configs.values()))):
@@ -126,7 +134,7 @@ def compare(
         manifests=tuple(dict.fromkeys((*paths, *map(run_dir.manifest, random_of)))),
         options=SourceOptions(data=data, encoder=tuple(pairs(encoder) or ()), allow_outside=allow_outside),
         config=base,
-        num_workers=default_workers() if num_workers is None else num_workers,
+        num_workers=default_workers() if num_workers is None or ray else num_workers,
     )
     from .report.comparison_page import write_comparison_page  # jinja2 and matplotlib, of which errors above need none
 
@@ -136,10 +144,10 @@ def compare(
         report = stack.enter_context(progress_bars(progress))
         stack.enter_context(_lock(run_dir, chosen.name, part))
         loaded = load_manifests(loading, report)
-        _check_settings(given, configs, loaded)
+        _check_settings(given, configs, loaded, ray)
         design = design_cells(chosen, base, configs, loaded, random_of=random_of)
         folder = run_dir.comparison(chosen.name)
-        schedule = Schedule(folder=folder, loading=loading, device=device, jobs=jobs, progress=report)
+        schedule = Schedule(folder=folder, loading=loading, device=device, jobs=jobs, progress=report, ray=ray)
         results, warnings = _train(chosen, design, configs, schedule, part)
         if results is None:
             return _unfinished(chosen, loaded, folder, warnings)
@@ -200,7 +208,9 @@ def _unfinished(plan: Plan, loaded: LoadedManifests, folder: Path, warnings: Seq
     )
 
 
-def _check_settings(given: Given, configs: Mapping[str, tuple[RunConfig, Given]], loaded: LoadedManifests) -> None:
+def _check_settings(
+    given: Given, configs: Mapping[str, tuple[RunConfig, Given]], loaded: LoadedManifests, ray: RayOptions | None
+) -> None:
     """Refuse media settings of other scores, and name settings without effect."""
     all_effects: list[HasEffect] = []
     for name, (config, own) in configs.items():
@@ -211,7 +221,7 @@ def _check_settings(given: Given, configs: Mapping[str, tuple[RunConfig, Given]]
             effects.append(lambda key, has_effect=has_effect: key not in _WITHOUT_EFFECT and has_effect(key))
         warn_without_effect(f"compare, method {name}", own, _any_of(effects))
         all_effects += effects
-    warn_without_effect("compare", given, _any_of(all_effects))
+    warn_without_effect("compare", given, with_engine(_any_of(all_effects), ray))
 
 
 def _any_of(effects: Sequence[HasEffect]) -> HasEffect:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from ..audit.engine.executors import RayOptions
 from ..audit.errors import ConfigError, TrainError
 from ..audit.hashing import digest
 from ..audit.workers import Progress, default_workers, format_duration, no_progress, run_tasks
@@ -61,13 +62,14 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Where and how cells are trained. jobs: processes; None: as many as pay."""
+    """Where and how cells are trained. jobs: processes; None: as many as pay. ray: in workers of Ray instead."""
 
     folder: Path
     loading: Loading
     device: str
     jobs: int | None
     progress: Progress
+    ray: RayOptions | None = None
 
     def read(self, cells: Sequence[Cell]) -> list[CellResult | None]:
         """Read the results of cells; None where one is not finished."""
@@ -81,6 +83,9 @@ class Schedule:
         total, done = len(cells), len(cells) - len(missing)
         if not missing:
             log.info("%s: all %d trainings are finished", stage, total)
+            return
+        if self.ray is not None:
+            self._train_on_ray(missing, self.ray, stage=stage, done=done)
             return
         finished: dict[str, list[float]] = defaultdict(list)
         for cell, result in zip(cells, results, strict=True):
@@ -112,6 +117,29 @@ class Schedule:
         total = done + len(missing)
         for number, _ in enumerate(run_tasks(work, tasks, num_workers=jobs), start=done + 1):
             self.progress(stage, number, total, detail="" if number == total else missing[number - done].label)
+
+    def _train_on_ray(self, missing: Sequence[Cell], options: RayOptions, *, stage: str, done: int) -> None:
+        """Train cells on workers that each load the manifests once, and write the cells themselves."""
+        from ..audit.engine.ray_pool import open_pool
+
+        log.info("%s: %d of %d trainings to do", stage, len(missing), done + len(missing))
+        train_in_worker = partial(
+            train_cell, loading=self.loading, comparison=self.folder, device=options.config.device
+        )
+        with open_pool(
+            options,
+            max_workers=len(missing),
+            folder=self.loading.run,
+            shared=train_in_worker,
+            files=self.loading.manifests,
+            progress=self.progress,
+        ) as pool:
+            pool.run(_call, missing, names=[cell.label for cell in missing], stage=stage, done=done)
+
+
+def _call(work: Callable[[Cell], float], cell: Cell) -> float:
+    """Train a cell in a worker of Ray."""
+    return work(cell)
 
 
 def assign_devices(cells: Sequence[Cell], device: str, *, num_cards: int) -> list[tuple[Cell, str]]:

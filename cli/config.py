@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.dataset.dataset import DataConfig
+from ..audit.engine.executors import RayConfig
 from ..audit.engine.plan import PartsConfig
 from ..audit.errors import ConfigError
 from ..audit.leakage import LeakageConfig
@@ -64,6 +65,7 @@ class RunConfig:
         augment: augmentation.
         sampling: constants of the samplers by section, checked when a fine-tuning begins.
         balancing: constants of the balancing methods, likewise.
+        ray: what the workers of `--engine ray` reserve; no result depends on it.
     """
 
     seed: int = 0
@@ -82,6 +84,7 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     balancing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

@@ -53,6 +53,11 @@ def _is_recorded(recorded: Mapping[str, Any], key: str, value: Any) -> bool:
     return bool(content == value)
 
 
+def with_engine(has_effect: HasEffect, ray: object | None) -> HasEffect:
+    """Return whether a setting has an effect in a command that uses Ray, if `ray` is not None."""
+    return lambda key: ray is not None if key.startswith("ray.") else has_effect(key)
+
+
 def effects_in_scoring(config: RunConfig, modalities: Sequence[Modality]) -> HasEffect:
     """Return whether a setting has an effect in `score`."""
     networks = [is_network(modality) for modality in modalities]

@@ -73,7 +73,9 @@ _TRAINING, _SETTINGS, _EXECUTION = "Training", "Settings", "Execution"
 # Panels of the options that are not in the first one, which holds at most a dozen.
 _PANELS: dict[str | tuple[str, str], str] = {
     **dict.fromkeys(("config", "settings", "seed", "learn_from", "repeats", "thorough"), _SETTINGS),
-    **dict.fromkeys(("device", "num_workers", "jobs", "stage", "shard", "json", "dump"), _EXECUTION),
+    **dict.fromkeys(
+        ("device", "num_workers", "engine", "ray_address", "jobs", "stage", "shard", "json", "dump"), _EXECUTION
+    ),
     **dict.fromkeys(("balanced", "subset", "dominated", "gmm", "like", "intersect", "exclude"), _SELECTION),
     **dict.fromkeys(("tolerance", "size", "bins", "by", "grid", "between", "resplit"), _RULE),
     **dict.fromkeys(("model", "only", "init", "keep_posterior", "epochs", "batch_size", "lr"), _TRAINING),
@@ -102,6 +104,8 @@ _METAVARS: dict[str | tuple[str, str], str] = {
     "resplit": "80/8/12",
     "subset": "RULE",
     "stage": "STAGE",
+    "engine": "ENGINE",
+    "ray_address": "ADDRESS",
     **dict.fromkeys(("like", "intersect", "exclude"), "MANIFEST"),
     "method": "METHOD",
     "probe": "NAME: SECTION.KEY=VALUE",

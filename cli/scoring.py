@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.joined import join_vectors
-from ..audit.engine.stages import run_all
+from ..audit.engine.executors import choose_engine
 from ..audit.errors import ConfigError, RunError
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.locks import WAIT_SECONDS, write_lock
@@ -21,12 +21,12 @@ from ..audit.storage import read_json
 from ..audit.workers import Progress, default_workers
 from .appending import append_rows, check_unchanged
 from .config import RunConfig, load_settings, preset_content, preset_record
-from .effects import effects_in_scoring, warn_without_effect
+from .effects import effects_in_scoring, warn_without_effect, with_engine
 from .progress import progress_bars
 from .provenance import open_encodable
 from .remote_run import with_run
 from .run import Run
-from .staging import StageResult, check_stage, open_job, publish, run_merge, run_stage
+from .staging import StageResult, check_stage, open_job, publish, run_job, run_stage
 
 log = logging.getLogger("mmaudit")
 
@@ -112,6 +112,8 @@ def score(
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     stage: None = None,
     shard: None = None,
     config: RunConfig | str | Path | None = None,
@@ -143,6 +145,8 @@ def score(
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     stage: str,
     shard: str | None = None,
     config: RunConfig | str | Path | None = None,
@@ -174,6 +178,8 @@ def score(
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     stage: str | None = None,
     shard: str | None = None,
     config: RunConfig | str | Path | None = None,
@@ -205,7 +211,9 @@ def score(
         append: Score the rows that were added to the data of a finished run by its own probes.
         seed: Random seed; by default 0.
         device: auto, cpu or cuda.
-        num_workers: Processes that decode media; 0: none; by default one per CPU.
+        num_workers: Processes that decode media; 0: none; by default one per CPU. With Ray the workers of all stages.
+        engine: local, or ray to score on workers of a Ray cluster.
+        ray_address: HOST:PORT of a Ray cluster, or auto; by default RAY_ADDRESS, else a cluster of this machine.
         stage: One stage, in a process of its own: encode, fit, score or merge; by default all.
         shard: Parts of the stages encode and score, as i/n: those of process i of n, from 1.
         config: TOML file with settings; in Python also a RunConfig.
@@ -229,8 +237,8 @@ def score(
     """
     if data is None and not features:
         raise ConfigError("pass the data to score, or files of vectors with labels: mmaudit score --features FILE")
-    check_stage(stage, shard)
-    _check_append(append, stage=stage, overwrite=overwrite)
+    check_stage(stage, shard, engine)
+    _check_append(append, stage=stage, overwrite=overwrite, engine=engine)
     keywords = data_settings(
         modality=modality,
         encoder=encoder,
@@ -244,7 +252,8 @@ def score(
     keywords |= {"seed": seed, "probe.learn_from": learn_from, "probe.repeats": repeats}
     keywords |= {"probe.thorough": thorough or None}
     config, given = load_settings(config, settings, keywords, preset=preset)
-    device = pick_device(device)
+    ray = choose_engine(engine, config.ray, address=ray_address, num_workers=num_workers, device=device)
+    device = pick_device(device if ray is None else "cpu")
     run_dir = Run.open(run)
     run_dir.check_folder()
     if append:
@@ -254,7 +263,7 @@ def score(
         joined = join_vectors(data, files, config.data, folder=run_dir.features / "joined")
         data, about = joined.path, {**about, "joined": joined.to_dict()}
     dataset = open_encodable(str(data), config.data)
-    warn_without_effect("score", given, effects_in_scoring(config, dataset.modalities))
+    warn_without_effect("score", given, with_engine(effects_in_scoring(config, dataset.modalities), ray))
     with progress_bars(progress) as report_progress:
         options: dict[str, Any] = {"device": device, "num_workers": num_workers, "progress": report_progress}
         if stage is not None and stage != "merge":
@@ -268,8 +277,8 @@ def score(
                 if overwrite or not run_dir.is_scored():  # another process may have finished it meanwhile
                     if overwrite and stage is None:
                         shutil.rmtree(run_dir.stages, ignore_errors=True)
-                    job = open_job(run_dir, dataset, config, **options, staged=stage is not None)
-                    results, merged, seconds = run_all(job) if stage is None else run_merge(job)
+                    job = open_job(run_dir, dataset, config, **options, staged=stage is not None or ray is not None)
+                    results, merged, seconds = run_job(job, stage, ray)
                     publish(
                         run_dir,
                         job,
@@ -290,10 +299,10 @@ def score(
     return _score_result(run_dir)
 
 
-def _check_append(append: bool, *, stage: str | None, overwrite: bool) -> None:
+def _check_append(append: bool, *, stage: str | None, overwrite: bool, engine: str) -> None:
     """Raise ConfigError for options that cannot be combined with --append."""
-    if append and (stage is not None or overwrite):
-        other = "--overwrite" if stage is None else f"--stage {stage}"
+    if append and (stage is not None or overwrite or engine != "local"):
+        other = "--overwrite" if overwrite else f"--stage {stage}" if stage is not None else f"--engine {engine}"
         raise ConfigError(f"--append with {other}: rows are appended to a finished run, by one process")
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from ..audit.dataset.dataset import Dataset
-from ..audit.engine.executors import Executor, LocalExecutor, ShardExecutor
-from ..audit.engine.fit_results import FitResults, is_fitted, save_fit
+from ..audit.engine.executors import Executor, LocalExecutor, RayOptions, ShardExecutor
+from ..audit.engine.fit_results import FitResults
 from ..audit.engine.fitting import NetworkSettings
 from ..audit.engine.merging import Audit, Merged
 from ..audit.engine.part_store import FolderStore, MemoryStore, Store
@@ -24,11 +24,11 @@ from ..audit.engine.stages import (
     ScoringJob,
     encode,
     finished_parts,
-    fit,
-    log_cut,
+    fit_and_save,
     merge_parts,
     read_rows,
-    score,
+    run_all,
+    score_saved,
     timed,
 )
 from ..audit.errors import ConfigError, choices, quarantine_table
@@ -78,8 +78,10 @@ class StageResult:
         }
 
 
-def check_stage(stage: str | None, shard: str | None) -> None:
-    """Raise ConfigError for a stage that does not exist, or a shard of a stage that one process runs."""
+def check_stage(stage: str | None, shard: str | None, engine: str = "local") -> None:
+    """Raise ConfigError for a stage that does not exist, a shard of a stage that one process runs, or one with Ray."""
+    if engine != "local" and (stage is not None or shard is not None):
+        raise ConfigError(f"--engine {engine} runs all stages: without --stage and --shard")
     if stage is not None and stage not in STAGES:
         raise ConfigError(f"--stage {stage}: {choices(stage, STAGES)}")
     if shard is not None and stage not in BY_PART:
@@ -144,6 +146,18 @@ def _rows_digest(dataset: Dataset) -> str:
     return digest(*(part.encode() for part in parts))
 
 
+def run_job(job: ScoringJob, stage: str | None, ray: RayOptions | None) -> tuple[FitResults, Merged, dict[str, float]]:
+    """Run all stages up to `merge`, here or on Ray, or the stage `merge` alone."""
+    if stage is not None:
+        return run_merge(job)
+    if ray is None:
+        return run_all(job)
+    from ..audit.engine.ray_executor import open_executor
+
+    with open_executor(job, ray) as executor:
+        return executor.run_all(job)
+
+
 def run_merge(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
     """Run the stage `merge` on the results of earlier ones."""
     seconds: dict[str, float] = {}
@@ -163,14 +177,12 @@ def run_stage(run_dir: Run, job: ScoringJob, stage: str, *, shard: str | None) -
     scope = f"stages/{stage}" + ("" if shard is None else f"-{shard.replace('/', '-of-')}")
     with write_lock(run_dir.folder, scope, command=f"mmaudit score --stage {stage}"):
         if stage == "encode":
-            executor.run(lambda own: read_rows(job, own), job.plan.parts)
-            executor.run(lambda own: encode(job, own), job.plan.parts)
+            executor.run(read_rows, job, job.plan.parts)
+            executor.run(encode, job, job.plan.parts)
         elif stage == "score":
-            executor.run(lambda own: score(job, FitResults(job=job), own), job.plan.parts)
-        elif not is_fitted(job):
-            data = job.row_data()
-            log_cut(job, data)
-            save_fit(job, *fit(job, data))
+            executor.run(score_saved, job, job.plan.parts)
+        else:
+            fit_and_save(job)
     return StageResult(
         run=run_dir.folder,
         stage=stage,

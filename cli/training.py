@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..audit.engine.executors import choose_engine
 from ..audit.errors import ConfigError, ManifestError, RunError, choices, quarantine_table
 from ..audit.features.encoders import function_file, function_version
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
@@ -27,7 +29,7 @@ from ..train.task_metrics import metrics_of
 from ..train.tracking import load_trackers
 from ..train.unscored import check_without_scores
 from .config import RunConfig, load_settings, to_toml, without_none
-from .effects import check_media_settings, effects_in_training, warn_without_effect
+from .effects import check_media_settings, effects_in_training, warn_without_effect, with_engine
 from .progress import progress_bars
 from .provenance import SourceOptions
 from .remote_run import with_run
@@ -124,6 +126,8 @@ def finetune(
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     config: RunConfig | str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
     progress: bool = True,
@@ -163,7 +167,9 @@ def finetune(
         allow_outside: Allow paths outside the data folder.
         seed: Random seed; by default 0.
         device: auto, cpu or cuda.
-        num_workers: Processes that decode media; 0: none; by default one per CPU.
+        num_workers: Processes that decode media; 0: none; by default one per CPU. With Ray those that train together.
+        engine: local, or ray to train in several processes of a Ray cluster.
+        ray_address: HOST:PORT of a Ray cluster, or auto; by default RAY_ADDRESS, else a cluster of this machine.
         config: TOML file with settings; in Python also a RunConfig.
         settings: One setting, such as optim.ema=0.99; in Python also {"optim.ema": 0.99}.
         progress: Show a progress bar in a terminal or notebook.
@@ -181,6 +187,7 @@ def finetune(
         >>> mmaudit.finetune("balanced", sampling="bss-h", epochs=20).accuracy
         >>> mmaudit.finetune(data="crema-d", preset="ogm-ge-cremad").accuracy
     """
+    arguments = dict(locals())
     columns = {"task": task, "label": label, "id": id, "group": group, "split": split}
     _check_source(manifest, data, {"modality": modality, **columns})
     keywords = {
@@ -202,6 +209,16 @@ def finetune(
     config, given = load_settings(config, settings, keywords, preset=preset)
     config = resolve_methods(config)
     code = _model_code(config)
+    in_ray_worker = engine == "ray" and "RANK" in os.environ
+    if in_ray_worker and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError("--engine ray starts the processes itself: run it without torchrun")
+    if not in_ray_worker and (
+        ray := choose_engine(engine, config.ray, address=ray_address, num_workers=num_workers, device=device)
+    ):
+        from .ray_training import finetune_on_ray
+
+        folder = finetune_on_ray(arguments, ray, run=Run.open(run).folder)
+        return _result(folder, read_metrics(folder))
     run_dir, device = Run.open(run), local_device(pick_device(device))
     workers = default_workers() if num_workers is None else num_workers
     source: ManifestSource | UnscoredSource
@@ -247,6 +264,7 @@ def finetune(
         only = config.finetune.only
         examples = loaded.examples if only is None else loaded.examples.only(only)
         effects = effects_in_training(config, loaded.manifest, examples, modalities=loaded.modalities)
+        effects = with_engine(effects, in_ray_worker or None)
         warn_without_effect("finetune", given, effects, recorded=source.scored_settings())
         result = finetune_on(
             examples,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from mmaudit.audit.engine.executors import LocalExecutor, ShardExecutor
@@ -12,15 +16,20 @@ PARTS = tuple(
 )
 
 
+def collect(job: Any, parts: Sequence[Part]) -> None:
+    """Run as a stage that keeps the parts that it works on."""
+    job.done.extend(parts)
+
+
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_every_part_belongs_to_one_process(count: int) -> None:
-    done: list[Part] = []
+    job: Any = SimpleNamespace(done=[])
     for number in range(count, 0, -1):
-        ShardExecutor(f"{number}/{count}").run(done.extend, PARTS)
-    assert sorted(done, key=lambda part: part.index) == list(PARTS)
+        ShardExecutor(f"{number}/{count}").run(collect, job, PARTS)
+    assert sorted(job.done, key=lambda part: part.index) == list(PARTS)
 
 
 def test_local_executor_runs_all_parts_in_order() -> None:
-    done: list[Part] = []
-    LocalExecutor().run(done.extend, PARTS)
-    assert done == list(PARTS)
+    job: Any = SimpleNamespace(done=[])
+    LocalExecutor().run(collect, job, PARTS)
+    assert job.done == list(PARTS)

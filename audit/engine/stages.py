@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,11 @@ class ScoringJob:
             edges=edges,
         )
 
+    @cached_property
+    def saved_results(self) -> FitResults:
+        """Results of the stage `fit`, read from its files when they are needed."""
+        return FitResults(job=self)
+
     def encoded(self, data: RowData) -> EncodedData:
         """Return the rows with their encoding status, read from the status tables of all parts."""
         encoded = EncodedData(
@@ -133,12 +138,18 @@ def _write_status(job: ScoringJob, part: Part) -> None:
     job.store.write("status", table, part=part.index)
 
 
-@fixed_threads()
 def encode(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = False) -> None:
     """Stage `encode`: encode what the feature cache lacks of parts, and read the status of their rows.
 
     trust_unchanged: see encode_dataset.
     """
+    encode_shards(job, parts, trust_unchanged=trust_unchanged)
+    read_status(job, parts)
+
+
+@fixed_threads()
+def encode_shards(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = False) -> None:
+    """First half of the stage `encode`: encode what the feature cache lacks of parts, or of pieces of parts."""
     missing = [part for part in parts if not job.store.has("status", part.index)]
     shards = tuple(shard for part in missing for shard in job.dataset.shards[part.first_shard : part.end_shard])
     encode_dataset(
@@ -150,7 +161,11 @@ def encode(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = Fa
         device=job.device,
         trust_unchanged=trust_unchanged,
     )
-    _run_by_part(_write_status, job, missing)
+
+
+def read_status(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Second half of the stage `encode`: read the status of the rows of whole parts from the feature cache."""
+    _run_by_part(_write_status, job, [part for part in parts if not job.store.has("status", part.index)])
 
 
 def fingerprint_of_data(job: ScoringJob) -> str:
@@ -193,6 +208,14 @@ def fit(job: ScoringJob, data: RowData) -> tuple[Selection, Fitted]:
     return selection, fitted
 
 
+def fit_and_save(job: ScoringJob, parts: Sequence[Part] = ()) -> None:
+    """Stages `select` and `fit` on all parts, whichever are passed, with their results as files."""
+    if not is_fitted(job):
+        data = job.row_data()
+        log_cut(job, data)
+        save_fit(job, *fit(job, data))
+
+
 @fixed_threads()
 def score(job: ScoringJob, results: FitResults, parts: Sequence[Part]) -> None:
     """Stage `score`: score the samples of parts that are not scored yet."""
@@ -205,6 +228,11 @@ def score(job: ScoringJob, results: FitResults, parts: Sequence[Part]) -> None:
         counts = {"rows": part.num_rows, "scored": len(rows.row), "quarantined": part.num_rows - len(rows.row)}
         job.store.write("scores", scores, part=part.index, counts=counts)
         job.store.write("measured", measured, part=part.index, counts=counts)
+
+
+def score_saved(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Stage `score` by the files of the stage `fit`, which a process reads once."""
+    score(job, job.saved_results, parts)
 
 
 def _score(job: ScoringJob, results: FitResults, part: Part, rows: PartRows) -> tuple[pa.Table, pa.Table]:
