@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .audit.scores.mixture import Mixture, fit_mixture
     from .audit.scores.sample_scores import score_probabilities
     from .audit.scores.table import ScoreTable, read_scores, write_scores
+    from .cli.applying import ApplyResult, apply
     from .cli.checking import CheckResult, check, ingest
     from .cli.comparing import compare
     from .cli.config import RunConfig, load_config
@@ -45,6 +46,7 @@ _NAMES = {
     "audit.scores.mixture": ["Mixture", "fit_mixture"],
     "audit.scores.sample_scores": ["score_probabilities"],
     "audit.scores.table": ["ScoreTable", "read_scores", "write_scores"],
+    "cli.applying": ["ApplyResult", "apply"],
     "cli.checking": ["CheckResult", "check", "ingest"],
     "cli.comparing": ["compare"],
     "cli.config": ["RunConfig", "load_config"],
@@ -71,6 +73,7 @@ _NAMES = {
 _MODULE_OF_NAME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "ApplyResult",
     "Balanced",
     "Card",
     "CheckResult",
@@ -103,6 +106,7 @@ __all__ = [
     "StudyResult",
     "Verification",
     "__version__",
+    "apply",
     "balance",
     "card",
     "check",

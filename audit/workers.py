@@ -241,6 +241,7 @@ log = logging.getLogger("mmaudit")
 
 NUM_THREADS = 1  # the environment cannot lower it; concurrent parts replace threads within a matrix product
 NETWORK_THREADS = 2  # of a network on pictures or sound: its steps are sequential, and its matrix products are large
+PROCESS_ROWS = 1 << 20  # ours: in the 3 s of CPU in which processes start, one hashes the ids of so many rows
 MAX_WORKERS = 8  # concurrent parts: each holds a part of the data in memory
 
 

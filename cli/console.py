@@ -460,6 +460,40 @@ def print_plan(summary: dict[str, Any]) -> None:
     print_text(summary["script"].rstrip())
 
 
+def print_apply(summary: dict[str, Any]) -> None:
+    """Print the counts of other data scored by the probes of a run, and how their distributions differ."""
+    counts, comparison = summary["counts"], summary["comparison"]
+    print_line(
+        f"scored {counts['scored']} of {counts['input']} samples by the probes of {summary['run']}, "
+        f"{counts['quarantined']} quarantined; {counts['known']} are known to the run"
+    )
+    for reason, number in summary["quarantine"].items():
+        print_line(f"  quarantined: {number} x {reason}")
+    rows = [("gap", comparison["gap"]), (f"discrepancy {comparison['between']}", comparison["discrepancy"])]
+    rows += [(f"confidence {name}", column) for name, column in comparison["confidence"].items()]
+    labels = [name for name, _ in rows]
+    width = _column_width(labels, minimum=10)
+    for label, (_, column) in zip(_cells(labels, width), rows, strict=True):
+        if column["difference"] is not None:
+            print_line(f"  mean {label}  {_shift(column, sign='+' if label.strip().startswith('disc') else '')}")
+    if balanced := comparison.get("balanced"):
+        run, data = (f"{100 * balanced[key]['share']:.1f}%" for key in ("run", "data"))
+        low, high = (100 * balanced["data"][key] for key in ("low", "high"))
+        print_line(f"  balanced by the mixture of the run: {data} [{low:.1f}, {high:.1f}], in the run {run}")
+    print_line(f"results: {summary['folder']}")
+
+
+def _shift(column: dict[str, Any], *, sign: str) -> str:
+    """Format a mean of the data beside that of the run, their difference, and the distance of the distributions."""
+    difference = column["difference"]
+    interval = f"[{difference['low']:+.3f}, {difference['high']:+.3f}]"
+    distance = f"KS distance {column['ks']:.3f}" + ("" if column["p"] is None else f", p {column['p']:.2g}")
+    return (
+        f"{column['data']['mean']:{sign}.3f}, in the run {column['run']['mean']:{sign}.3f}: {difference['mean']:+.3f} "
+        f"95% {interval}; {distance}"
+    )
+
+
 def print_report(summary: dict[str, Any]) -> None:
     """Print the path of the report."""
     print_line(f"report: {summary['report']}")

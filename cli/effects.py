@@ -124,6 +124,8 @@ def effects_in_training(
 
     modalities: Those of data without scores, which the training reads by the sections data and media.
     """
+    from ..train.store import fit_on_device
+
     optim, augment, shapes = config.optim, config.augment, examples.shapes
     pictures, sound = any(len(shape) > 2 for shape in shapes), any(len(shape) == 2 for shape in shapes)
     stored = [view.stored for view in examples.views if view is not None and view.stored is not None]
@@ -131,6 +133,7 @@ def effects_in_training(
     used |= {f"finetune.{field.name}" for field in fields(config.finetune)}
     used |= (lora := {f"finetune.lora.{field.name}" for field in fields(config.finetune.lora)})
     backbones = any(examples.backbones)
+    on_device = fit_on_device(examples.inputs, max_bytes=config.finetune.resident_mib << 20)
     used |= {f"optim.{field.name}" for field in fields(optim)}
     masks = {f"augment.{name}" for name in ("time_masks", "time_share", "band_masks", "band_share")}
     for keys, has_effect in (
@@ -142,6 +145,7 @@ def effects_in_training(
         ({"augment.frames"}, any(form.num_choices > 1 for form in stored)),
         ({"augment.sound", "network.normalise_sound"}, sound),
         (masks, sound and augment.sound),
+        ({"finetune.read_ahead_mib"}, not all(on_device)),
         ({"finetune.gradient_checkpointing", "finetune.lora.rank"}, backbones),
         (lora - {"finetune.lora.rank"}, backbones and config.finetune.lora.rank > 0),
         ({"network.width"}, (pictures or sound) and config.finetune.model is None),

@@ -67,9 +67,15 @@ def scores_section(record: dict[str, Any]) -> dict[str, Any]:
     return {key: record.get(key) for key in _SCORE_KEYS}
 
 
-def signed_record(record: dict[str, Any], *, folder: Path, scores: Path) -> dict[str, Any]:
-    """Return run.json with this user's signature for the folder and the score table in it."""
-    signature = {"folder": str(folder.resolve()), "scores": scores_digest(scores)}
+def signed_record(
+    record: dict[str, Any], *, folder: Path, scores: Path, earlier: Sequence[dict[str, str]] = ()
+) -> dict[str, Any]:
+    """Return run.json with this user's signature for the folder and the score table in it.
+
+    earlier: Signature (`hmac`), `fingerprint` and `version` of the records before rows were appended.
+    """
+    signature: dict[str, Any] = {"folder": str(folder.resolve()), "scores": scores_digest(scores)}
+    signature |= {"earlier": list(earlier)} if earlier else {}
     code = sign(_record_content(record, signature))
     return record if code is None else {**record, "signature": {**signature, "hmac": code}}
 
@@ -146,7 +152,7 @@ def origin_of(path: Path, provenance: dict[str, Any], digests: Digests) -> Origi
         doubt = "it was not signed by you on this machine"
     elif record is not None and changed:
         doubt = f"its {changed} changed since it was made"
-    elif record is not None and (signature["run"], scores) != (record["signature"]["hmac"], scores_section(record)):
+    elif record is not None and not _is_of_run(signature["run"], scores, record):
         doubt = "it was not made from the scores of its run"
     source = balance_numbers.get("source", _source_of(folder))
     return Origin(
@@ -168,7 +174,23 @@ def trusted_folder(path: Path) -> Path:
 
 def _record_content(record: dict[str, Any], signature: dict[str, Any]) -> dict[str, Any]:
     content = {key: record.get(key) for key in _SIGNED_KEYS}
-    return {"signed": "run", **content, "folder": signature.get("folder"), "scores": signature.get("scores")}
+    signed: dict[str, Any] = {key: signature[key] for key in ("folder", "scores", "earlier") if key in signature}
+    return {"signed": "run", **content, "folder": None, "scores": None, **signed}
+
+
+def earlier_records(record: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the signatures of a record that this user signed, and of those before rows were appended to the run."""
+    own = {"hmac": record["signature"]["hmac"], "fingerprint": record["fingerprint"], "version": record["version"]}
+    return [*record["signature"].get("earlier", []), own]
+
+
+def _is_of_run(run: Any, scores: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a manifest's signed run and scores are those of a record, or of the run before rows were appended."""
+    return any(
+        run == entry["hmac"]
+        and scores == {**scores_section(record), "fingerprint": entry["fingerprint"], "version": entry["version"]}
+        for entry in earlier_records(record)
+    )
 
 
 def _manifest_content(path: Path, signature: dict[str, Any]) -> dict[str, Any]:
@@ -292,23 +314,29 @@ def open_source(origin: Origin, options: SourceOptions, *, encoders: bool = True
             f"{origin.path} does not record how its data were read, so its scores are not mmaudit's; "
             "score the data with mmaudit score, and split that run"
         )
+    config, scored_config = source_config(origin, options, encoders=encoders)
+    source = options.data if options.data is not None or origin.record is None else origin.record["source"]
+    try:
+        return open_encodable(str(source), config), scored_config
+    except MmauditError as error:
+        mend = "" if options.data is not None else "; if it moved, pass --data"
+        raise ManifestError(f"the manifest's source cannot be opened: {error}{mend}") from error
+
+
+def source_config(origin: Origin, options: SourceOptions, *, encoders: bool = True) -> tuple[DataConfig, RunConfig]:
+    """Return how data are read as at scoring, and the config of that score; raise ManifestError as open_source does."""
     modalities = _scored_modalities(origin)
-    scored_config = build_config(RunConfig, without_none(provenance_section(scores, "config")), where="")
+    scored_config = build_config(RunConfig, without_none(provenance_section(origin.scores, "config")), where="")
     encoder_names = _scored_encoders(origin, options) if encoders else {}
     _check_named(origin, options, encoder_names)
     _check_reader(origin, scored_config.data.reader)
-    source = options.data if options.data is not None or origin.record is None else origin.record["source"]
     config = replace(
         scored_config.data,
         modality=tuple(f"{entry['name']}={entry['column']}:{entry['kind']}" for entry in modalities),
         encoder=tuple(f"{name}={encoder}" for name, encoder in encoder_names.items()),
         allow_outside=options.allow_outside or (origin.record is not None and scored_config.data.allow_outside),
     )
-    try:
-        return open_encodable(str(source), config), scored_config
-    except MmauditError as error:
-        mend = "" if options.data is not None else "; if it moved, pass --data"
-        raise ManifestError(f"the manifest's source cannot be opened: {error}{mend}") from error
+    return config, scored_config
 
 
 def _scored_modalities(origin: Origin) -> list[dict[str, str]]:

@@ -42,7 +42,7 @@ RECORDS = ".mmaudit/files"
 _STATE = ".mmaudit-remote.json"  # of the working copy: the files as they were last fetched or published
 _RECORD = re.compile(r"(?P<path>[^@]+)@(?P<size>\d+)-(?P<digest>[0-9a-f]{64})")
 # Files that state that what lies beside them is finished: put after it, run.json last of all.
-_FINISHED = re.compile(r"(.*/)?(metrics|compare|report|part-\d+)\.json")
+_FINISHED = re.compile(r"(.*/)?(metrics|compare|report|apply|part-\d+)\.json")
 _PART = re.compile(r"part-(\d+)\.(arrow|json)")
 _MAX_READS = 3  # of a run that is replaced while it is fetched
 

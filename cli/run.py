@@ -420,7 +420,7 @@ SCORE_FILES = (
     *("shards.json", "probes"),
 )
 REPORT_FILES = ("report.html", "report.json", "figures")
-MADE_FROM_SCORES = ("compare", "finetune", "manifests", "recovery.json")
+MADE_FROM_SCORES = ("applied", "compare", "finetune", "manifests", "recovery.json")
 
 _NUMBER, _NULL = (float, type(None)), type(None)
 _CALIBRATION = RequiredKeys(temperature=float, ece_before=_NUMBER, ece_after=_NUMBER, ece_floor=_NUMBER, num_rows=int)

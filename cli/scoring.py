@@ -12,20 +12,18 @@ from typing import Any, overload
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.joined import join_vectors
 from ..audit.engine.executors import choose_engine
-from ..audit.engine.part_store import FolderStore, MemoryStore
-from ..audit.engine.plan import SINGLE
-from ..audit.engine.stages import fingerprint_of_data
 from ..audit.errors import ConfigError, RunError
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.locks import WAIT_SECONDS, write_lock
 from ..audit.parsing import RequiredKeys, build_config
 from ..audit.scores.table import ScoreTable
-from ..audit.storage import read_json, scratch_folder
+from ..audit.storage import read_json
 from ..audit.workers import Progress, default_workers
+from .appending import append_rows, check_unchanged
 from .config import RunConfig, load_settings, preset_content, preset_record
 from .effects import effects_in_scoring, warn_without_effect, with_engine
 from .progress import progress_bars
-from .provenance import check_config, open_encodable, own_record
+from .provenance import open_encodable
 from .remote_run import with_run
 from .run import Run
 from .staging import StageResult, check_stage, open_job, publish, run_job, run_stage
@@ -110,6 +108,7 @@ def score(
     repeats: int | None = None,
     thorough: bool = False,
     overwrite: bool = False,
+    append: bool = False,
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
@@ -142,6 +141,7 @@ def score(
     repeats: int | None = None,
     thorough: bool = False,
     overwrite: bool = False,
+    append: bool = False,
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
@@ -174,6 +174,7 @@ def score(
     repeats: int | None = None,
     thorough: bool = False,
     overwrite: bool = False,
+    append: bool = False,
     seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
@@ -207,6 +208,7 @@ def score(
         repeats: Repeats of cross-fitting; by default 3.
         thorough: Also measure what holds for other samples of the same kind; takes twice as long.
         overwrite: Replace a finished run, and remove the manifests and fine-tunings of its scores.
+        append: Score the rows that were added to the data of a finished run by its own probes.
         seed: Random seed; by default 0.
         device: auto, cpu or cuda.
         num_workers: Processes that decode media; 0: none; by default one per CPU. With Ray the workers of all stages.
@@ -236,6 +238,7 @@ def score(
     if data is None and not features:
         raise ConfigError("pass the data to score, or files of vectors with labels: mmaudit score --features FILE")
     check_stage(stage, shard, engine)
+    _check_append(append, stage=stage, overwrite=overwrite, engine=engine)
     keywords = data_settings(
         modality=modality,
         encoder=encoder,
@@ -253,6 +256,8 @@ def score(
     device = pick_device(device if ray is None else "cpu")
     run_dir = Run.open(run)
     run_dir.check_folder()
+    if append:
+        run_dir.record()
     about: dict[str, Any] = {} if preset is None else {"preset": _preset_record(preset, config)}
     if files := pairs(features):
         joined = join_vectors(data, files, config.data, folder=run_dir.features / "joined")
@@ -264,7 +269,10 @@ def score(
         if stage is not None and stage != "merge":
             job = open_job(run_dir, dataset, config, **options, staged=True)
             return run_stage(run_dir, job, stage, shard=shard)
-        if overwrite or not run_dir.is_scored():
+        if append:
+            with write_lock(run_dir.folder, command="mmaudit score --append") as lock:
+                append_rows(run_dir, dataset, config, options=options, about=about, lock=lock)
+        elif overwrite or not run_dir.is_scored():
             with write_lock(run_dir.folder, command="mmaudit score") as lock:
                 if overwrite or not run_dir.is_scored():  # another process may have finished it meanwhile
                     if overwrite and stage is None:
@@ -284,10 +292,18 @@ def score(
                     )
                     _write_report(run_dir)
                     return _score_result(run_dir)
-        _check_unchanged(run_dir, dataset, config, options)
+        if not append:
+            check_unchanged(run_dir, dataset, config, options)
     if not (run_dir.report_file.exists() and run_dir.report_file.with_suffix(".json").exists()):
         report(run=run_dir.folder)
     return _score_result(run_dir)
+
+
+def _check_append(append: bool, *, stage: str | None, overwrite: bool, engine: str) -> None:
+    """Raise ConfigError for options that cannot be combined with --append."""
+    if append and (stage is not None or overwrite or engine != "local"):
+        other = "--overwrite" if overwrite else f"--stage {stage}" if stage is not None else f"--engine {engine}"
+        raise ConfigError(f"--append with {other}: rows are appended to a finished run, by one process")
 
 
 @with_run("features", "stages", writes=True)
@@ -343,24 +359,6 @@ def _score_result(run_dir: Run) -> ScoreResult:
         warnings=tuple(verdict["warnings"]),
         record=record,
     )
-
-
-def _check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, options: dict[str, Any]) -> None:
-    """Raise RunError if a finished run was made from other data or another config."""
-    record = run_dir.record()
-    check_config(run_dir, record, dataset, config)
-    with scratch_folder(run_dir.folder) as folder:
-        in_memory = dataset.num_rows <= SINGLE * config.parts.rows
-        store = MemoryStore() if in_memory else FolderStore(folder=folder, config="")
-        found = fingerprint_of_data(open_job(run_dir, dataset, config, **options, store=store))
-    if record["fingerprint"] != found:
-        raise RunError(
-            f"{run_dir.folder} was made from other data (fingerprint {record['fingerprint'][:8]}, now "
-            f"{found[:8]}); pass another folder with --run, or --overwrite"
-        )
-    log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
-    if doubt := own_record(run_dir.folder)[1]:
-        log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it again", doubt)
 
 
 def data_settings(

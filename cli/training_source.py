@@ -309,6 +309,6 @@ def resolve_methods(config: RunConfig) -> RunConfig:
 
 def decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Remove settings that have no effect on the weights: trackers, checkpoints, resident memory."""
-    without_effect = ("report_to", "save_steps", "resident_mib", "gradient_checkpointing")
+    without_effect = ("report_to", "save_steps", "resident_mib", "read_ahead_mib", "gradient_checkpointing")
     finetune_settings = {key: value for key, value in settings.get("finetune", {}).items() if key not in without_effect}
     return {**settings, "finetune": finetune_settings}

@@ -94,6 +94,11 @@ class BalancedRule:
     by_score: bool = False
 
     @property
+    def weighs(self) -> bool:
+        """Whether rows have other weights than 1."""
+        return self.config.by == "weight"
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of the cells, (s, b, k)."""
         return len(self.splits), self.num_bins ** (2 if self.config.grid else 1), self.num_classes

@@ -23,7 +23,7 @@ from ..audit.metrics import Floats
 from ..audit.scores.table import check_splits
 from ..audit.storage import check_regular, read_batches, read_footer, read_schema
 
-BATCH_ROWS = 131_072
+BATCH_ROWS = 16_384  # ours: eight times as many take 50 MB more of a split, and as long; half as many 15% more CPU time
 
 ScoreFile: TypeAlias = "Path | pa.Table"
 Item = TypeVar("Item")
@@ -68,15 +68,17 @@ def display_name(file: ScoreFile) -> str:
     return str(file) if isinstance(file, Path) else "the score table"
 
 
-def read_tables(file: ScoreFile, columns: Iterable[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:
-    """Read a file in batches, with one batch in memory at a time."""
-    names = list(columns)
+def read_tables(
+    file: ScoreFile, columns: Iterable[str], *, dictionary: Sequence[str] = (), rows: int | None = None
+) -> Iterator[pa.Table]:
+    """Read a file in batches of `rows`, by default BATCH_ROWS, with one batch in memory at a time."""
+    names, rows = list(columns), BATCH_ROWS if rows is None else rows
     if isinstance(file, pa.Table):
-        for start in range(0, len(file), BATCH_ROWS):
-            yield file.select(names).slice(start, BATCH_ROWS)
+        for start in range(0, len(file), rows):
+            yield file.select(names).slice(start, rows)
         return
     dictionary_columns = [name for name in dictionary if name in names]
-    for table in read_batches(file, error=ScoreError, rows=BATCH_ROWS, columns=names, dictionary=dictionary_columns):
+    for table in read_batches(file, error=ScoreError, rows=rows, columns=names, dictionary=dictionary_columns):
         yield table.select(names)
 
 
@@ -94,30 +96,26 @@ def sort_by_first_id(files: Sequence[ScoreFile]) -> tuple[ScoreFile, ...]:
 
 
 def prefetch(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
-    """Iterate over sources with read-ahead, one thread per source.
+    """Iterate over sources with read-ahead, one thread per source, `depth` items of each ahead of the one in use.
 
     Items of one source are in its order; those of several come as they are ready.
     """
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth * len(sources))
+    ready: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    # An item is read only when it may be kept: a third batch of a split took 25 MB.
+    free = threading.Semaphore(depth * len(sources))
     stopped = threading.Event()
 
-    def offer(entry: tuple[bool, Any]) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def work(items: Iterable[Item]) -> None:
+    def work(source: Iterable[Item]) -> None:
         try:
-            for item in items:
-                offer((True, item))
-                if stopped.is_set():
-                    return
-            offer((False, None))
+            items = iter(source)
+            while not stopped.is_set():
+                if free.acquire(timeout=0.1):
+                    ready.put((True, next(items)))
+        except StopIteration:
+            free.release()
+            ready.put((False, None))
         except BaseException as error:
-            offer((False, error))
+            ready.put((False, error))
 
     for source in sources:
         threading.Thread(target=work, args=(source,), daemon=True).start()
@@ -126,6 +124,7 @@ def prefetch(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
         while num_running:
             has_item, item = ready.get()
             if has_item:
+                free.release()
                 yield item
             elif item is None:
                 num_running -= 1

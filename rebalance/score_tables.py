@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,27 +121,29 @@ class ScoreFiles:
     # New splits instead of the table's, as indices into `splits`.
     assign: Callable[[ScoreBatch], NDArray[np.int16]] | None = None
 
-    def batches(self, *, all_columns: bool = False, ordered: bool = True, halves: bool = False) -> Iterator[ScoreBatch]:
+    def batches(
+        self, *, all_columns: bool = False, ordered: bool = True, halves: bool = False, rows: int | None = None
+    ) -> Iterator[ScoreBatch]:
         """Yield all rows once, with read-ahead; unless `ordered`, two files at a time, batches as they come.
 
         Only columns needed for selection are read and checked; `all_columns` reads those of a manifest, unchecked,
         after a first pass, and `halves` also the scores by halves of the features. Raises ScoreError for values that
         are null or out of range, naming the first.
         """
+        read = partial(self._read_batches, all_columns=all_columns, halves=halves, batch_rows=rows)
         if ordered or len(self.files) == 1:
-            return prefetch(self._read_batches(self.files, all_columns=all_columns, halves=halves))
-        parts = (self.files[::2], self.files[1::2])
-        return prefetch(*(self._read_batches(files, all_columns=all_columns, halves=halves) for files in parts))
+            return prefetch(read(self.files))
+        return prefetch(read(self.files[::2]), read(self.files[1::2]))
 
     def _read_batches(
-        self, files: Sequence[ScoreFile], *, all_columns: bool, halves: bool = False
+        self, files: Sequence[ScoreFile], *, all_columns: bool, halves: bool, batch_rows: int | None
     ) -> Iterator[ScoreBatch]:
         unused = {"label_name"} & set(self.coded) if all_columns else {*self.paths, *_ONLY_WRITTEN}
         columns = [name for name in self.columns if name not in unused and (halves or not _is_half(name))]
         if "label" not in columns:
             columns.append("label_name")
         for file in files:
-            for table in read_tables(file, dict.fromkeys(columns), dictionary=_CODED):
+            for table in read_tables(file, dict.fromkeys(columns), dictionary=_CODED, rows=batch_rows):
                 if not all_columns:
                     _check_rows(table, self.modalities, file)
                 key = hash_keys(table["sample_id"], seed=self.seed)

@@ -30,13 +30,13 @@ Counts = NDArray[np.int64]
 
 
 RECORD = np.dtype([("key", "<u8"), ("cell", "<i4"), ("imbalance", "<u4")])
-_PART_ROWS = 1 << 20  # 16 MB of records
+_PART_ROWS = 1 << 18  # 4 MB of records: to find the repeated keys among them takes ten times as much
 _LARGEST_KEY = np.uint64(2**64 - 1)
 _MAX_PARTS = 1_024
 
 
 class ExternalSort:
-    """n records of key, cell (-1: none) and imbalance; above 2^20 rows on disk in `folder`. A context manager."""
+    """n records of key, cell (-1: none) and imbalance; above 2^18 rows on disk in `folder`. A context manager."""
 
     def __init__(self, num_rows: int, folder: Path) -> None:
         self._bits = min(max(0, (num_rows // _PART_ROWS).bit_length()), _MAX_PARTS.bit_length() - 1)
@@ -176,6 +176,10 @@ class SelectionRule(Protocol):
     def by_score(self) -> bool:
         """Whether a cell keeps the rows of smallest `order` instead of smallest hash."""
 
+    @property
+    def weighs(self) -> bool:
+        """Whether rows have other weights than 1, whose sums are rounded batch by batch."""
+
     def order(self, batch: ScoreBatch) -> NDArray[np.uint64]:
         """Return the keys (n,) by which rows are selected if by_score is set."""
 
@@ -242,7 +246,7 @@ class Selection:
 def select_rows(scores: ScoreFiles, rule: SelectionRule, *, scratch: Path) -> Selection:
     """Run the first pass: count the rows of each cell and compute the last key that each keeps.
 
-    `scratch` is a folder for files of 16 bytes per row, used above a million rows.
+    `scratch` is a folder for files of 16 bytes per row, used above 262,144 rows.
     Raises ScoreError for repeated ids, and ManifestError if no row is kept.
     """
     counts = np.zeros(rule.num_cells, dtype=np.int64)

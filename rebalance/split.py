@@ -68,7 +68,7 @@ def write_split(
             dropped_rows = stack.enter_context(
                 _open_writer(dropped_path(path), _schema(scores, DROPPED_COLUMNS), provenance)
             )
-        for batch in scores.batches(all_columns=True):
+        for batch in scores.batches(all_columns=True, rows=GROUP_ROWS if selection.rule.weighs else None):
             decision = selection.decide(batch)
             stats.add(batch, decision, selection.reasons)
             if kept_rows is not None and dropped_rows is not None:
@@ -136,8 +136,7 @@ class _ManifestWriter:
         while self._queue:
             self._queue.popleft().result()
         if self._num_pending:
-            self._write(pa.concat_tables(self._pending))
-        self._pending, self._num_pending = [], 0
+            self._write(self._take_pending())
         self.file_record |= {"rows": self._num_written, "digest": self._digest.hexdigest()}
         return self._digest.hexdigest()
 
@@ -147,19 +146,27 @@ class _ManifestWriter:
         self._pending.append(pa.table(arrays, schema=self._schema))
         self._num_pending += len(rows)
         while self._num_pending >= GROUP_ROWS:
-            together = pa.concat_tables(self._pending)
-            self._write(together.slice(0, GROUP_ROWS))
-            self._pending = [together.slice(GROUP_ROWS)]
-            self._num_pending -= GROUP_ROWS
+            num_left = self._num_pending - GROUP_ROWS  # at most the rows of the last batch
+            last = self._pending.pop()
+            self._pending.append(last.slice(0, len(last) - num_left))
+            group = self._take_pending()
+            self._pending, self._num_pending = [last.slice(len(last) - num_left)], num_left
+            self._write(group)
+
+    def _take_pending(self) -> pa.Table:
+        """Return the queued rows, copied to one chunk, and release those that they are copied from."""
+        group = pa.concat_tables(self._pending).unify_dictionaries().combine_chunks()
+        self._pending, self._num_pending = [], 0
+        return group
 
     def _write(self, table: pa.Table) -> None:
-        table = table.unify_dictionaries().combine_chunks()
         for index, field in enumerate(self._schema):
             if pa.types.is_dictionary(field.type):
                 table = table.set_column(index, field, _sort_dictionary(table.column(index).combine_chunks()))
         self._digest.add(table)
         self._writer.write_table(table, row_group_size=GROUP_ROWS)
         self._num_written += len(table)
+        pa.default_memory_pool().release_unused()  # what this thread has freed the others do not use
 
 
 def _sort_dictionary(column: pa.DictionaryArray) -> pa.DictionaryArray:

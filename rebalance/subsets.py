@@ -34,6 +34,7 @@ class ThresholdRule:
     threshold: float
     num_cells: int = 2
     by_score: bool = False
+    weighs: bool = False
 
     @property
     def reason(self) -> str:
@@ -97,6 +98,7 @@ class ExtremeRule:
     amount: Amount
     num_cells: int
     by_score: bool = True
+    weighs: bool = False
 
     @property
     def reason(self) -> str:
@@ -135,6 +137,7 @@ class RandomRule:
     amount: Amount | None = None
     like: Counts | None = None  # (s * k,)
     by_score: bool = True
+    weighs: bool = False
 
     @property
     def reason(self) -> str:

@@ -56,6 +56,14 @@ def test_damaged_table_is_absent(change: str, tmp_path: Path) -> None:
     assert not store.has("scores", 2)
 
 
+def test_table_with_a_damaged_record_is_absent(tmp_path: Path) -> None:
+    store, file = written(tmp_path)
+    file.with_suffix(".json").write_text('{"config": "c", "rows"')
+    assert not store.has("scores", 2)
+    store.write("scores", TABLE, part=2)
+    assert store.has("scores", 2)
+
+
 def test_table_of_another_config_is_refused(tmp_path: Path) -> None:
     written(tmp_path)
     with pytest.raises(RunError, match="of other data or of another config"):

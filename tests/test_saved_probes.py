@@ -11,6 +11,7 @@ import pytest
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs
+from mmaudit.audit.probes import saved_probes
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
 from mmaudit.audit.probes.network_probe import NetworkProbe
@@ -94,6 +95,15 @@ def test_read_probes_score_the_same(kind: str, task: str, tmp_path: Path) -> Non
     assert probe_set.joint is not None
     calibrations = {probe.name: probe.calibration for probe in (*probe_set.probes, probe_set.joint)}
     assert read_calibrations(tmp_path, ["m0", "m1"]) == calibrations
+
+
+def test_read_tensors_are_aligned_as_fitted_ones(tmp_path: Path) -> None:
+    """Products with one output have other last digits where a matrix does not begin at a multiple of 64 bytes."""
+    target, cross_fits, inputs = target_of("regression"), cross_fits_of(1), features()
+    save_probes(fitted("linear", target, cross_fits, inputs), cross_fits[0], tmp_path)
+    for name in ("m0", "m1", "joint"):
+        tensors, _ = saved_probes._read(tmp_path / f"{name}.safetensors", "cpu")
+        assert not [name for name, tensor in tensors.items() if tensor.data_ptr() % 64]
 
 
 def test_probes_of_a_part_score_it_as_those_of_all() -> None:

@@ -34,6 +34,7 @@ class SomeRule:
     quota: Counts
     num_classes: int
     by_score: bool = False
+    weighs: bool = False
     name: str = "some"
     between: str = "audio:visual"
     reason: str = "out"

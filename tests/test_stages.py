@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -138,6 +139,33 @@ def test_report_of_parts_is_made_of_a_sample(local: Path, monkeypatch: pytest.Mo
 def test_arrays_give_the_bytes_of_one_process(data: Path, local: Path, tmp_path: Path) -> None:
     run_stages(data, tmp_path, 3)
     check_same(tmp_path, local)
+
+
+@pytest.mark.slow
+def test_row_tables_written_by_processes_give_the_same_bytes(
+    data: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "PROCESS_ROWS", 0)
+    score(data, run=tmp_path, config=CONFIG, num_workers=2)
+    check_same(tmp_path, local)
+
+
+def test_processes_that_write_row_tables_get_a_pickled_job(
+    data: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quick twin of the last test: a job is pickled with the work, and the parts by the number of workers."""
+    used = []
+
+    def run_pickled(work: Any, parts: Any, *, num_workers: int) -> Any:
+        used.append(num_workers)
+        return map(pickle.loads(pickle.dumps(work)), pickle.loads(pickle.dumps(parts)))
+
+    monkeypatch.setattr(stages, "run_tasks", run_pickled)
+    score(data, run=tmp_path, config=CONFIG, num_workers=2, stage="encode")
+    monkeypatch.setattr(stages, "PROCESS_ROWS", N)
+    score(data, run=tmp_path / "other", config=CONFIG, num_workers=2, stage="encode")
+    assert used == [0, 0, 2, 2]
+    assert files(tmp_path / "other" / "stages") == files(tmp_path / "stages")
 
 
 @pytest.mark.slow

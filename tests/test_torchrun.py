@@ -102,6 +102,36 @@ def test_any_number_of_processes_trains_on_the_same_batches(size: int, pair: int
             assert record == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
+# Trains with all inputs on the device, and with windows of one step; prints both histories, metrics and weights.
+STREAMED = """
+import hashlib, json, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from training import fine_tune, make_examples, with_options
+from mmaudit.train.optimizer import open_distributed
+
+results = []
+with open_distributed("cpu") as context:
+    for memory in ({{}}, dict(resident_mib=0, read_ahead_mib=1)):
+        config = with_options(sampling="bss-h", epochs=3, batch_size=19, **memory)
+        with tempfile.TemporaryDirectory() as folder:
+            result = fine_tune(make_examples(120), Path(folder), config, distributed=context)
+            models = [hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).glob("*.safetensors")]
+        results.append([result.history, result.metrics["test"], result.predictions.tolist(), models])
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_streamed_training_has_the_bytes_of_one_in_memory(size: int) -> None:
+    """Its quick twin is test_any_number_of_processes_reads_the_same_global_batches."""
+    for resident, streamed in run_in_processes(STREAMED.format(tests=str(Path(__file__).parent)), size=size):
+        assert streamed == resident
+
+
 # Running means of excitations are over each process's own rows, and so are those in the mean of the weights.
 AVERAGED = """
 import json, sys, tempfile

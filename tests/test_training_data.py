@@ -19,10 +19,11 @@ from mmaudit.audit.probes.crops import PictureView
 from mmaudit.train.batches import Batch, Step, split_order
 from mmaudit.train.checkpoint import run_identity
 from mmaudit.train.config import TrainConfig
-from mmaudit.train.examples import Examples, Store
+from mmaudit.train.examples import Examples
 from mmaudit.train.methods import resolve
 from mmaudit.train.network import FusionNet, Outputs, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.store import Store
 from mmaudit.train.training_data import NetworkReader, TrainingData, build_network, set_up, validate
 
 torch.set_num_threads(1)
@@ -55,6 +56,37 @@ def test_batches_have_the_training_rows_of_each_step(resident_mib: int) -> None:
         assert batch.rows.tolist() == step.rows.tolist()
         for actual, inputs in zip(batch.inputs, examples.inputs, strict=True):
             np.testing.assert_array_equal(actual, inputs.read(rows))
+
+
+def batches_of(epoch: int, **options: Any) -> list[list[Batch]]:
+    """Return the batches of an epoch in one or several processes, and read ahead or from the device: by step."""
+    size = options.pop("world_size", 1)
+    of_process = []
+    for rank in range(size):
+        distributed = DistributedContext(rank=rank, world_size=size) if size > 1 else SINGLE_PROCESS
+        methods = resolve(with_options(batch_size=19, **options))
+        data = set_up(make_examples(200), methods, seed=3, device="cpu", distributed=distributed)
+        sampler = methods.sampler(
+            data.pool, methods.config.order, methods.sampler_config, batch_size=19, seed=3, distributed=distributed
+        )
+        of_process.append(list(data.batches(sampler.steps(epoch), epoch=epoch)))
+    return [list(step) for step in zip(*of_process, strict=True)]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "bss-h", "class-balanced"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_number_of_processes_reads_the_same_global_batches(sampling: str, world_size: int) -> None:
+    """Read ahead in windows of a few batches or on the device: rows, inputs, labels and weights of a step are equal."""
+    for epoch in (1, 5):
+        expected = [step[0] for step in batches_of(epoch, sampling=sampling)]
+        streamed = batches_of(epoch, sampling=sampling, world_size=world_size, resident_mib=0, read_ahead_mib=1)
+        assert len(streamed) == len(expected) > 1
+        for parts, whole in zip(streamed, expected, strict=True):
+            assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+            assert torch.equal(torch.cat([part.label for part in parts]), whole.label)
+            assert torch.equal(torch.cat([part.loss_weight for part in parts], dim=1), whole.loss_weight)
+            for modality, inputs in enumerate(whole.inputs):
+                assert torch.equal(torch.cat([part.inputs[modality] for part in parts]), inputs)
 
 
 @pytest.mark.parametrize("resident_mib", [0, 10])

@@ -149,7 +149,7 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
             )
     content = "\0".join(examples.content[train_and_validation])
     config = asdict(training_data.config)
-    for name in ("report_to", "resident_mib", "save_steps", "gradient_checkpointing"):
+    for name in ("report_to", "resident_mib", "read_ahead_mib", "save_steps", "gradient_checkpointing"):
         del config["finetune"][name]
     weights = b"" if init is None else init.read_bytes()
     model = training_data.config.finetune.model

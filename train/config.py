@@ -106,7 +106,9 @@ class FinetuneConfig:
             has none; in [0, 1). With keep = "last" it may be 0: all training samples are trained on.
         patience: Stop after this many epochs without a better validation result; 0 never stops early.
         compile: Compile the network with torch.compile.
-        resident_mib: Inputs of up to this many MiB stay on the device; the others are read when they are needed.
+        resident_mib: Inputs of up to this many MiB stay on the device; the others are read ahead from the cache.
+        read_ahead_mib: Memory in MiB of the batches that are read ahead, in each process. Results do not depend on it;
+            the more, the larger the parts of the files that are read at once.
         save_steps: Steps between two checkpoints within an epoch; 0 writes one after every epoch only.
         report_to: Experiment trackers, any of TRACKERS.
     """
@@ -136,6 +138,7 @@ class FinetuneConfig:
     patience: int = 0
     compile: bool = False
     resident_mib: int = 4096
+    read_ahead_mib: int = 512
     save_steps: int = 0
     report_to: tuple[str, ...] = ()
 
@@ -144,7 +147,8 @@ class FinetuneConfig:
             TRACKERS.check(name)
         choices = {"answer": ANSWERS, "regression_loss": REGRESSION_LOSSES}
         check_choices("finetune", self, initialisation=INITIALISATIONS, keep=KEEP, **choices)
-        check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "accumulate", "hidden"), "[1, inf)"))
+        from_one = ("epochs", "batch_size", "accumulate", "hidden", "read_ahead_mib")
+        check_ranges("finetune", self, **dict.fromkeys(from_one, "[1, inf)"))
         check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
         check_ranges("finetune", self, dropout="[0, 1)", validation_fraction="[0, 1)", keep_posterior="[0, 1]")
         if self.model is not None:

@@ -37,10 +37,11 @@ from ..rebalance.curriculum import RowIndex
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
 from .custom_network import build_custom
-from .examples import Examples, Store
+from .examples import Examples
 from .methods import load_fusion
 from .network import NO_MODALITY, FusionNet, ModalitySet, ModelConfig, Outputs, correct_by_set, shapley_sets
 from .optimizer import SINGLE_PROCESS
+from .store import open_store
 from .task_metrics import (
     TASK_METRICS,
     average_precision,
@@ -356,7 +357,7 @@ def evaluate_file(
     backbones = examples.backbones if model_config.backbones else ()
     net = _load_network(path, replace(model_config, backbones=backbones))
     with fixed_threads(examples.num_threads):
-        store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
+        store = open_store(examples.inputs, config.finetune, device=device)
         training_data = TrainingData.of(
             examples, store, train=rows, config=config, seed=seed, device=device, distributed=SINGLE_PROCESS
         )

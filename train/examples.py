@@ -1,17 +1,15 @@
-"""Features, labels and splits of the samples of a manifest, on the device or read ahead."""
+"""Features, labels and splits of the samples of a manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..audit.dataset.samples import Samples
 from ..audit.errors import ConfigError, ManifestError, choices
@@ -20,89 +18,15 @@ from ..audit.features.cached_matrix import FeatureMatrix
 from ..audit.features.encode import EncodeTask
 from ..audit.features.encoded_samples import Status, missing_in_source, row_content
 from ..audit.features.encoders import input_shape, is_network, stored_pictures
-from ..audit.features.matrix import Inputs, chunks
+from ..audit.features.matrix import Inputs
 from ..audit.hashing import canonical_order
 from ..audit.probes.crops import PictureView
-from ..audit.workers import NETWORK_THREADS, NUM_THREADS, fixed_threads, prefetch_map
+from ..audit.workers import NETWORK_THREADS, NUM_THREADS, fixed_threads
 from ..rebalance.curriculum import RowIndex, with_validation
 from ..rebalance.manifest import Manifest
 
-Item = TypeVar("Item")
 Options = ParamSpec("Options")
 Result = TypeVar("Result")
-
-NUM_READERS = 2  # threads that read ahead
-
-
-class Store:
-    """Inputs of n samples in m modalities: matrices that fit into `max_bytes` are on the device, others read ahead.
-
-    All samples were decoded and encoded once, by worker processes, into the feature cache: threads read rows of its
-    matrices, into pinned memory where the device is CUDA.
-    """
-
-    def __init__(self, inputs: Sequence[Inputs], *, device: str, max_bytes: int) -> None:
-        self.inputs = tuple(inputs)
-        self.device = torch.device(device)
-        self.resident: list[Tensor | None] = [None] * len(inputs)
-        bytes_left = max_bytes
-        for modality in sorted(range(len(inputs)), key=lambda index: _bytes_of(inputs[index])):
-            size = _bytes_of(inputs[modality])
-            if size <= bytes_left:
-                self.resident[modality] = self._load(inputs[modality])
-                bytes_left -= size
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether all inputs are on the device."""
-        return all(matrix is not None for matrix in self.resident)
-
-    def stream(
-        self, items: Iterable[Item], rows_of: Callable[[Item], Sequence[RowIndex]], *, num_threads: int = NUM_READERS
-    ) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
-        """Yield each item with its inputs on the device, m tensors (b_j, d_j), for the rows (b_j,) of each modality.
-
-        Threads read ahead, unless all inputs are on the device.
-        """
-
-        def read(item: Item) -> tuple[Item, list[Tensor]]:
-            return item, self._read(rows_of(item))
-
-        for item, tensors in prefetch_map(read, items, num_threads=0 if self.is_resident else num_threads):
-            yield item, self._to_device(tensors)
-
-    def _load(self, inputs: Inputs) -> Tensor:
-        parts = [_tensor(inputs.read(rows)) for rows in chunks(inputs)]
-        return torch.cat(parts).to(self.device)
-
-    def _read(self, rows: Sequence[RowIndex]) -> list[Tensor]:
-        """Read the rows of matrices that are not on the device; of the others return the row indices."""
-        tensors = []
-        for matrix, row_index, resident in zip(self.inputs, rows, self.resident, strict=True):
-            if resident is not None:
-                tensors.append(torch.from_numpy(row_index))
-                continue
-            tensor = _tensor(matrix.read(row_index))
-            tensors.append(tensor.pin_memory() if self.device.type == "cuda" else tensor)
-        return tensors
-
-    def _to_device(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        moved = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-        return tuple(
-            tensor if resident is None else resident.index_select(0, tensor)
-            for resident, tensor in zip(self.resident, moved, strict=True)
-        )
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.require(array, requirements=("C", "W")))
-
-
-def _bytes_of(inputs: Inputs) -> int:
-    """Compute the size of the whole matrix from the dtype of its first row."""
-    if inputs.num_rows == 0:
-        return 0
-    return int(inputs.num_rows * inputs.num_features * inputs.read(np.arange(1)).dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +134,7 @@ def load_examples(
     table, in_manifest = _with_dropped_test(manifest.table, dropped)
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
     rows = _find_rows(ids, samples.sample_id)
-    content = row_content([status.content for status in statuses])[rows]
+    content = row_content([status.content[rows] for status in statuses])
     has_own_splits = bool(manifest.provenance.get("recipe", {}).get("resplit"))
     _check_unchanged(table, samples, rows, content=content, with_splits=not has_own_splits)
     _check_usable(ids, rows, statuses)

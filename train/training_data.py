@@ -22,12 +22,13 @@ from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, to_batch, whole_batches
 from .config import FinetuneConfig, LoraConfig, TrainConfig
 from .custom_network import PictureStandardization, build_custom
-from .examples import NUM_READERS, Examples, Store
+from .examples import Examples
 from .methods import Methods, check_schedule, check_task, list_ineffective, list_unused
 from .network import FusionNet, ModelConfig, Outputs
 from .network_encoders import PictureEncoder, VectorStandardization, apply_outside_pretrained, initialise_xavier
 from .optimizer import DistributedContext, Optimization
 from .sampling.sampler import Pool, Uniform
+from .store import Store, open_store
 from .task_metrics import mean_average_precision
 
 log = logging.getLogger("mmaudit")
@@ -130,7 +131,7 @@ class TrainingData:
                 return [self.train[local_step.rows]] * len(self.forms)
             return [self.train[local_step.rows_of(j)] for j in range(len(self.forms))]
 
-        stream = self.store.stream(steps, rows_of, num_threads=NUM_READERS if prefetch else 0)
+        stream = self.store.stream(steps, rows_of, prefetch=prefetch)
         for step_number, (step, inputs) in enumerate(stream, start=first_step):
             batch = to_batch(step, inputs, label=label, weight=weight, distributed=self.distributed)
             if augmented:
@@ -171,15 +172,11 @@ class TrainingData:
 
     def _moments(self, modality: int, rows: RowIndex, *, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Compute mean, standard deviation and largest size of each feature or channel (c,) over rows that have it."""
-        form, matrix = self.forms[modality], self.store.resident[modality]
+        form = self.forms[modality]
         shape, size = form.shape, _READ_BATCH_SIZE if form.view is None else _STORED_BATCH_SIZE
         num_values, sums = 0, []
-        for start in range(0, len(rows), size):
-            batch_rows = rows[start : start + size]
-            if matrix is not None:
-                values = matrix.index_select(0, torch.from_numpy(batch_rows).to(matrix.device))
-            else:
-                values = torch.from_numpy(np.array(self.store.inputs[modality].read(batch_rows)))
+        batches = (rows[start : start + size] for start in range(0, len(rows), size))
+        for values in self.store.stream_modality(modality, batches):
             values = values[~values.isnan().any(dim=1)]
             if form.view is not None:
                 values = form.whole(values).permute(0, 1, 3, 4, 2).flatten(1)
@@ -336,7 +333,7 @@ def set_up(
     ):
         if len(examples.modalities) < method.min_modalities:
             raise ConfigError(f"--{option} {name} needs {method.min_modalities} modalities; {examples.modalities_text}")
-    store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
+    store = open_store(examples.inputs, config.finetune, device=device)
     return TrainingData.of(
         examples, store, train=train, config=config, seed=seed, device=device, distributed=distributed
     )

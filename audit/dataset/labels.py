@@ -92,7 +92,8 @@ class Labels:
     label: int32 (n,), the class, or the stratum if there are no classes; NO_LABEL if the row has none, UNKNOWN_LABEL
     if it is not among the classes, or infinite: `unknown` holds (row, original label) of these. names: of the classes
     or strata. values: float32 (n, k) or None, NaN in rows without a label. outputs: names of the k values, or of the
-    classes.
+    classes. texts: each class as it stands in the data, which a column of names may replace in `names`. edges: bounds
+    of the strata of a regression.
     """
 
     label: NDArray[np.int32]
@@ -100,6 +101,8 @@ class Labels:
     outputs: tuple[str, ...]
     values: NDArray[np.float32] | None = None
     unknown: tuple[tuple[int, str], ...] = ()
+    texts: tuple[str, ...] = ()
+    edges: tuple[float, ...] = ()
 
 
 def read_classes(
@@ -180,7 +183,8 @@ def _read_coded_classes(
     ]
     label = np.array(numbers, dtype=np.int32)[code]
     unknown = tuple((row, str(texts[code[row]])) for row in np.flatnonzero(label == UNKNOWN_LABEL).tolist())
-    return Labels(label=label, names=tuple(class_names), outputs=tuple(class_names), unknown=unknown)
+    names = tuple(class_names)
+    return Labels(label=label, names=names, outputs=names, unknown=unknown, texts=names)
 
 
 def _with_names(labels: Labels, name_of_class: dict[int, str]) -> Labels:
@@ -220,36 +224,40 @@ def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes
     return Labels(label=label, names=strata, outputs=tuple(label_names), values=values, unknown=tuple(unknown))
 
 
-def read_regression_targets(cells: Sequence[object], *, name: str) -> Labels:
+def read_regression_targets(cells: Sequence[object], *, name: str, edges: Sequence[float] = ()) -> Labels:
     """Read regression targets (n, 1); infinite ones and ones above MAX_NUMBER are `unknown`, NaN is a missing label.
 
-    The strata are deciles, fewer if values repeat. Raises DatasetError for a cell that is not a number.
+    The strata are deciles, fewer if values repeat, or have these `edges`. Raises DatasetError for a cell that is not a
+    number.
     """
     numbers = np.array([_parse_number(cell, name=name) for cell in cells], dtype=np.float64)
-    return _read_numbers(numbers, cells.__getitem__, name=name)
+    return _read_numbers(numbers, cells.__getitem__, name=name, edges=edges)
 
 
-def read_number_column(column: pa.ChunkedArray, *, name: str) -> Labels:
+def read_number_column(column: pa.ChunkedArray, *, name: str, edges: Sequence[float] = ()) -> Labels:
     """Read regression targets as `read_regression_targets` does, of numbers without an object per row."""
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        return read_regression_targets(column.to_pylist(), name=name)
+        return read_regression_targets(column.to_pylist(), name=name, edges=edges)
     numbers = column.cast(pa.float64(), safe=False).to_numpy()  # null is NaN
-    return _read_numbers(numbers, lambda row: column[row].as_py(), name=name)
+    return _read_numbers(numbers, lambda row: column[row].as_py(), name=name, edges=edges)
 
 
-def _read_numbers(numbers: NDArray[np.float64], cell_of_row: Callable[[int], object], *, name: str) -> Labels:
+def _read_numbers(
+    numbers: NDArray[np.float64], cell_of_row: Callable[[int], object], *, name: str, edges: Sequence[float]
+) -> Labels:
     valid = np.abs(numbers) <= MAX_NUMBER
     if not valid.any():
         raise DatasetError(f"no sample has a number in column {name!r}: choose another column with --label")
     unknown = tuple((row, str(cell_of_row(row))) for row in np.flatnonzero(~valid & ~np.isnan(numbers)).tolist())
-    edges = np.unique(np.quantile(numbers[valid], np.linspace(0, 1, _NUM_DECILES + 1)))
+    quantiles = np.unique(np.quantile(numbers[valid], np.linspace(0, 1, _NUM_DECILES + 1)))
+    edges = tuple(edges) or tuple(quantiles.tolist())
     label = np.full(len(numbers), NO_LABEL, dtype=np.int32)
     label[valid] = np.searchsorted(edges[1:-1], numbers[valid], side="right")
     label[[row for row, _ in unknown]] = UNKNOWN_LABEL
     bounds = list(pairwise(edges)) or [(edges[0], edges[0])]
     strata = [f"[{low:g}, {high:g})" for low, high in bounds[:-1]] + [f"[{bounds[-1][0]:g}, {bounds[-1][1]:g}]"]
     values = np.where(valid, numbers, np.nan).astype(np.float32)[:, None]
-    return Labels(label=label, names=tuple(strata), outputs=(name,), values=values, unknown=unknown)
+    return Labels(label=label, names=tuple(strata), outputs=(name,), values=values, unknown=unknown, edges=edges)
 
 
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")

@@ -228,11 +228,11 @@ def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDA
     return np.array(groups, dtype=object)
 
 
-def read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
-    """Read the labels of rows with the columns of the label and its name."""
+def read_labels(dataset: Dataset, rows: pa.Table, *, edges: Sequence[float] = ()) -> Labels:
+    """Read the labels of rows with the columns of the label and its name; `edges`: those of a regression's strata."""
     column = rows[dataset.columns.label]
     if dataset.task == "regression":
-        return read_number_column(column, name=dataset.columns.label)
+        return read_number_column(column, name=dataset.columns.label, edges=edges)
     declared = declared_classes(dataset.schema, dataset.columns.label)
     if dataset.task == "multilabel":
         return read_label_sets(column.to_pylist(), declared=declared, classes=dataset.classes)

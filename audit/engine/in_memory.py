@@ -58,7 +58,7 @@ def score_in_memory(
         progress=progress,
     )
     results, merged, _ = run_all(job)
-    finished = list(finished_parts(job, merged))
+    finished = list(finished_parts(job, merged.whole))
     audit = Audit.of(results.selection, merged, halves=results.halves, bisections=results.bisections)
     audit = audit.with_balanced([counts for _, _, counts in finished])
     table = pa.concat_tables([table for _, table, _ in finished])

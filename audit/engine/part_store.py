@@ -78,7 +78,10 @@ class FolderStore:
         record_file = file.with_suffix(".json")
         if not record_file.exists():
             return False
-        record = read_json(record_file, error=RunError, shape=_RECORD)
+        try:
+            record = read_json(record_file, error=RunError, shape=_RECORD)
+        except RunError:
+            return False  # damaged
         if record["config"] != self.config:
             raise RunError(
                 f"{record_file} is a part of other data or of another config: pass another folder with --run, or "
@@ -124,6 +127,8 @@ STAGE_OF = {
     "rows": "encode",
     "status": "encode",
     "selection": "fit",
+    "keys": "fit",
+    "contents": "fit",
     "usable": "fit",
     "halves": "fit",
     "scores": "score",

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from ..dataset.formats import Shard
 from ..workers import no_progress
 from .executors import RayOptions, Stage
+from .fit_results import FitResults
 from .merging import Merged
 from .plan import Part
 from .ray_pool import RayPool, open_pool
 from .stages import (
-    FitResults,
     ScoringJob,
     encode_shards,
     fit_and_save,

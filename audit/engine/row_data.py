@@ -133,15 +133,24 @@ class RowData:
     group_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, dataset: Dataset, read_rows: ReadTable, *, num_parts: int, seed: int, test_fraction: float) -> RowData:
-        """Read the columns of all parts from their row tables.
+    def of(
+        cls,
+        dataset: Dataset,
+        read_rows: ReadTable,
+        *,
+        num_parts: int,
+        seed: int,
+        test_fraction: float,
+        edges: Sequence[float] = (),
+    ) -> RowData:
+        """Read the columns of all parts from their row tables; `edges` of a regression's strata, if known.
 
         Raises:
             DatasetError: An id is null or not unique, or a label or a split cannot be read.
         """
         _check_ids(dataset, read_rows, num_parts=num_parts)
         column = _column_of_parts(read_rows, num_parts)
-        labels = _read_labels(dataset, column)
+        labels = _read_labels(dataset, column, edges)
         group: NDArray[np.int32] | None = None
         names: tuple[str, ...] = ()
         if dataset.columns.group:
@@ -257,12 +266,12 @@ def _column_of_parts(read_rows: ReadTable, num_parts: int) -> Callable[[str], pa
     return column
 
 
-def _read_labels(dataset: Dataset, column: Callable[[str], pa.ChunkedArray]) -> Labels:
+def _read_labels(dataset: Dataset, column: Callable[[str], pa.ChunkedArray], edges: Sequence[float]) -> Labels:
     roles = dataset.columns
     columns = {roles.label: column("label")}
     if roles.label_name:
         columns[roles.label_name] = column("label_name")
-    return read_labels(dataset, pa.table(columns))
+    return read_labels(dataset, pa.table(columns), edges=edges)
 
 
 def _check_ids(dataset: Dataset, read_rows: ReadTable, *, num_parts: int) -> None:

@@ -112,24 +112,32 @@ def select(encoded: EncodedData, *, probe: ProbeConfig, seed: int, keep_duplicat
     )
 
 
-def fingerprint(encoded: EncodedData) -> str:
-    """Return the fingerprint of a dataset, see dataset_fingerprint, with one shard in memory at a time."""
-    return fingerprint_of(_fingerprint_rows(encoded), num_rows=len(encoded.samples))
+def fingerprint(encoded: EncodedData, *, is_row: NDArray[np.bool_] | None = None) -> str:
+    """Return the fingerprint of a dataset, see dataset_fingerprint, with one shard in memory at a time.
+
+    is_row: The rows that it has, a mask (n,) of those of the data; None: all.
+    """
+    num_rows = len(encoded.samples) if is_row is None else int(is_row.sum())
+    return fingerprint_of(_fingerprint_rows(encoded, is_row), num_rows=num_rows)
 
 
-def _fingerprint_rows(encoded: EncodedData) -> Iterator[bytes]:
+def _fingerprint_rows(encoded: EncodedData, is_row: NDArray[np.bool_] | None) -> Iterator[bytes]:
     data = encoded.samples
     class_names = (*data.class_names, "", "")  # negative labels index the last two
     groups = ("",) if data.group is None else data.group_names
     first = 0
     for part in range(data.num_parts):
         contents = content_digests(encoded.read_status(part))
-        rows = np.arange(first, first + len(contents))
+        end = first + len(contents)
+        rows = np.arange(first, end)
+        if is_row is not None:
+            rows = rows[is_row[first:end]]
+            contents = [contents[row] for row in (rows - first).tolist()]
         group = np.zeros(len(rows), dtype=np.int32) if data.group is None else data.group[rows]
         columns = (data.ids_of(rows), data.label[rows].tolist(), data.split[rows].tolist(), group.tolist(), contents)
         for name, label, split, code, content in zip(*columns, strict=True):
             yield "\0".join((name, class_names[label], SPLITS[split], groups[code], content)).encode()
-        first += len(contents)
+        first = end
 
 
 def content_digests(status: pa.Table) -> list[str]:
@@ -159,6 +167,7 @@ def selection_record(selection: Selection) -> dict[str, Any]:
     return {
         "task": selection.target.task,
         "num_outputs": selection.target.num_outputs,
+        "num_folds": [cross_fit.num_folds for cross_fit in selection.cross_fits],
         "classes": selection.classes.tolist(),
         "class_names": list(selection.class_names),
         "fingerprint": selection.fingerprint,
@@ -180,9 +189,14 @@ def read_selection(samples: pa.Table, rows: pa.Table, record: dict[str, Any]) ->
         values=np.stack(values, axis=1) if values else None,
     )
     cross_fits = [
-        CrossFit(fold=samples[name].to_numpy(), inner=samples[f"inner {name[5:]}"].to_numpy(), fits=fits, key=key)
-        for name in names
-        if name.startswith("fold ")
+        CrossFit(
+            fold=samples[f"fold {repeat}"].to_numpy(),
+            inner=samples[f"inner {repeat}"].to_numpy(),
+            fits=fits,
+            key=key,
+            num_folds=num_folds,
+        )
+        for repeat, num_folds in enumerate(record["num_folds"])
     ]
     return Selection(
         row=samples["row"].to_numpy(),

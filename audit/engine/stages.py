@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,19 +18,17 @@ from ..dataset.dataset import Dataset
 from ..features.cached_matrix import FeatureMatrix, UsableRows
 from ..features.encode import EncodeTask, encode_dataset
 from ..probes.config import ProbeConfig
-from ..probes.probe_set import ProbeSet
-from ..probes.saved_probes import load_probes, read_calibrations, save_probes
 from ..scores.mixture import MixtureConfig
-from ..scores.probe_report import Control
-from ..scores.stability import BisectionAudit, HalfAudit, LeanError, Reliability
-from ..workers import Progress, fixed_threads
+from ..workers import PROCESS_ROWS, Progress, fixed_threads, no_progress, run_tasks
+from .fit_results import FitResults, is_fitted, save_fit
 from .fitting import Fitted, NetworkSettings, fit_probes
 from .merging import Merged, PartColumns, merge
 from .part_store import MemoryStore, Store
 from .plan import Part, ShardPlan
 from .row_data import EncodedData, RowData, read_row_table, read_status_table
-from .scoring import PartRows, finish_part, part_inputs, score_part, take_probes
-from .selection import Selection, fingerprint, read_selection, select, selection_record, selection_tables
+from .run_state import describe_labels, folds_of_contents, folds_of_keys
+from .scoring import PartRows, Whole, finish_part, score_part
+from .selection import Selection, fingerprint, select
 
 log = logging.getLogger("mmaudit")
 
@@ -91,14 +88,15 @@ class ScoringJob:
             for shard in self.dataset.shards[first:end]
         )
 
-    def row_data(self) -> RowData:
-        """Read the columns of all rows from the row tables of all parts."""
+    def row_data(self, *, edges: Sequence[float] = ()) -> RowData:
+        """Read the columns of all rows from the row tables of all parts; `edges` of a regression's strata, if known."""
         return RowData.of(
             self.dataset,
             lambda part: self.store.read("rows", part),
             num_parts=len(self.plan.parts),
             seed=self.seed,
             test_fraction=self.test_fraction,
+            edges=edges,
         )
 
     @cached_property
@@ -116,22 +114,41 @@ class ScoringJob:
 
 
 def read_rows(job: ScoringJob, parts: Sequence[Part]) -> None:
-    """Stage `rows`: read ids, labels, groups and splits of parts; no medium is opened."""
-    for part in parts:
-        if not job.store.has("rows", part.index):
-            shards = job.dataset.shards[part.first_shard : part.end_shard]
-            table = read_row_table(job.dataset, shards, seed=job.seed, repeats=job.probe.repeats)
-            job.store.write("rows", table, part=part.index)
+    """Stage `rows`: read ids, labels, groups and splits of parts, in processes; no medium is opened."""
+    _run_by_part(_write_rows, job, [part for part in parts if not job.store.has("rows", part.index)])
 
 
-def encode(job: ScoringJob, parts: Sequence[Part]) -> None:
-    """Stage `encode`: encode what the feature cache lacks of parts, and read the status of their rows."""
-    encode_shards(job, parts)
+def _run_by_part(work: Callable[[ScoringJob, Part], None], job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Do for each part what is written in Python row by row, such as digests: in processes where that takes long."""
+    many = len(parts) > 1 and not job.in_memory and sum(part.num_rows for part in parts) >= PROCESS_ROWS
+    for _ in run_tasks(
+        partial(work, replace(job, progress=no_progress)), parts, num_workers=job.num_workers if many else 0
+    ):
+        pass
+
+
+def _write_rows(job: ScoringJob, part: Part) -> None:
+    shards = job.dataset.shards[part.first_shard : part.end_shard]
+    table = read_row_table(job.dataset, shards, seed=job.seed, repeats=job.probe.repeats)
+    job.store.write("rows", table, part=part.index)
+
+
+def _write_status(job: ScoringJob, part: Part) -> None:
+    table = read_status_table(job.dataset, job.tasks(part), job.store.read("rows", part.index))
+    job.store.write("status", table, part=part.index)
+
+
+def encode(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = False) -> None:
+    """Stage `encode`: encode what the feature cache lacks of parts, and read the status of their rows.
+
+    trust_unchanged: see encode_dataset.
+    """
+    encode_shards(job, parts, trust_unchanged=trust_unchanged)
     read_status(job, parts)
 
 
 @fixed_threads()
-def encode_shards(job: ScoringJob, parts: Sequence[Part]) -> None:
+def encode_shards(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = False) -> None:
     """First half of the stage `encode`: encode what the feature cache lacks of parts, or of pieces of parts."""
     missing = [part for part in parts if not job.store.has("status", part.index)]
     shards = tuple(shard for part in missing for shard in job.dataset.shards[part.first_shard : part.end_shard])
@@ -142,15 +159,13 @@ def encode_shards(job: ScoringJob, parts: Sequence[Part]) -> None:
         num_workers=job.num_workers,
         progress=job.progress,
         device=job.device,
+        trust_unchanged=trust_unchanged,
     )
 
 
 def read_status(job: ScoringJob, parts: Sequence[Part]) -> None:
     """Second half of the stage `encode`: read the status of the rows of whole parts from the feature cache."""
-    for part in parts:
-        if not job.store.has("status", part.index):
-            table = read_status_table(job.dataset, job.tasks(part), job.store.read("rows", part.index))
-            job.store.write("status", table, part=part.index)
+    _run_by_part(_write_status, job, [part for part in parts if not job.store.has("status", part.index)])
 
 
 def fingerprint_of_data(job: ScoringJob) -> str:
@@ -171,7 +186,10 @@ def log_cut(job: ScoringJob, data: RowData) -> None:
 @fixed_threads()
 def fit(job: ScoringJob, data: RowData) -> tuple[Selection, Fitted]:
     """Stages `select` and `fit`: choose what is scored, and fit the probes."""
-    selection = select(job.encoded(data), probe=job.probe, seed=job.seed, keep_duplicates=job.keep_duplicates)
+    encoded = job.encoded(data)
+    selection = select(encoded, probe=job.probe, seed=job.seed, keep_duplicates=job.keep_duplicates)
+    job.store.write("contents", folds_of_contents(encoded, selection).to_table())
+    job.store.write("keys", folds_of_keys(data, selection).to_table(), counts=describe_labels(data.labels))
     statuses = [
         UsableRows(modality=modality, usable=np.ascontiguousarray(selection.usable[:, index]))
         for index, modality in enumerate(job.dataset.modalities)
@@ -190,119 +208,12 @@ def fit(job: ScoringJob, data: RowData) -> tuple[Selection, Fitted]:
     return selection, fitted
 
 
-def save_fit(job: ScoringJob, selection: Selection, fitted: Fitted) -> None:
-    """Write the results of the stage `fit` for other processes; the table `selection` is written last."""
-    save_probes(fitted.probe_set, selection.cross_fits[0], job.probes)
-    halves, samples, rows = fitted.halves, *selection_tables(selection)
-    columns = {}
-    if halves is not None and halves.confidences is not None:
-        columns = {
-            f"{half} {index}": values
-            for half, confidence in zip("ab", halves.confidences, strict=True)
-            for index, values in enumerate(confidence.T)
-        }
-    job.store.write("halves", pa.table(columns), counts={"halves": None if halves is None else halves.to_json()})
-    job.store.write("usable", rows)
-    counts = {
-        "selection": selection_record(selection),
-        "controls": [control.to_json() for control in fitted.controls],
-        "num_features": [calibrated.inputs.num_features for calibrated in fitted.probe_set.probes],
-        "bisections": None if fitted.bisections is None else fitted.bisections.to_json(),
-    }
-    job.store.write("selection", samples, counts=counts)
-
-
 def fit_and_save(job: ScoringJob, parts: Sequence[Part] = ()) -> None:
     """Stages `select` and `fit` on all parts, whichever are passed, with their results as files."""
-    if not job.store.has("selection"):
+    if not is_fitted(job):
         data = job.row_data()
         log_cut(job, data)
         save_fit(job, *fit(job, data))
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitResults:
-    """Results of the stage `fit`, kept in memory or read from the files of `save_fit`."""
-
-    job: ScoringJob
-    kept: tuple[Selection, Fitted] | None = None
-
-    @cached_property
-    def selection(self) -> Selection:
-        """What is scored."""
-        if self.kept is not None:
-            return self.kept[0]
-        store = self.job.store
-        record = store.counts("selection")["selection"]
-        return read_selection(store.read("selection"), store.read("usable"), record)
-
-    @cached_property
-    def halves(self) -> HalfAudit | None:
-        """Audit by halves of the features."""
-        if self.kept is not None:
-            return self.kept[1].halves
-        table, stated = self.job.store.read("halves"), self.job.store.counts("halves")["halves"]
-        if stated is None:
-            return None
-        first, second = (
-            np.stack([table[f"{half} {index}"].to_numpy() for index in range(len(self.job.names))], axis=1)
-            if table.num_columns
-            else None
-            for half in "ab"
-        )
-        reliability = tuple(Reliability(**row) for row in stated.pop("reliability"))
-        confidences = None if first is None or second is None else (first, second)
-        return HalfAudit(**stated, reliability=reliability, confidences=confidences)
-
-    @cached_property
-    def controls(self) -> tuple[Control, ...]:
-        """Probes of shuffled labels."""
-        if self.kept is not None:
-            return self.kept[1].controls
-        return tuple(Control.from_json(row) for row in self.job.store.counts("selection")["controls"])
-
-    @cached_property
-    def bisections(self) -> BisectionAudit | None:
-        """Audits of halves of the samples."""
-        if self.kept is not None:
-            return self.kept[1].bisections
-        stated = self.job.store.counts("selection")["bisections"]
-        if stated is None:
-            return None
-        return BisectionAudit(**{**stated, "errors": tuple(LeanError(**row) for row in stated["errors"])})
-
-    @cached_property
-    def num_features(self) -> list[int]:
-        """Number of features of each modality."""
-        if self.kept is not None:
-            return [calibrated.inputs.num_features for calibrated in self.kept[1].probe_set.probes]
-        return list(self.job.store.counts("selection")["num_features"])
-
-    def calibrations(self) -> dict[str, Any]:
-        """Return the calibration of each probe by name."""
-        if self.kept is None:
-            return read_calibrations(self.job.probes, self.job.names)
-        probe_set = self.kept[1].probe_set
-        joint = [] if probe_set.joint is None else [probe_set.joint]
-        return {calibrated.name: calibrated.calibration for calibrated in (*probe_set.probes, *joint)}
-
-    def probe_set(self, part: Part, rows: PartRows) -> ProbeSet:
-        """Return the probes of the samples of a part."""
-        tasks, sizes = self.job.tasks(part), self.num_features
-        inputs = part_inputs(self.job.dataset, tasks, rows.status, rows.row, num_features=sizes)
-        if self.kept is not None:
-            return take_probes(self.kept[1].probe_set, rows.samples, inputs)
-        selection = self.selection
-        return load_probes(
-            self.job.probes,
-            self.job.names,
-            inputs=inputs,
-            present=np.stack([matrix.present for matrix in inputs], axis=1),
-            target=selection.target.take(rows.samples),
-            cross_fits=[cross_fit.take(rows.samples) for cross_fit in selection.cross_fits],
-            samples=rows.samples,
-            device=self.job.device,
-        )
 
 
 @fixed_threads()
@@ -362,13 +273,13 @@ def merge_parts(job: ScoringJob, results: FitResults) -> Merged:
     )
 
 
-def finished_parts(job: ScoringJob, merged: Merged) -> Iterator[tuple[Part, pa.Table, dict[str, int] | None]]:
+def finished_parts(job: ScoringJob, whole: Whole) -> Iterator[tuple[Part, pa.Table, dict[str, int] | None]]:
     """Stage `finish`: yield each part with samples, its whole score table, and the counts of balanced_side."""
     for part in job.plan.parts:
         scores = job.store.read("scores", part.index)
         if scores.num_columns:
             measured = job.store.read("measured", part.index)
-            yield part, *finish_part(scores, measured, merged.whole, names=job.names)
+            yield part, *finish_part(scores, measured, whole, names=job.names)
 
 
 def run_all(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
@@ -384,7 +295,7 @@ def run_all(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
         results = FitResults(job=job)
         if job.in_memory:
             results = FitResults(job=job, kept=fit(job, data))
-        elif not job.store.has("selection"):
+        elif not is_fitted(job):
             save_fit(job, *fit(job, data))
         del data  # its columns are those of all rows
         score(job, results, parts)

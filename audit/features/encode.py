@@ -29,7 +29,7 @@ from ..media.media_file import MediaFile, Medium
 from ..remote.paths import RemotePath
 from ..remote.settings import remote_settings
 from ..storage import atomic_write, file_stamp
-from ..workers import Progress, fixed_threads, prefetch_map, run_tasks
+from ..workers import PROCESS_ROWS, Progress, fixed_threads, prefetch_map, run_tasks
 from .encoders import encode_cell, is_pretrained, preprocessing
 from .pretrained import ModelInputs, encode_inputs, open_model
 from .vectors import EncodedCell, EncodedRows, EncodeResult, combine_results, encode_vectors
@@ -39,9 +39,16 @@ Stamps = Sequence[str | None]
 
 def read_arrow(path: Path) -> pa.Table:
     """Map an Arrow file into memory; DatasetError if it is damaged."""
+    return locate_arrow(path)[0]
+
+
+def locate_arrow(path: Path) -> tuple[pa.Table, int]:
+    """Map an Arrow file into memory; return its table and the address of its first byte."""
     try:
         with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
+            address = source.read_buffer(1).address
+            source.seek(0)
+            return pa.ipc.open_file(source).read_all(), address
     except pa.ArrowInvalid as error:
         raise DatasetError(f"{path} is damaged ({error}): delete it, and it is created again") from error
 
@@ -199,8 +206,9 @@ def encode_dataset(
         modality.kind not in ("features", "text") or dataset.in_files(modality) for modality in modalities
     )
     all_cached = all(task.file(modality).exists() for task in tasks for modality in modalities)
+    takes_long = opens_media or sum(task.shard.num_rows for task in tasks) >= PROCESS_ROWS
     # Comparing digests is faster than starting processes.
-    processes = 0 if all_cached or not opens_media else num_workers
+    processes = 0 if all_cached or not takes_long else num_workers
     passes = [run_tasks(_encode_without_model, tasks, num_workers=processes)] if modalities else []
     passes += [_run_model(tasks, modality, num_threads=num_workers, device=device) for modality in models]
     for done, _ in enumerate(chain.from_iterable(passes), start=1):

@@ -46,6 +46,13 @@ def save_probes(probe_set: ProbeSet, cross_fit: CrossFit, folder: Path) -> None:
             save_file(contiguous, temporary, metadata={"mmaudit": json.dumps(stated, sort_keys=True)})
 
 
+def num_bytes(probe_set: ProbeSet) -> int:
+    """Count the bytes of the tensors that `save_probes` writes."""
+    joint = () if probe_set.joint is None else (probe_set.joint,)
+    tensors = [tensor for probe in (*probe_set.probes, *joint) for tensor in _probe_tensors(probe.probe)[0].values()]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def read_calibrations(folder: Path, names: Sequence[str]) -> dict[str, Calibration]:
     """Return the calibration of the probe of each modality, and of `joint` if there is such a probe."""
     files = [*names, *([_JOINT] if (folder / f"{_JOINT}.safetensors").exists() else [])]
@@ -105,7 +112,8 @@ def _read(file: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt", device=device) as opened:
             stated = json.loads(opened.metadata()["mmaudit"])
-            return {name: opened.get_tensor(name) for name in opened.keys()}, stated  # noqa: SIM118  # no mapping
+            # Copies: tensors of the file start at any byte, and products with one output then differ in the last digit.
+            return {name: opened.get_tensor(name).clone() for name in opened.keys()}, stated  # noqa: SIM118  # no mapping
     except Exception as cause:  # safetensors raises an error of its own, which is an Exception
         raise RunError(f"{file} cannot be read ({cause}): run the stage fit again") from cause
 

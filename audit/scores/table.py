@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ..errors import ScoreError
 from ..hashing import hash_ids
 from ..metrics import Floats, discrepancy, discrepancy_between, dominant_modality, gap
 from ..parsing import Shape
-from ..storage import read_batches, read_parquet, write_parquet
+from ..storage import parse_provenance, read_batches, read_parquet, read_schema, write_parquet
 
 _MODALITY: Shape = {"name": str, "column": str, "kind": str, "encoder": str, "length": (int, type(None))}
 _PROBES: dict[str, Shape] = {"probe": {"learn_from": str}, "network": {"width": float}}
@@ -405,24 +406,39 @@ def _read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
 def read_score_sample(folder: Path, *, max_rows: int) -> ScoreTable:
     """Read the rows of the parts of a table with the smallest hashes of their ids, at most `max_rows`.
 
-    One part is in memory at a time, and eight bytes of each row.
+    In memory are these rows and a batch: parts are read twice, and no column of all rows is kept.
     """
     files = sorted(folder.glob("*.parquet"))
-    keys = [_id_keys(file) for file in files]
-    if sum(map(len, keys)) <= max_rows:
+    smallest, num_rows = np.empty(0, np.uint64), 0
+    for key in chain.from_iterable(map(_id_keys, files)):
+        num_rows += len(key)
+        smallest = np.concatenate([smallest, key if len(smallest) < max_rows else key[key < smallest.max()]])
+        smallest = np.partition(smallest, max_rows - 1)[:max_rows] if len(smallest) > max_rows else smallest
+    if num_rows <= max_rows:
         return read_scores(folder)
-    last = np.partition(np.concatenate(keys), max_rows - 1)[max_rows - 1]
-    parts = []
-    for file, key in zip(files, keys, strict=True):
-        table, provenance = read_parquet(file, error=ScoreError, shape=PROVENANCE)
-        parts.append(table.filter(pa.array(key <= last)))
-    return scores_of_table(pa.concat_tables(parts), provenance, where=str(folder))
+    last, parts = smallest.max(), []
+    for file in files:
+        with closing(read_batches(file, error=ScoreError, rows=_SAMPLE_BATCH_ROWS)) as batches:
+            parts += [table.filter(pa.array(_hash_ids(table) <= last)) for table in batches]
+    return scores_of_table(pa.concat_tables(parts), _read_provenance(files[0]), where=str(folder))
 
 
-def _id_keys(file: Path) -> NDArray[np.uint64]:
+_SAMPLE_BATCH_ROWS = 1 << 15
+
+
+def _id_keys(file: Path) -> Iterator[NDArray[np.uint64]]:
+    """Yield the hashes of the ids of a file, batch by batch."""
     with closing(read_batches(file, error=ScoreError, rows=1 << 17, columns=["sample_id"])) as batches:
-        columns = [table["sample_id"].combine_chunks() for table in batches]
-    return np.concatenate([hash_ids(column, seed=0, purpose="report") for column in columns])
+        yield from map(_hash_ids, batches)
+
+
+def _hash_ids(table: pa.Table) -> NDArray[np.uint64]:
+    return hash_ids(table["sample_id"].combine_chunks(), seed=0, purpose="report")
+
+
+def _read_provenance(file: Path) -> dict[str, Any]:
+    metadata = read_schema(file, error=ScoreError).metadata or {}
+    return parse_provenance(metadata, error=ScoreError, where=str(file), shape=PROVENANCE)
 
 
 def _check_values(name: str, values: NDArray[np.generic], column: Column) -> None:

@@ -98,6 +98,8 @@ def report_numbers(run: Run) -> Numbers:
     }
     if len(scores) < record["counts"]["scored"]:
         numbers["sample"] = {"num_rows": len(scores), "num_scored": record["counts"]["scored"]}
+    if "appended" in record:
+        numbers["appended"] = record["appended"]
     return {**numbers, "verdict": verdict(numbers)}
 
 

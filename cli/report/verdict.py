@@ -117,7 +117,7 @@ SCOPE = "For these probes, on this sample"  # of claims whose interval does not 
 def verdict(numbers: Section) -> dict[str, Any]:
     """Return the headline, its sentences, and the warnings (`warnings`)."""
     several = len(numbers["discrepancy"]) > 1
-    warnings = (_leaks, _left_out, _weak_probes, _unreliable, _scope, _sample, _groups, _test_labels)
+    warnings = (_leaks, _left_out, _weak_probes, _unreliable, _scope, _sample, _appended, _groups, _test_labels)
     shares = _shares_of_many(numbers) if several else _shares(numbers)
     return {
         "headline": _headline(numbers),
@@ -353,6 +353,16 @@ def _sample(numbers: Section) -> list[str]:
     return [
         f"Shares, figures and lists of samples are those of {sample['num_rows']:,} of {sample['num_scored']:,} "
         "samples, drawn by the hashes of their ids. The probe report, the mixture and the counts are of all."
+    ]
+
+
+def _appended(numbers: Section) -> list[str]:
+    """Return a warning if samples were appended that the probes were not fitted for."""
+    if (appended := numbers.get("appended")) is None:
+        return []
+    return [
+        f"{appended['scored']:,} samples were appended and are scored by the probes of the first "
+        f"{appended['fitted']['scored']:,}. The probe report, the mixture and the checks of the gap are of those alone."
     ]
 
 
