@@ -158,7 +158,7 @@ def _start(ray: Any, options: RayOptions, *, folder: str) -> None:
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """Let Ray use 127.0.0.1, as it does on systems that it supports for single machines only."""
+    """Make Ray use 127.0.0.1, as it does on systems that it supports for single machines only."""
     from ray._private import ray_constants
 
     before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
