@@ -100,6 +100,18 @@ def drawn_figures(plain_figures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "png", drawing.png)
 
 
+@pytest.fixture(scope="module")
+def no_reports() -> Iterator[None]:
+    """Make `score` write empty reports in place of figures, which take most of the time of a small run."""
+    from runs import write_empty_report
+
+    from mmaudit.cli import scoring
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_write_report", write_empty_report)
+        yield
+
+
 @pytest.fixture(scope="session")
 def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 clips of 0.25 s and 16 x 16 pixels, in three classes that pitch and colour both separate; read-only."""

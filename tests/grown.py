@@ -12,7 +12,6 @@ from conftest import gaussian_table
 
 from mmaudit.audit.engine.plan import PartsConfig
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.storage import write_json, write_text
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.run import Run
 
@@ -20,13 +19,6 @@ QUICK = ProbeConfig(folds=3, repeats=2, l2_penalties=(1e-2,), control=False, hal
 CONFIG = replace(RunConfig(), probe=QUICK)
 IN_PARTS = replace(CONFIG, parts=PartsConfig(rows=30))  # of up to 120 rows one part
 NUM_OLD, NUM_ALL = 90, 150
-
-
-def write_empty_report(run: Run) -> Path:
-    """Write an empty report in place of figures, which take most of the time of so small a run."""
-    write_json({"verdict": {"headline": "", "warnings": []}}, run.report_file.with_suffix(".json"))
-    write_text("", run.report_file)
-    return run.report_file
 
 
 def table(*, by_group: bool = True, with_split: bool = False, seed: int = 0) -> pa.Table:

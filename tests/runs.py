@@ -1,4 +1,4 @@
-"""Records and copies of run folders for tests."""
+"""Run folders for tests: small ones, records and copies."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+from conftest import gaussian_table
+
+import mmaudit
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.storage import read_json, write_json
+from mmaudit.audit.storage import read_json, write_json, write_text
 from mmaudit.cli.provenance import sign_manifest, signed_record
 from mmaudit.cli.run import RUN_SCHEMA, Run
 
@@ -82,3 +86,20 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         "seconds": {},
     }
     return record | changes
+
+
+def write_empty_report(run: Run) -> Path:
+    """Write an empty report in place of figures, which take most of the time of so small a run."""
+    write_json({"verdict": {"headline": "", "warnings": []}}, run.report_file.with_suffix(".json"))
+    write_text("", run.report_file)
+    return run.report_file
+
+
+def score_all_and_few(folder: Path) -> Path:
+    """Score 240 samples in a folder, and return the run, with the manifests `all` and `few`."""
+    pq.write_table(gaussian_table(num_samples=240), folder / "data.parquet")
+    run = folder / "run"
+    mmaudit.score(folder / "data.parquet", run=run, repeats=1, learn_from="train", num_workers=0, progress=False)
+    mmaudit.split(run=run, subset="most-balanced:100%", name="all")
+    mmaudit.split(run=run, subset="most-balanced:60%", name="few")
+    return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from grown import (
     table,
     with_copy,
     write,
-    write_empty_report,
 )
 
 from mmaudit.audit.engine import stages
@@ -31,7 +29,7 @@ from mmaudit.audit.engine.run_state import RunState, hash_groups
 from mmaudit.audit.errors import ConfigError, RunError
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.cli import appending, scoring
+from mmaudit.cli import appending
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.provenance import origin_of, own_record
 from mmaudit.cli.report.page import report_numbers
@@ -40,12 +38,7 @@ from mmaudit.cli.scoring import score
 from mmaudit.cli.splitting import split
 from mmaudit.rebalance.manifest import compute_digests, read_manifest
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_write_report", write_empty_report)
-        yield
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 
 @pytest.fixture(scope="module")

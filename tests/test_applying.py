@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from grown import CONFIG, IN_PARTS, NUM_OLD, QUICK, check_close, files, table, with_copy, write, write_empty_report
+from grown import CONFIG, IN_PARTS, NUM_OLD, QUICK, check_close, files, table, with_copy, write
 from typer.testing import CliRunner
 
 import mmaudit
 from mmaudit.audit.dataset.dataset import DataConfig
 from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError, RunError
 from mmaudit.audit.remote import requests
-from mmaudit.cli import scoring
 from mmaudit.cli.applying import apply
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.main import app
 from mmaudit.cli.run import Run
 from mmaudit.cli.scoring import score
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_write_report", write_empty_report)
-        yield
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 
 @pytest.fixture(scope="module")

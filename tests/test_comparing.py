@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import gaussian_table
-from runs import copy_run
+from runs import copy_run, score_all_and_few
 from typer.testing import CliRunner, Result
 
 import mmaudit
@@ -81,13 +81,7 @@ def drawing_only_the_forest_plot() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scored run with the manifests `all` and `few`; read-only."""
-    folder = tmp_path_factory.mktemp("comparing")
-    pq.write_table(gaussian_table(num_samples=240), folder / "data.parquet")
-    run = folder / "run"
-    mmaudit.score(folder / "data.parquet", run=run, repeats=1, learn_from="train", num_workers=0, progress=False)
-    mmaudit.split(run=run, subset="most-balanced:100%", name="all")
-    mmaudit.split(run=run, subset="most-balanced:60%", name="few")
-    return run
+    return score_all_and_few(tmp_path_factory.mktemp("comparing"))
 
 
 @pytest.fixture(scope="module")

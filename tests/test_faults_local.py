@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import gaussian_table, picture
-from grown import files, write_empty_report
+from grown import files
 
 import mmaudit
 from mmaudit.audit import storage
@@ -33,21 +33,15 @@ from mmaudit.audit.errors import DatasetError, MmauditError, RunError
 from mmaudit.audit.locks import write_lock
 from mmaudit.audit.storage import read_json
 from mmaudit.cli import run as run_module
-from mmaudit.cli import scoring
 from mmaudit.cli.failures import describe
 from mmaudit.cli.run import Run
 from mmaudit.cli.scoring import score
 
 SETTINGS = ["probe.folds=2", "probe.repeats=1", "probe.l2_penalties=[1e-2]", "probe.control=false", "parts.rows=20"]
 OPTIONS: dict[str, Any] = {"settings": SETTINGS, "num_workers": 0}
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 NUM_PARTS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_write_report", write_empty_report)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +311,7 @@ from importlib import import_module
 import mmaudit
 from mmaudit.cli import scoring, staging  # what takes seconds to import, before the processes are forked
 import mmaudit.audit.engine.stages
-from grown import write_empty_report
+from runs import write_empty_report
 
 scoring._write_report = write_empty_report
 data, folder, settings, points = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4])
@@ -388,7 +382,7 @@ import sys, time
 from mmaudit.cli import scoring
 import mmaudit.audit.engine.stages as stages
 from mmaudit.cli.main import main
-from grown import write_empty_report
+from runs import write_empty_report
 
 scoring._write_report = write_empty_report
 original = getattr(stages, sys.argv[1])

@@ -13,8 +13,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import gaussian_table
-from runs import copy_run
+from runs import copy_run, score_all_and_few
 from test_ray_cluster import OPTIONS
 from test_torchrun import run_torchrun
 
@@ -39,13 +38,7 @@ def test_contradicting_options_are_refused(tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scored run with the manifests `all` and `few`; read-only."""
-    folder = tmp_path_factory.mktemp("training")
-    pq.write_table(gaussian_table(num_samples=240), folder / "data.parquet")
-    run = folder / "run"
-    mmaudit.score(folder / "data.parquet", run=run, repeats=1, learn_from="train", num_workers=0, progress=False)
-    mmaudit.split(run=run, subset="most-balanced:100%", name="all")
-    mmaudit.split(run=run, subset="most-balanced:60%", name="few")
-    return run
+    return score_all_and_few(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from mmaudit.audit.engine.plan import PartsConfig
 from mmaudit.audit.errors import ConfigError, RunError
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
-from mmaudit.audit.storage import write_json, write_text
 from mmaudit.cli import run as run_module
 from mmaudit.cli import scoring, staging
 from mmaudit.cli.config import RunConfig
@@ -49,18 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 write_report = scoring._write_report
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures() -> Iterator[None]:
-    """Write an empty report in place of figures, which take most of the time of so small a run."""
-
-    def write_empty(run: Run) -> Path:
-        write_json({"verdict": {"headline": "", "warnings": []}}, run.report_file.with_suffix(".json"))
-        write_text("", run.report_file)
-        return run.report_file
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_write_report", write_empty)
-        yield
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 
 @pytest.fixture(scope="module")
