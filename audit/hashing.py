@@ -27,7 +27,7 @@ def hash_rank(keys: Iterable[str], *, seed: int, purpose: str) -> NDArray[np.uin
         digest = prefix.copy()
         digest.update(key.encode())
         digests += digest.digest()
-    return np.frombuffer(bytes(digests), dtype="<u8").astype(np.uint64)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64, copy=False)
 
 
 def canonical_order(ids: NDArray[np.object_] | pa.Array) -> NDArray[np.intp]:
@@ -55,6 +55,9 @@ def hash_ids(ids: pa.Array, *, seed: int, purpose: str) -> NDArray[np.uint64]:
     """
     if ids.null_count:
         raise ValueError(f"{ids.null_count} ids are null")
+    if len(ids) > _HASHED_STRINGS:  # a hash takes 60 bytes of memory while it is computed
+        parts = [ids.slice(start, _HASHED_STRINGS) for start in range(0, len(ids), _HASHED_STRINGS)]
+        return np.concatenate([hash_ids(part, seed=seed, purpose=purpose) for part in parts])
     strings = ids if ids.type == pa.large_string() else ids.cast(pa.large_string())
     _, offsets, data = strings.buffers()
     ends = np.frombuffer(offsets, np.int64, len(strings) + 1, 8 * strings.offset)
@@ -75,6 +78,7 @@ def hash_ids(ids: pa.Array, *, seed: int, purpose: str) -> NDArray[np.uint64]:
 
 _ONES = np.uint64(2**64 - 1)
 _STRINGS = 1 << 14  # Python objects at a time
+_HASHED_STRINGS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

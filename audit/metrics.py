@@ -21,6 +21,7 @@ from scipy.special import expit, logit, stdtrit
 from .errors import ConfigError, choices
 
 Floats = NDArray[np.float32]
+_SUMMED_ROWS = 1 << 18  # at a time: a row takes 40 bytes
 MIN_PROBABILITY = 1e-12  # lower bound of probabilities, which keeps every loss finite (27.6 at most)
 
 BALANCED_WITHIN = 0.2  # largest |D| of a balanced sample: mmaudit's default
@@ -153,11 +154,17 @@ def expected_calibration_error(
     """
     if label.ndim == 2:
         confidence, decision = _confidence_in_decision(probability, is_multilabel=True)
-        correct = (decision == (label > 0.5)).ravel()
-    else:
-        confidence, decision = _confidence_in_decision(probability, is_multilabel=False)
-        correct = decision == label
-    gap = _sum_by_bin(confidence, confidence - correct.astype(np.float64), num_bins=num_bins)
+        return calibration_error(confidence, (decision == (label > 0.5)).ravel(), num_bins=num_bins)
+    confidence, decision = _confidence_in_decision(probability, is_multilabel=False)
+    return calibration_error(confidence, decision == label, num_bins=num_bins)
+
+
+def calibration_error(
+    confidence: NDArray[np.floating[Any]], correct: NDArray[np.bool_], *, num_bins: int = 15
+) -> float:
+    """Compute the `expected_calibration_error` of decisions (n,), of which `correct` says whether they are right."""
+    stated = confidence.astype(np.float64)
+    gap = _sum_by_bin(stated, stated - correct, num_bins=num_bins)
     return float(np.abs(gap).sum() / len(confidence))
 
 
@@ -186,8 +193,12 @@ def _confidence_in_decision(
 
 def _sum_by_bin(confidence: NDArray[np.float64], values: NDArray[np.float64], *, num_bins: int) -> NDArray[np.float64]:
     """Sum values by bins of confidence of equal width, (0, 1 / num_bins], ..."""
-    bins = np.clip(np.ceil(confidence * num_bins).astype(np.intp) - 1, 0, num_bins - 1)
-    return np.bincount(bins, weights=values, minlength=num_bins).astype(np.float64)
+    total = np.zeros(num_bins)
+    for start in range(0, len(values), _SUMMED_ROWS):
+        rows = slice(start, start + _SUMMED_ROWS)
+        bins = np.clip(np.ceil(confidence[rows] * num_bins).astype(np.intp) - 1, 0, num_bins - 1)
+        total += np.bincount(bins, weights=values[rows], minlength=num_bins)
+    return total
 
 
 def shapley(value: Callable[[frozenset[int]], Floats], num_modalities: int, *, seed: int = 0) -> Floats:

@@ -8,6 +8,7 @@ that the number of parts that run at the same time changes no result.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import multiprocessing
@@ -23,19 +24,32 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from .errors import RunError
 
 _PROC = Path("/proc")
 _NO_START = "0"  # where the system does not provide the start time of a process
+
+
+def release_memory() -> None:
+    """Return freed memory to the system: that of Arrow's pool, and of the heap what lies below memory in use.
+
+    glibc keeps the latter, so that what is allocated in a later phase adds to it. Elsewhere only the pool's is
+    returned.
+    """
+    pa.default_memory_pool().release_unused()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

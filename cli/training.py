@@ -21,7 +21,7 @@ from ..audit.hashing import IdIndex
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parsing import build_config
 from ..audit.storage import write_json, write_parquet, write_text
-from ..audit.workers import Progress, default_workers, no_progress
+from ..audit.workers import Progress, default_workers, no_progress, release_memory
 from ..rebalance.manifest import ManifestFile
 from ..train.backbones import check_lora
 from ..train.evaluate import check_model_name, evaluate_file
@@ -256,6 +256,7 @@ def finetune(
             report_progress = no_progress
         with _first_rank_first(distributed):
             loaded = source.load(config, num_workers=workers, progress=report_progress)
+        release_memory()
         about = {
             "manifest": source.name,
             "manifest_digest": loaded.digest,
@@ -383,6 +384,7 @@ def evaluate(
         # Whether numbers have two signs is a matter of all samples.
         only_test = split == "test" and source.task(config) != "regression"
         loaded = source.load(config, num_workers=workers, progress=report_progress, only_test=only_test)
+        release_memory()
         examples = loaded.examples
         if manifest is None and loaded.digest != metrics["manifest_digest"]:
             raise RunError(

@@ -301,9 +301,7 @@ def test_validation_is_cut_from_train_only(write: Write, grouped: bool) -> None:
         train_ids = {f"s{number:03d}" for number in range(N) if SPLITS[number] == "train"}
         assert train | validation == train_ids & set(examples.ids())
         assert not train & validation
-        assert len(validation) == pytest.approx(
-            0.2 * len(train_ids & set(examples.ids())), abs=4 if grouped else 0.5
-        )
+        assert len(validation) == pytest.approx(0.2 * len(train_ids & set(examples.ids())), abs=4 if grouped else 0.5)
         if grouped:
             group = {name: groups[int(name[1:])] for name in examples.ids()}
             assert not {group[name] for name in train} & {group[name] for name in validation}

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..audit.errors import ManifestError, RunError, choices, printable
 from ..audit.metrics import (
     DOMINATED_THRESHOLDS,
     Groups,
     balanced_name,
+    calibration_error,
     dominated_name,
-    expected_calibration_error,
     is_balanced,
     is_dominated,
     mean_interval,
@@ -39,8 +37,9 @@ from .config import TrainConfig
 from .custom_network import build_custom
 from .examples import Examples
 from .methods import load_fusion
-from .network import NO_MODALITY, FusionNet, ModalitySet, ModelConfig, Outputs, correct_by_set, shapley_sets
+from .network import NO_MODALITY, FusionNet, ModalitySet, ModelConfig, correct_by_set, shapley_sets
 from .optimizer import SINGLE_PROCESS
+from .predictions import Predictions, predict, predict_classes
 from .store import open_store
 from .task_metrics import (
     TASK_METRICS,
@@ -53,6 +52,7 @@ from .task_metrics import (
 from .training_data import NetworkReader, TrainingData
 
 CorrectMask = NDArray[np.bool_]
+_EVALUATION_MIB = 32  # ours: of inputs, on the device or read ahead
 
 
 def measure_contribution(
@@ -174,7 +174,7 @@ def subsets_of_rows(examples: Examples, rows: RowIndex, *, between: str) -> dict
 
 
 def evaluate(
-    probabilities: Mapping[str, Probabilities],
+    predictions: Mapping[str, Any],
     label: NDArray[Any],
     subset_masks: Mapping[str, NDArray[np.bool_]],
     *,
@@ -182,28 +182,37 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compute each branch's metrics from probabilities (n, k) and label (n,) on each subset: {subset: {n, branches}}.
 
-    A subset without samples has n = 0 and no metrics. measure: function of the predictions and targets of a subset;
-    None: compute_metrics.
+    A subset without samples has n = 0 and no metrics. predictions: arrays, or Predictions of classes. measure: function
+    of the predictions and targets of a subset; None: compute_metrics.
     """
-    measure = measure or compute_metrics
+    if measure is None:
+        classes = {name: _as_predictions(scores) for name, scores in predictions.items()}
     report: dict[str, Any] = {}
     for name, rows in subset_masks.items():
         report[name] = {"n": int(rows.sum())}
-        if rows.any():
-            report[name]["branches"] = {
-                branch: dict(measure(scores[rows], label[rows])) for branch, scores in probabilities.items()
-            }
+        if not rows.any():
+            continue
+        if measure is None:
+            branches = {key: compute_metrics(entry.select(rows), label[rows]) for key, entry in classes.items()}
+            report[name]["branches"] = branches
+        else:
+            measured = {key: dict(measure(scores[rows], label[rows])) for key, scores in predictions.items()}
+            report[name]["branches"] = measured
     return report
 
 
+def _as_predictions(predictions: Probabilities | Predictions) -> Predictions:
+    return predictions if isinstance(predictions, Predictions) else Predictions.of(predictions)
+
+
 def evaluate_classes(
-    probabilities: Mapping[str, Probabilities], label: Labels, class_names: Sequence[str]
+    predictions: Mapping[str, Probabilities | Predictions], label: Labels, class_names: Sequence[str]
 ) -> dict[str, Any]:
     """Compute each branch's metrics on each of the k classes: {class: {n, branches}}; n counts the class's samples.
 
     A class without samples has n = 0 and no metrics.
     """
-    by_branch = {branch: compute_class_metrics(scores, label) for branch, scores in probabilities.items()}
+    by_branch = {branch: compute_class_metrics(scores, label) for branch, scores in predictions.items()}
     counts = np.bincount(label, minlength=len(class_names)).tolist()
     report: dict[str, Any] = {}
     for index, name in enumerate(class_names):
@@ -213,14 +222,15 @@ def evaluate_classes(
     return report
 
 
-def compute_metrics(probability: Probabilities, label: Labels) -> dict[str, float]:
+def compute_metrics(predictions: Probabilities | Predictions, label: Labels) -> dict[str, float]:
     """Compute ACC with its 95% Wilson interval, MAP (mean over classes of average precision), macro-F1 and ECE.
 
     All lie in [0, 1]. MAP and macro-F1 are over the classes that occur in `label`; a class that is never predicted has
-    F1 = 0. ECE: 0 is best, of the predicted class, in 15 bins; see `expected_calibration_error`.
+    F1 = 0. ECE: 0 is best, of the predicted class, in 15 bins; see `calibration_error`.
     """
-    correct = probability.argmax(axis=1) == label
-    classes = compute_class_metrics(probability, label).values()
+    predictions = _as_predictions(predictions)
+    correct = predictions.predicted == label
+    classes = compute_class_metrics(predictions, label).values()
     low, high = wilson_interval(int(correct.sum()), len(label))
     return {
         "accuracy": float(correct.mean()),
@@ -228,18 +238,18 @@ def compute_metrics(probability: Probabilities, label: Labels) -> dict[str, floa
         "accuracy_high": high,
         "map": float(np.mean([metrics["average_precision"] for metrics in classes])),
         "macro_f1": float(np.mean([metrics["f1"] for metrics in classes])),
-        "ece": expected_calibration_error(probability, label),
+        "ece": calibration_error(predictions.confidence, correct),
     }
 
 
-def compute_class_metrics(probability: Probabilities, label: Labels) -> dict[int, dict[str, float]]:
+def compute_class_metrics(predictions: Probabilities | Predictions, label: Labels) -> dict[int, dict[str, float]]:
     """Compute recall with its 95% Wilson interval, F1 and average precision of each class that occurs in `label`.
 
     Recall is the accuracy on the class's samples; F1 and average precision also count samples of other classes that are
     predicted as it.
     """
-    num_classes = probability.shape[1]
-    predicted = probability.argmax(axis=1)
+    predictions = _as_predictions(predictions)
+    num_classes, predicted = predictions.num_classes, predictions.predicted
     num_true, num_predicted, num_correct = (
         np.bincount(labels, minlength=num_classes).tolist() for labels in (label, predicted, label[predicted == label])
     )
@@ -251,7 +261,7 @@ def compute_class_metrics(probability: Probabilities, label: Labels) -> dict[int
             "recall_low": low,
             "recall_high": high,
             "f1": 2 * num_correct[index] / (num_true[index] + num_predicted[index]),
-            "average_precision": average_precision(probability[:, index], label == index),
+            "average_precision": average_precision(predictions.column(index), label == index),
         }
     return metrics
 
@@ -263,7 +273,7 @@ def evaluate_network(
     *,
     between: str,
     seed: int,
-    predictions: Mapping[str, Probabilities] | None = None,
+    predictions: Mapping[str, Any] | None = None,
     values: Mapping[ModalitySet, NDArray[np.float32]] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the reader's network on some rows: {task, answer, test, test_by_class, contribution}.
@@ -272,7 +282,7 @@ def evaluate_network(
     overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
     modality's contribution and the confused samples, see `measure_contribution`. Label sets and numbers have the
     metrics of `task_metrics`, and no confused samples; test_by_class has the labels, and nothing of numbers.
-    predictions: those of `predict`, where they are known; values: those of `values_by_set`.
+    predictions: those of `predict` or `predict_classes`, where they are known; values: those of `values_by_set`.
     """
     task, target = examples.task, examples.target[rows]
     subset_masks = subsets_of_rows(examples, rows, between=between)
@@ -294,8 +304,10 @@ def evaluate_network(
             "test_by_class": {} if task == "regression" else by_label(predictions, target, examples.class_names),
             "contribution": {"n": len(rows), "contribution": shares},
         }
-    unimodal_correct = np.stack([predictions[name].argmax(axis=1) == target for name in examples.modalities], axis=1)
+    predictions = {name: _as_predictions(scores) for name, scores in predictions.items()}
+    unimodal_correct = np.stack([predictions[name].predicted == target for name in examples.modalities], axis=1)
     correct_by_modalities = {key: values[key] > 0.5 for key in sets}
+    del values
     return {
         **about,
         "test": evaluate(predictions, target, subset_masks),
@@ -357,12 +369,29 @@ def evaluate_file(
     backbones = examples.backbones if model_config.backbones else ()
     net = _load_network(path, replace(model_config, backbones=backbones))
     with fixed_threads(examples.num_threads):
-        store = open_store(examples.inputs, config.finetune, device=device)
+        settings = config.finetune
+        bounded = replace(
+            settings,
+            resident_mib=min(settings.resident_mib, _EVALUATION_MIB),
+            read_ahead_mib=min(settings.read_ahead_mib, _EVALUATION_MIB),
+        )
+        store = open_store(examples.inputs, bounded, device=device)
         training_data = TrainingData.of(
-            examples, store, train=rows, config=config, seed=seed, device=device, distributed=SINGLE_PROCESS
+            examples,
+            store,
+            train=np.zeros(0, np.int64),
+            config=config,
+            seed=seed,
+            device=device,
+            distributed=SINGLE_PROCESS,
         )
         reader = NetworkReader(training_data, net.to(device))
-        return {"n": len(rows), **evaluate_network(reader, rows, examples, between=between, seed=seed)}
+        rows = rows[store.reading_order(rows)]
+        predictions: Mapping[str, Any] | None = None
+        if examples.task == "classification":
+            predictions = predict_classes(reader, rows, examples.modalities, folder=path.parent)
+        measured = evaluate_network(reader, rows, examples, between=between, seed=seed, predictions=predictions)
+        return {"n": len(rows), **measured}
 
 
 def check_model_name(recorded: str | None, passed: str | None, *, of: str) -> None:
@@ -405,14 +434,3 @@ def check_backbones(path: Path, config: ModelConfig, examples: Examples) -> None
                 for entry in (trained_on, current)
             )
             raise ManifestError(f"{path} was trained end to end with other models: {before}; the samples have {now}")
-
-
-def predict(reader: NetworkReader, rows: RowIndex, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """Compute predictions (n, k) of all modalities, "fused", and of each modality alone, see `FusionNet.predict`."""
-
-    def predict_branches(outputs: Outputs, target: Tensor) -> Tensor:
-        logits = torch.cat([reader.net.tested_logits(outputs)[None], outputs.unimodal])
-        return reader.net.predict(logits).movedim(1, 2)
-
-    stacked = reader.read_samples(predict_branches, rows).cpu().numpy()
-    return {name: np.ascontiguousarray(branch.T) for name, branch in zip(("fused", *names), stacked, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,11 @@ from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.features.backbone_inputs import Backbone
 from ..audit.features.cached_matrix import FeatureMatrix
 from ..audit.features.encode import EncodeTask
+from ..audit.features.encoded_samples import digest_texts, digest_words
 from ..audit.features.encoders import input_shape, is_network, stored_pictures
 from ..audit.features.found_rows import FoundRows, find_rows
 from ..audit.features.matrix import Inputs
-from ..audit.hashing import IdIndex, canonical_order, iterate_strings
+from ..audit.hashing import IdIndex, canonical_order, hash_ids
 from ..audit.probes.crops import PictureView
 from ..audit.workers import NETWORK_THREADS, NUM_THREADS, fixed_threads
 from ..rebalance.curriculum import cut_validation
@@ -33,10 +35,11 @@ Options = ParamSpec("Options")
 Result = TypeVar("Result")
 
 ROWS = (  # columns of a manifest that are read
-    *("sample_id", "content", "label", "label_name", "split", "group"),
+    *("sample_id", "content", "label", "label_name", "split"),
     *("rank", "weight", "discrepancy", "balance", "p_balanced"),
 )
-DROPPED_ROWS = tuple(name for name in ROWS if name in DROPPED_COLUMNS)
+DROPPED_ROWS = tuple(name for name in (*ROWS, "group") if name in DROPPED_COLUMNS)
+_TESTED = (*ROWS[:5], "discrepancy")  # those that an evaluation needs
 _NUMBERS: dict[str, tuple[type, float, type]] = {  # type in a manifest, value where there is none, type of examples
     "rank": (np.int32, -1, np.int64),
     "weight": (np.float32, 1.0, np.float32),
@@ -164,78 +167,90 @@ def load_examples(
         tasks: The encoded shards of the source.
         validation_fraction: Share of the training rows that is cut.
         seed: Seed of the cut.
-        only_test: Load the samples of the test split alone.
+        only_test: Load the samples of the test split alone, with what an evaluation reads: not their ranks, weights,
+            balance, posteriors and contents.
 
     Raises:
         ManifestError: The source has changed, or the manifest is malformed.
     """
-    cuts_validation = not only_test and validation_fraction > 0 and not states_split(manifest, "validation")
-    rows = _ManifestRows(with_groups=cuts_validation)
-    for batch in manifest.batches(ROWS):
-        rows.add(batch, "test" if only_test else None)
-    num_kept = rows.num_rows
-    for batch in dropped or ():
-        rows.add(batch.filter(pc.equal(batch["split"], "test")), None)
-    if only_test and not rows.num_rows:
-        return load_examples(
-            manifest, None, dataset=dataset, tasks=tasks, validation_fraction=validation_fraction, seed=seed
-        )
-    table = rows.collect(num_kept)
-    found = find_rows(dataset, tasks, table.index)
+    names = [name for name in ROWS if not only_test or name in _TESTED]
+    if not only_test and validation_fraction > 0 and not states_split(manifest, "validation"):
+        names.append("group")
+    table = _read_table(manifest, dropped, names, only_test=only_test)
+    if only_test and not len(table.sample_id):  # the message of it names the splits that there are
+        table, only_test = _read_table(manifest, None, list(ROWS), only_test=False), False
+    found = find_rows(dataset, tasks, IdIndex.of(table.sample_id))
     table.check_source(found, with_splits=not manifest.provenance.get("recipe", {}).get("resplit"))
     order = canonical_order(table.sample_id)  # the order of the manifest does not change a training
-    ids, row = table.sample_id.take(pa.array(order)), found.row[order]
+    content = _repeat(b"", len(order)) if only_test else digest_texts(found.content[order])
+    row, labels, usable = found.row[order], found.labels, found.usable
+    del found  # half of the memory
+    table.sort(order)
     codes = np.array(sorted(table.name_of_label), dtype=np.int32)
-    label = np.searchsorted(codes, table.numbers.pop("label")[order])
-    inputs = [FeatureMatrix.of(tasks, usable, row) for usable in found.usable]
-    values = None if found.labels.values is None else np.ascontiguousarray(found.labels.values[order])
+    label = np.searchsorted(codes, table.numbers.pop("label"))
     class_names = tuple(str(table.names[table.name_of_label[code]]) for code in codes.tolist())
-    group = None if table.group is None else table.group.take(pa.array(order))
-    stated = np.array(table.names, dtype=object)[table.split[order]]
-    split = cut_validation(stated, ids, label.astype(np.int32), group, fraction=validation_fraction, seed=seed)
+    values = None if labels.values is None else np.ascontiguousarray(labels.values[order])
     numbers: dict[str, Any] = {
-        column: table.numbers.pop(column)[order].astype(type_) for column, (_, _, type_) in _NUMBERS.items()
+        name: table.numbers.pop(name).astype(type_) if name in table.numbers else _repeat(type_(missing), len(order))
+        for name, (_, missing, type_) in _NUMBERS.items()
     }
+    split = _repeat("test", len(order))
+    if not only_test:
+        split = np.array(table.names, dtype=object)[table.split]
+        options: dict[str, Any] = {"fraction": validation_fraction, "seed": seed}
+        split = cut_validation(split, table.sample_id, label.astype(np.int32), table.group, **options)
+    inputs = [FeatureMatrix.of(tasks, rows, row) for rows in usable]
     return Examples(
-        sample_id=ids,
+        sample_id=table.sample_id,
         inputs=tuple(inputs),
         present=np.stack([matrix.present for matrix in inputs], axis=1),
         shapes=tuple(_shape_of(matrix, tasks) for matrix in inputs),
-        content=found.content[order],
-        modalities=tuple(usable.modality.name for usable in found.usable),
-        label=label.astype(np.int64),
-        class_names=class_names if values is None else found.labels.outputs,
+        content=content,
+        modalities=tuple(rows.modality.name for rows in usable),
+        label=label.astype(np.int64, copy=False),
+        class_names=class_names if values is None else labels.outputs,
         split=split,
-        in_manifest=order < num_kept,
+        in_manifest=order < table.num_kept,
         views=tuple(_view_of(matrix, tasks) for matrix in inputs),
-        backbones=tuple(Backbone.of(usable.modality, tasks[0].media) for usable in found.usable),
+        backbones=tuple(Backbone.of(rows.modality, tasks[0].media) for rows in usable),
         task=dataset.task,
         values=values,
         **numbers,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Table:
-    """Rows (n,) of a manifest and its dropped rows, without an object per row.
+def _repeat(value: Any, n: int) -> NDArray[Any]:
+    """Return an array (n,) of one value that takes the memory of one."""
+    return np.broadcast_to(np.array(value, dtype=object if isinstance(value, str) else None), n)
 
-    names: strings of which label_name (n,), split (n,) and name_of_label hold the indices. content: digests, b"" where
-    unknown. numbers: the label, and columns of _NUMBERS, by name. group: names, None where there are none to read.
+
+@dataclass(slots=True, kw_only=True)
+class _Table:
+    """Rows (n,) of a manifest, of which the first `num_kept`, and its dropped rows, without an object per row.
+
+    names: strings of which label_name (n,), split (n,) and name_of_label hold the indices. content: digests as two
+    words (n, 2), 0 where unknown. numbers: the label, and columns of _NUMBERS, by name. group: names, None where there
+    are none to read.
     """
 
-    index: IdIndex
+    sample_id: pa.LargeStringArray
+    num_kept: int
     names: list[str | None]
     name_of_label: dict[int, int]
     label_name: NDArray[np.int32]
     split: NDArray[np.int32]
-    content: NDArray[np.bytes_]
+    content: NDArray[np.uint64]
     numbers: dict[str, NDArray[Any]]
     group: pa.Array | None
 
-    @property
-    def sample_id(self) -> pa.LargeStringArray:
-        """Ids of the rows."""
-        return self.index.ids
+    def sort(self, order: NDArray[np.intp]) -> None:
+        """Sort the rows, without what `check_source` has compared."""
+        self.content = self.content[:0]
+        self.label_name = self.label_name[:0]
+        self.sample_id = self.sample_id.take(pa.array(order))
+        self.split = self.split[order]
+        self.numbers = {name: self.numbers.pop(name)[order] for name in list(self.numbers)}
+        self.group = None if self.group is None else self.group.take(pa.array(order))
 
     def check_source(self, found: FoundRows, *, with_splits: bool) -> None:
         """Raise ManifestError where rows are not in their source, have changed there, or cannot be used."""
@@ -248,7 +263,7 @@ class _Table:
         code_of = {name: code for code, name in enumerate(self.names)}
         unknown = code_of.get(None, -1)
         label = np.array([*(code_of.get(name, -2) for name in found.labels.names), -2, -2])[found.labels.label]
-        self._check_same("content", (self.content != b"") & (self.content != found.content))
+        self._check_same("content", self.content.any(axis=1) & (self.content != found.content).any(axis=1))
         self._check_same("label", (self.label_name != unknown) & (self.label_name != label))
         if with_splits and found.split is not None:
             split = np.array([code_of[name] for name in SPLITS])[found.split]
@@ -269,11 +284,24 @@ class _Table:
             )
 
 
+def _read_table(
+    manifest: Manifest | ManifestFile, dropped: Iterable[pa.Table] | None, names: Sequence[str], *, only_test: bool
+) -> _Table:
+    """Read columns of the rows of a manifest, or of its test split, and of the test rows dropped from it."""
+    rows = _ManifestRows(names)
+    for batch in manifest.batches([*names, "rank"] if only_test else names):
+        rows.add(batch, "test" if only_test else None)
+    num_kept = rows.num_rows
+    for batch in dropped or ():
+        rows.add(batch.filter(pc.equal(batch["split"], "test")), None)
+    return rows.collect(num_kept)
+
+
 class _ManifestRows:
     """Batches of a manifest, of which strings that repeat become codes."""
 
-    def __init__(self, *, with_groups: bool) -> None:
-        self.with_groups = with_groups
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
         self.code_of: dict[str | None, int] = {name: code for code, name in enumerate(SPLITS)}
         self.name_of_label: dict[int, int] = {}
         self.parts: dict[str, list[Any]] = defaultdict(list)
@@ -292,14 +320,15 @@ class _ManifestRows:
         if split is not None:
             batch = batch.filter(pc.equal(batch["split"], split))
         self.num_rows += len(batch)
-        content = (text.encode() for text in iterate_strings(batch["content"].fill_null("")))
-        self.parts["content"].append(np.fromiter(content, dtype="S32", count=len(batch)))
+        self.parts["content"].append(_digest_words(batch["content"]))
         self.parts["sample_id"] += batch["sample_id"].cast(pa.large_string()).chunks
-        self.parts["group"] += batch["group"].chunks if self.with_groups else []
+        self.parts["group"] += batch["group"].chunks if "group" in self.names else []
         self.parts["label"].append(batch["label"].to_numpy())
         for name in ("label_name", "split"):
             self.parts[name].append(self._codes(batch[name]))
         for name, (type_, missing, _) in _NUMBERS.items():
+            if name not in self.names:
+                continue
             column = batch[name].fill_null(missing) if name in batch.column_names else pa.repeat(missing, len(batch))
             self.parts[name].append(column.to_numpy().astype(type_, copy=False))
 
@@ -313,27 +342,47 @@ class _ManifestRows:
         """Return all rows, of which the first `num_kept` are the manifest's. Raises ManifestError for repeated ids."""
         ids = pa.chunked_array(self.parts.pop("sample_id"), pa.large_string()).combine_chunks()
         group = self.parts.pop("group")
-        try:
-            index = IdIndex.of(ids)
-        except ValueError as error:
-            kept = pc.is_in(ids.slice(num_kept), value_set=ids.slice(0, num_kept))
-            if number := kept.true_count:
-                first = pc.min(ids.slice(num_kept).filter(kept)).as_py()
-                reason = f"{number} samples are both kept and dropped (the first: {first}): run mmaudit split again"
-            else:
-                reason = f"{error} in the manifest: recreate it with mmaudit split"
-            raise ManifestError(reason) from error
+        _check_unique(ids, num_kept)
         columns = {name: np.concatenate(self.parts.pop(name)) for name in list(self.parts)}
         return _Table(
-            index=index,
+            sample_id=ids,
+            num_kept=num_kept,
             names=list(self.code_of),
             name_of_label=self.name_of_label,
             label_name=columns.pop("label_name"),
             split=columns.pop("split"),
             content=columns.pop("content"),
             numbers=columns,
-            group=pa.chunked_array(group, pa.string()).combine_chunks() if self.with_groups else None,
+            group=pa.chunked_array(group, pa.string()).combine_chunks() if "group" in self.names else None,
         )
+
+
+def _check_unique(ids: pa.LargeStringArray, num_kept: int) -> None:
+    """Raise ManifestError for ids that are repeated in a manifest, or both in it and among its dropped rows."""
+    hashes = np.sort(hash_ids(ids, seed=0, purpose="unique"))
+    if not (hashes[1:] == hashes[:-1]).any() or not (number := len(ids) - len(ids.unique())):
+        return
+    dropped = ids.slice(num_kept)
+    in_both = dropped.filter(pc.is_in(dropped, value_set=ids.slice(0, num_kept)))
+    if not len(in_both):
+        raise ManifestError(f"{number} ids occur more than once in the manifest: recreate it with mmaudit split")
+    raise ManifestError(
+        f"{len(in_both)} samples are both kept and dropped (the first: {pc.min(in_both).as_py()}): "
+        "run mmaudit split again"
+    )
+
+
+def _digest_words(column: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """Return digests as two words (n, 2): 0 for null, and the largest numbers for what is not a digest."""
+    unknown, other = "0" * 32, "f" * 32
+    texts = column.fill_null(unknown).to_pylist()
+    try:
+        words = digest_words(texts).T
+    except ValueError:
+        words = np.zeros((0, 2), np.uint64)
+    if len(words) != len(texts):
+        words = digest_words(text if re.fullmatch("[0-9a-f]{32}", text) else other for text in texts).T
+    return words
 
 
 def _view_of(matrix: FeatureMatrix, tasks: Sequence[EncodeTask]) -> PictureView | None:

@@ -23,11 +23,12 @@ from ..audit.workers import Progress
 from .checkpoint import common_state, resume, run_identity, save_model, save_state, warm_start
 from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
 from .custom_network import check_first_pass
-from .evaluate import evaluate_network, predict, sets_without, values_by_set
+from .evaluate import evaluate_network, sets_without, values_by_set
 from .examples import Examples, in_fixed_threads
 from .methods import resolve
 from .network import FusionNet
 from .optimizer import SINGLE_PROCESS, DistributedContext, Optimization
+from .predictions import predict
 from .task_metrics import TASK_METRICS, chance_levels
 from .tracking import open_trackers
 from .training_data import NetworkReader, build_network, set_up, validate

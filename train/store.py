@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..audit.features.matrix import Inputs, chunks
-from ..audit.features.vector_files import from_files
+from ..audit.features.matrix import Inputs, chunks, reading_order
+from ..audit.features.vector_files import FileInputs, from_files
 from ..audit.workers import prefetch_map
 from ..rebalance.curriculum import RowIndex
 from .config import FinetuneConfig
@@ -96,6 +96,18 @@ class Store:
 
         for _, tensors in self.stream(batches, rows_of):
             yield tensors[modality]
+
+    def reading_order(self, rows: RowIndex) -> RowIndex:
+        """Return the order (b,) in which rows are read one file after the other; as they are if one window has all.
+
+        In another order, each window of many rows would read all files.
+        """
+        streamed = [matrix for matrix, resident in zip(self.inputs, self.resident, strict=True) if resident is None]
+        if not streamed or len(rows) * sum(self._window_row_bytes) <= self.window_bytes:
+            return np.arange(len(rows))
+        return (
+            streamed[0].reading_order(rows) if isinstance(streamed[0], FileInputs) else reading_order(streamed[0], rows)
+        )
 
     def _read_windows(self, items: Iterable[Item], rows_of: RowsOf[Item]) -> Iterator[tuple[Item, list[Tensor]]]:
         """Yield each item with what is read of its rows, while a thread reads the next window."""

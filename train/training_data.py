@@ -176,6 +176,7 @@ class TrainingData:
         form = self.forms[modality]
         shape, size = form.shape, _READ_BATCH_SIZE if form.view is None else _STORED_BATCH_SIZE
         num_values, sums = 0, []
+        rows = rows[self.store.reading_order(rows)]
         batches = (rows[start : start + size] for start in range(0, len(rows), size))
         for values in self.store.stream_modality(modality, batches):
             values = values[~values.isnan().any(dim=1)]
@@ -215,30 +216,42 @@ class NetworkReader:
         """See ModelReader.read_validation."""
         return self.read_samples(function, self.training_data.validation, net=net)
 
-    @torch.no_grad()
     def read_samples(self, function: OutputFunction, rows: RowIndex, *, net: FusionNet | None = None) -> Tensor:
         """Evaluate the function on any samples, by their row in the store."""
+        distributed, store = self.training_data.distributed, self.training_data.store
+        local_rows = rows[distributed.slice(len(rows))]
+        order = store.reading_order(local_rows)
+        values, start = torch.empty(0), 0
+        for batch in self.iterate(function, local_rows[order], net=net):
+            stop = start + batch.shape[-1]
+            if not start:
+                values = batch.new_empty(*batch.shape[:-1], len(local_rows))
+            values[..., torch.from_numpy(order[start:stop]).to(batch.device)] = batch
+            start = stop
+        return distributed.gather(values)
+
+    @torch.no_grad()
+    def iterate(self, function: OutputFunction, rows: RowIndex, *, net: FusionNet | None = None) -> Iterator[Tensor]:
+        """Yield the values of the function on samples in their order, batch by batch, in this process alone."""
         data, network = self.training_data, self.net if net is None else net
         small = all(len(form.shape) == 1 for form in data.forms) and not data.has_backbones
         size = _READ_BATCH_SIZE if small else data.config.finetune.batch_size
-        local_rows, all_present = rows[data.distributed.slice(len(rows))], bool(data.present[rows].all())
+        all_present = bool(data.present[rows].all())
 
         def rows_of(batch_rows: RowIndex) -> list[RowIndex]:
             return [
                 batch_rows if all_present else batch_rows[data.present[batch_rows, j]] for j in range(len(data.forms))
             ]
 
-        batches = [local_rows[start : start + size] for start in range(0, len(local_rows), size)] or [local_rows]
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)] or [rows]
         training = network.training
         network.eval()
-        values = []
         for batch_rows, inputs in data.store.stream(batches, rows_of):
             label = data.label[torch.from_numpy(batch_rows).to(data.device)]
             modality_mask = None if all_present else torch.from_numpy(data.present[batch_rows]).to(data.device)
-            inputs = tuple(form.whole(rows) for form, rows in zip(data.forms, inputs, strict=True))
-            values.append(function(network(inputs, modality_mask), label).float())
+            inputs = tuple(form.whole(values) for form, values in zip(data.forms, inputs, strict=True))
+            yield function(network(inputs, modality_mask), label).float()
         network.train(training)
-        return data.distributed.gather(torch.cat(values, dim=-1))
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
         """See ModelReader.train_copy. The copy starts with a new optimiser at the rate of a first epoch."""

@@ -175,6 +175,11 @@ def digest_words(digests: Iterable[str]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(words.T, dtype=np.uint64)
 
 
+def digest_texts(words: NDArray[np.uint64]) -> NDArray[np.bytes_]:
+    """Return digests of two words each (n, 2) as hexadecimal digits (n,), dtype S32."""
+    return np.frombuffer(words.astype(">u8").tobytes().hex().encode(), dtype="S32")
+
+
 def missing_in_source(status: Status) -> NDArray[np.bool_]:
     """Return a mask (n,) of the samples that lack this modality in the source.
 

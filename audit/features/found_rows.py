@@ -17,7 +17,7 @@ from ..errors import DatasetError, Reason
 from ..hashing import IdIndex
 from .cached_matrix import UsableRows
 from .encode import EncodeTask, column_of, content_of, read_arrow
-from .encoded_samples import DATA_CHANGED, is_null_cell, lengths_of, problems_of, row_content
+from .encoded_samples import DATA_CHANGED, digest_words, is_null_cell, lengths_of, problems_of, row_content
 from .vectors import check_lengths
 
 
@@ -29,7 +29,7 @@ class FoundRows:
         row: dataset row of each id (n,), -1 where there is none; nothing else is known of these.
         labels: classes, label sets or numbers of the rows.
         split: index in SPLITS of each row (n,); None where the data state no splits.
-        content: digest over all modalities (n,), dtype S32.
+        content: digest over all modalities as two words, (n, 2), see `digest_words`.
         usable: of each of the m modalities, which rows of the dataset have it.
         damaged: whether a modality is neither usable nor missing in the source, (n, m).
     """
@@ -37,7 +37,7 @@ class FoundRows:
     row: NDArray[np.int64]
     labels: Labels
     split: NDArray[np.int8] | None
-    content: NDArray[np.bytes_]
+    content: NDArray[np.uint64]
     usable: tuple[UsableRows, ...]
     damaged: NDArray[np.bool_]
 
@@ -58,7 +58,7 @@ def find_rows(dataset: Dataset, tasks: Sequence[EncodeTask], index: IdIndex) -> 
     """
     ids, roles = index.ids, dataset.columns
     row = np.full(len(ids), -1, dtype=np.int64)
-    content = np.zeros(len(ids), dtype="S32")
+    content = np.zeros((len(ids), 2), dtype=np.uint64)
     split = np.zeros(len(ids), dtype=np.int8) if roles.split else None
     modalities = [_ModalityReader(modality) for modality in dataset.modalities]
     damaged = np.zeros((len(ids), len(modalities)), dtype=bool)
@@ -79,7 +79,7 @@ def find_rows(dataset: Dataset, tasks: Sequence[EncodeTask], index: IdIndex) -> 
         if split is not None:
             split[positions] = read_split_codes(rows[roles.split], name=str(roles.split))[local_rows]
         parts = [reader.add(task, shard_ids, local_rows) for reader in modalities]
-        content[positions] = row_content([part for part, _ in parts])
+        content[positions] = digest_words(row_content([part for part, _ in parts])).T
         damaged[positions] = np.stack([part for _, part in parts], axis=1)
         start += task.shard.num_rows
     for name, count in num_null.items():

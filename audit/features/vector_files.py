@@ -118,6 +118,10 @@ class FileInputs:
         """Number of features, d."""
         return self.matrix.num_features
 
+    def reading_order(self, rows: RowIndex) -> RowIndex:
+        """Return the order (b,) in which these rows are read sequentially from their files."""
+        return self.matrix.reading_order(rows)
+
     def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
         dataset_rows = self.matrix.row[rows]

@@ -122,7 +122,8 @@ def sample_row_groups(groups: Sequence[RowGroup], schema: pa.Schema) -> pa.Table
     parts = [schema.empty_table()]
     for path, number, split in chosen:
         first = _first_rows(path, number, max_bytes=_SAMPLE_BYTES // len(chosen))
-        rows = take_rows(first, spread_positions(first.num_rows, rows_of_group))
+        positions = spread_positions(first.num_rows, rows_of_group)
+        rows = take_rows(first, positions).combine_chunks()  # a copy: slices would keep all rows of the group
         parts.append(with_split(dataset_table(rows), split))
     sample = pa.concat_tables(parts, promote_options="permissive")
     searched = [groups[index] for index in spread_positions(len(groups), _MAX_SEARCHED)]

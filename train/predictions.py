@@ -1,0 +1,111 @@
+"""Class predictions of many samples, by columns: in memory, or in a temporary file where they are large."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..rebalance.curriculum import RowIndex
+from .network import Outputs
+from .training_data import NetworkReader
+
+MAX_BYTES = 32 << 20  # ours: larger ones are in a file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predictions:
+    """Class probabilities of n samples by one branch.
+
+    predicted: the most probable class (n,). confidence: its probability (n,) float32. num_classes: k. column: function
+    of a class that returns its probabilities (n,) float32.
+
+    Example:
+        >>> Predictions.of(np.float32([[0.2, 0.8]])).predicted
+        array([1])
+    """
+
+    predicted: NDArray[np.integer]
+    confidence: NDArray[np.float32]
+    num_classes: int
+    column: Callable[[int], NDArray[np.float32]]
+
+    @classmethod
+    def of(cls, probability: NDArray[np.float32]) -> Predictions:
+        """Return the predictions of probabilities (n, k) in memory."""
+        predicted = probability.argmax(axis=1)
+        return cls(
+            predicted=predicted,
+            confidence=probability[np.arange(len(predicted)), predicted],
+            num_classes=probability.shape[1],
+            column=lambda index: probability[:, index],
+        )
+
+    def select(self, rows: NDArray[np.bool_]) -> Predictions:
+        """Return the predictions of the samples in a mask (n,)."""
+        if rows.all():
+            return self
+        return Predictions(
+            predicted=self.predicted[rows],
+            confidence=self.confidence[rows],
+            num_classes=self.num_classes,
+            column=lambda index: self.column(index)[rows],
+        )
+
+
+def predict(reader: NetworkReader, rows: RowIndex, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    """Compute predictions (n, k) of all modalities, "fused", and of each modality alone, see `FusionNet.predict`."""
+    stacked = reader.read_samples(partial(_predict_branches, reader), rows).cpu().numpy()
+    return {name: np.ascontiguousarray(branch.T) for name, branch in zip(("fused", *names), stacked, strict=True)}
+
+
+def predict_classes(
+    reader: NetworkReader, rows: RowIndex, names: Sequence[str], *, folder: Path, max_bytes: int = MAX_BYTES
+) -> dict[str, Predictions]:
+    """Compute what `predict` does, of classes; beyond `max_bytes` it is in a file of `folder` that has no name.
+
+    The file takes 4 bytes a sample, class and branch. In one process only.
+    """
+    num_classes, branches = len(reader.net.config.classes), ("fused", *names)
+    if 4 * len(rows) * num_classes * len(branches) <= max_bytes:
+        return {name: Predictions.of(scores) for name, scores in predict(reader, rows, names).items()}
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 closed with the last reference to a column
+    predicted = np.empty((len(branches), len(rows)), dtype=np.min_scalar_type(-num_classes))
+    confidence = np.empty((len(branches), len(rows)), dtype=np.float32)
+    start = 0
+    for batch in reader.iterate(partial(_predict_branches, reader), rows):
+        values = np.ascontiguousarray(batch.cpu().numpy())
+        stop = start + values.shape[2]
+        predicted[:, start:stop] = values.argmax(axis=1)
+        confidence[:, start:stop] = values.max(axis=1)
+        for number, column in enumerate(values.reshape(-1, values.shape[2])):
+            file.seek(4 * (number * len(rows) + start))
+            file.write(column.tobytes())
+        start = stop
+    return {
+        name: Predictions(
+            predicted=predicted[index],
+            confidence=confidence[index],
+            num_classes=num_classes,
+            column=partial(_read_column, file, len(rows), index * num_classes),
+        )
+        for index, name in enumerate(branches)
+    }
+
+
+def _predict_branches(reader: NetworkReader, outputs: Outputs, target: Tensor) -> Tensor:
+    logits = torch.cat([reader.net.tested_logits(outputs)[None], outputs.unimodal])
+    return reader.net.predict(logits).movedim(1, 2)
+
+
+def _read_column(file: BinaryIO, num_rows: int, first: int, index: int) -> NDArray[np.float32]:
+    file.seek(4 * num_rows * (first + index))
+    return np.frombuffer(file.read(4 * num_rows), dtype=np.float32)
