@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
     from .cli.methods import MethodTable, methods
     from .cli.planning import PlanResult, plan
-    from .cli.scoring import ReportResult, ScoreResult, report, score
+    from .cli.reporting import ReportResult, report
+    from .cli.scoring import ScoreResult, score
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
     from .cli.staging import StageResult
     from .cli.study import StudyResult, study
@@ -54,7 +55,8 @@ _NAMES = {
     "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
     "cli.methods": ["MethodTable", "methods"],
     "cli.planning": ["PlanResult", "plan"],
-    "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
+    "cli.reporting": ["ReportResult", "report"],
+    "cli.scoring": ["ScoreResult", "score"],
     "cli.staging": ["StageResult"],
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
     "cli.study": ["StudyResult", "study"],

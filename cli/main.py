@@ -61,7 +61,7 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="evaluate", module="training", printer="print_evaluate"),
     Command(name="compare", module="comparing", printer="print_compare"),
     Command(name="study", module="study", printer="print_study"),
-    Command(name="report", module="scoring", printer="print_report"),
+    Command(name="report", module="reporting", printer="print_report"),
     Command(name="methods", module="methods", printer="print_methods"),
 )
 
