@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .cli.comparing import compare
     from .cli.config import RunConfig, load_config
     from .cli.demo import DemoResult, demo
-    from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
+    from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order
     from .cli.methods import MethodTable, methods
     from .cli.planning import PlanResult, plan
     from .cli.reporting import ReportResult, report
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .cli.staging import StageResult
     from .cli.study import StudyResult, study
     from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
+    from .cli.verifying import verify
     from .rebalance.diff import ManifestDiff
     from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
@@ -52,7 +53,7 @@ _NAMES = {
     "cli.comparing": ["compare"],
     "cli.config": ["RunConfig", "load_config"],
     "cli.demo": ["DemoResult", "demo"],
-    "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
+    "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order"],
     "cli.methods": ["MethodTable", "methods"],
     "cli.planning": ["PlanResult", "plan"],
     "cli.reporting": ["ReportResult", "report"],
@@ -61,6 +62,7 @@ _NAMES = {
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
     "cli.study": ["StudyResult", "study"],
     "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
+    "cli.verifying": ["verify"],
     "rebalance.diff": ["ManifestDiff"],
     "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],

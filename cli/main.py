@@ -51,7 +51,7 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="apply", module="applying", printer="print_apply"),
     Command(name="plan", module="planning", printer="print_plan"),
     Command(name="split", module="splitting", printer="print_split"),
-    Command(name="verify", module="manifests", printer="print_lines"),
+    Command(name="verify", module="verifying", printer="print_lines"),
     Command(name="diff", module="manifests", printer="print_lines"),
     Command(name="replay", module="splitting", printer="print_replay"),
     Command(name="card", module="manifests", printer="print_card"),
