@@ -25,7 +25,6 @@ from .effects import effects_in_scoring, warn_without_effect, with_engine
 from .progress import progress_bars
 from .provenance import open_encodable
 from .remote_run import with_run
-from .report import write_report
 from .reporting import report
 from .run import Run
 from .staging import StageResult, check_stage, open_job, publish, run_job, run_stage
@@ -273,7 +272,7 @@ def score(
                         overwrite=overwrite,
                         lock=lock,
                     )
-                    write_report(run_dir)
+                    _write_report(run_dir)
                     return _score_result(run_dir)
         if not append:
             check_unchanged(run_dir, dataset, config, options)
@@ -293,6 +292,12 @@ def _preset_record(name: str, config: RunConfig) -> dict[str, Any]:
     """Return the record of a preset in run.json, of the settings that scores depend on, without the seed."""
     own = build_config(RunConfig, preset_content(name), where="").scoring_config()
     return preset_record(name, own, {**config.scoring_config(), "seed": own["seed"]})
+
+
+def _write_report(run_dir: Run) -> Path:
+    from .report import write_report
+
+    return write_report(run_dir)
 
 
 def _score_result(run_dir: Run) -> ScoreResult:

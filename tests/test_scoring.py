@@ -82,7 +82,7 @@ def kill_in(monkeypatch: pytest.MonkeyPatch, module: object, name: str, command:
 
 def test_missing_report_is_written_by_the_next_score(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(run)
-    kill_in(monkeypatch, scoring, "write_report", lambda: score(data, run=run, config=QUICK, num_workers=0))
+    kill_in(monkeypatch, scoring, "_write_report", lambda: score(data, run=run, config=QUICK, num_workers=0))
     assert Run(run).is_scored()
     assert not Run(run).report_file.exists()
     score(data, run=run, config=QUICK, num_workers=0)
