@@ -346,9 +346,10 @@ def test_columns_read_in_pieces_are_not_held_whole(tmp_path: Path) -> None:
     pq.write_table(pa.table({"value": values}), path, row_group_size=num_rows, use_dictionary=False)
     largest = {}
     for buffer_bytes in (0, 1 << 16):
-        before, most, batches = pa.total_allocated_bytes(), 0, []
+        batches: list[pa.Table] = []
+        before, most = pa.total_allocated_bytes(), 0
         for batch in read_batches(path, error=ScoreError, rows=10_000, buffer_bytes=buffer_bytes):
-            most = max(most, pa.total_allocated_bytes() - before - sum(map(len, batches)) * 8)
+            most = max(most, pa.total_allocated_bytes() - before - sum(len(read) for read in batches) * 8)
             batches.append(batch)
         assert pa.concat_tables(batches)["value"].combine_chunks().equals(values)
         largest[buffer_bytes] = most
