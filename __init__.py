@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from .cli.comparing import compare
     from .cli.config import RunConfig, load_config
     from .cli.demo import DemoResult, demo
-    from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
+    from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order
     from .cli.methods import MethodTable, methods
     from .cli.planning import PlanResult, plan
-    from .cli.scoring import ReportResult, ScoreResult, report, score
+    from .cli.reporting import ReportResult, report
+    from .cli.scoring import ScoreResult, score
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
     from .cli.staging import StageResult
     from .cli.study import StudyResult, study
     from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
+    from .cli.verifying import verify
     from .rebalance.diff import ManifestDiff
     from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
@@ -51,14 +53,16 @@ _NAMES = {
     "cli.comparing": ["compare"],
     "cli.config": ["RunConfig", "load_config"],
     "cli.demo": ["DemoResult", "demo"],
-    "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
+    "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order"],
     "cli.methods": ["MethodTable", "methods"],
     "cli.planning": ["PlanResult", "plan"],
-    "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
+    "cli.reporting": ["ReportResult", "report"],
+    "cli.scoring": ["ScoreResult", "score"],
     "cli.staging": ["StageResult"],
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
     "cli.study": ["StudyResult", "study"],
     "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
+    "cli.verifying": ["verify"],
     "rebalance.diff": ["ManifestDiff"],
     "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],

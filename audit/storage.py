@@ -286,12 +286,16 @@ def read_batches(
     dictionary: Sequence[str] = (),
     buffer_bytes: int = 0,
 ) -> Generator[pa.Table, None, None]:
-    """Yield a file in batches of at most `rows` rows; columns in `dictionary` are dictionary-encoded."""
+    """Yield a file in batches of at most `rows` rows; columns in `dictionary` are dictionary-encoded.
+
+    With `buffer_bytes`, columns are read in pieces of so many bytes and decoded by this thread alone: otherwise a row
+    group is read whole, and the memory pools of decoding threads keep what they have freed.
+    """
     with open_parquet(path, error=error, dictionary=dictionary, buffer_bytes=buffer_bytes) as file:
         names = None if columns is None else list(columns)
         groups = range(file.num_row_groups) if row_groups is None else row_groups
         num_rows = 0
-        for batch in file.iter_batches(batch_size=rows, columns=names, row_groups=row_groups):
+        for batch in file.iter_batches(rows, row_groups, names, use_threads=not buffer_bytes):
             batch.validate(full=True)  # otherwise text that is not UTF-8 would fail later, on conversion to str
             num_rows += len(batch)
             yield plain_table(pa.Table.from_batches([batch]))

@@ -1,12 +1,12 @@
 """Peak memory of split, report and evaluate on 10^5 and 10^7 scored rows of two modalities of 32 features.
 
-A small set is scored and fine-tuned. Its run is then copied to as many rows as wanted, without fitting probes: vectors
-are drawn and encoded into the feature cache, and scores are those of rows of the small set, moved by noise. Each
-command runs in a process of its own, whose largest resident set is read from the system. Prints a Markdown table; the
-exit code is 1 if a command takes more than MAX_MORE_MB above its peak on the smallest set.
+The runs are scored by mmaudit, which takes five minutes of 10^7 rows: a run whose scores repeat those of a few rows has
+columns of few distinct values, which are stored, and read, as small dictionaries. `evaluate` takes a network that was
+fine-tuned on 4,000 rows. Each command runs in a process of its own, whose largest resident set is read from the system.
+Prints a Markdown table; the exit code is 1 if a command takes more than MAX_MORE_MB above its peak on the smallest set.
 
-`python benchmarks/peaks.py FOLDER` keeps the runs in FOLDER (10 GB), and uses those that are there. `--rows
-100000,1000000` measures other sizes, `--only split,report` some commands.
+`python benchmarks/peaks.py FOLDER` keeps data and runs in FOLDER (10 GB) as data-ROWS and run-ROWS, and uses those that
+are there. `--rows 100000,1000000` measures other sizes, `--only split,report` some commands.
 """
 
 from __future__ import annotations
@@ -19,25 +19,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmaudit.audit.dataset.dataset import open_dataset
-from mmaudit.audit.features.encode import content_of, encode_dataset, read_arrow
-from mmaudit.audit.features.encoded_samples import row_content
-from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.storage import write_json, write_parquet
-from mmaudit.audit.workers import no_progress
-from mmaudit.cli.provenance import signed_record
+from mmaudit.audit.storage import write_json
 from mmaudit.rebalance.manifest import read_stated_digests
 
 NUM_FEATURES, NUM_CLASSES = 32, 10
 SMALL, PART_ROWS, GROUP_ROWS = 4_000, 200_000, 50_000
 MAX_MORE_MB = 100
-COMMANDS = {"split": ["split", "--balanced", "--overwrite"], "report": ["report"], "evaluate": ["evaluate", "trained"]}
+COMMANDS = {
+    "split": ["split", "--balanced", "--name", "peaks", "--overwrite"],
+    "report": ["report"],
+    "evaluate": ["evaluate", "trained"],
+}
 
 
 def write_data(folder: Path, num_rows: int, *, small: bool = False) -> None:
@@ -59,60 +56,13 @@ def write_data(folder: Path, num_rows: int, *, small: bool = False) -> None:
         pq.write_table(table, file, compression="none", row_group_size=SMALL // 4 if small else GROUP_ROWS)
 
 
-def copied_scores(source: pa.Table, own: dict[str, Any], *, seed: int) -> pa.Table:
-    """Return scores of rows of a small set, moved by noise, for samples with these columns."""
-    rng = np.random.default_rng(seed)
-    n = len(own["label"])
-    table = source.take(pa.array(rng.integers(0, len(source), n)))
-    confidence = [
-        np.clip(table[f"confidence_{name}"].to_numpy() + rng.normal(0, 0.02, n).astype(np.float32), 0, 1)
-        for name in ("audio", "visual")
-    ]
-    values = {
-        **own,
-        "confidence_audio": confidence[0],
-        "confidence_visual": confidence[1],
-        "discrepancy": confidence[0] - confidence[1],
-        "gap": np.abs(confidence[0] - confidence[1]),
-    }
-    for name, column in values.items():
-        field = table.schema.field(name)
-        array = column.cast(field.type) if isinstance(column, pa.ChunkedArray) else pa.array(column, field.type)
-        table = table.set_column(table.column_names.index(name), field, array)
-    return table
-
-
 def make_run(root: Path, num_rows: int) -> Path:
-    """Make a run of so many rows, as if the data had been scored, unless it is there."""
-    small, data, run = root / "small-run", root / f"data-{num_rows}", root / f"run-{num_rows}"
-    if (run / "run.json").exists():
-        return run
-    for folder in (data, run):
-        shutil.rmtree(folder, ignore_errors=True)
-    write_data(data, num_rows)
-    dataset = open_dataset(data)
-    media = MediaConfig()
-    tasks = encode_dataset(dataset, run / "features", media=media, num_workers=0, progress=no_progress)
-    source = pa.concat_tables([pq.read_table(file) for file in sorted((small / "scores").glob("*.parquet"))])
-    provenance = json.loads(source.schema.metadata[b"mmaudit"])
-    pending: list[pa.Table] = []
-    for number, task in enumerate(tasks):
-        rows = dataset.read(task.shard, modalities=False)
-        contents = [content_of(read_arrow(task.file(modality))) for modality in dataset.modalities]
-        content = pa.array(row_content(contents))
-        own = {"sample_id": rows["id"], "label": rows["label"], "split": rows["split"], "content": content}
-        own["label_name"] = own["label"].cast(pa.string())
-        pending.append(copied_scores(source, own, seed=number))
-        if len(pending) == PART_ROWS // GROUP_ROWS or number == len(tasks) - 1:
-            path = run / "scores" / f"part-{number * GROUP_ROWS // PART_ROWS:05d}.parquet"
-            write_parquet(pa.concat_tables(pending), path, provenance=provenance)
-            pending = []
-    for name in ("mixture.json", "quarantine.parquet"):
-        shutil.copy(small / name, run / name)
-    record = json.loads((small / "run.json").read_text())
-    record["counts"] = {"input": num_rows, "scored": num_rows, "quarantined": 0}
-    record["source"] = str(data.absolute())
-    write_json(signed_record(record, folder=run, scores=run / "scores"), run / "run.json")
+    """Score so many rows, unless the run is there; an interrupted one is finished."""
+    data, run = root / f"data-{num_rows}", root / f"run-{num_rows}"
+    if not data.exists():
+        write_data(data, num_rows)
+    if not (run / "run.json").exists():
+        mmaudit("score", str(data), "--run", str(run))
     return run
 
 
@@ -122,7 +72,7 @@ def add_trained(root: Path, run: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(next((root / "small-run" / "finetune").glob("*/metrics.json")).parent, target)
     metrics = json.loads((target / "metrics.json").read_text())
-    metrics["manifest_digest"] = read_stated_digests(run / "manifests" / "balanced.parquet")["digest"]
+    metrics["manifest_digest"] = read_stated_digests(run / "manifests" / "peaks.parquet")["digest"]
     write_json(metrics, target / "metrics.json")
 
 
@@ -157,13 +107,15 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(COMMANDS))
     options = parser.parse_args()
     root, failed = options.folder.absolute(), False
-    make_small(root)
+    commands = options.only.split(",")
+    if "evaluate" in commands:
+        make_small(root)
     print("| command | rows | largest resident set | more than at the fewest rows | CPU s | s |")
     print("|---|---|---|---|---|---|")
     least: dict[str, float] = {}
     for num_rows in sorted(int(text) for text in options.rows.split(",")):
         run = make_run(root, num_rows)
-        for name in options.only.split(","):
+        for name in commands:
             if name == "evaluate":
                 add_trained(root, run)
             peak, cpu, seconds = mmaudit(*COMMANDS[name], "--run", str(run))

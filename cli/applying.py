@@ -29,7 +29,8 @@ from ..audit.hashing import digest, file_digest
 from ..audit.locks import Lock, write_lock
 from ..audit.remote.paths import is_url
 from ..audit.scores.drift import compare_distributions
-from ..audit.scores.table import ScoreTable, read_score_sample, read_scores
+from ..audit.scores.report_scores import read_report_scores
+from ..audit.scores.table import ScoreTable, read_scores
 from ..audit.storage import read_json, write_json, write_parquet
 from ..audit.workers import default_workers
 from .appending import check_probes, resumable_store
@@ -259,7 +260,8 @@ def _score_data(
     with replacing(folder, _FILES, lock=lock) as staged:
         _write_table(job, state, Run(staged), provenance=provenance)
         write_parquet(quarantine_table(new.selection.quarantined), staged / "quarantine.parquet", provenance=provenance)
-        comparison = compare_distributions(run_dir.report_scores(), _read_sample(Run(staged).score_source))
+        scores = read_report_scores(Run(staged).score_source, max_rows=REPORT_ROWS)
+        comparison = compare_distributions(run_dir.report_scores(), scores)
         write_json(_apply_record(run_dir, job, new, record=record, comparison=comparison), staged / _RECORD)
     if isinstance(job.store, FolderStore):
         shutil.rmtree(job.store.folder, ignore_errors=True)
@@ -284,10 +286,6 @@ def _write_table(job: ScoringJob, state: RunState, staged: Run, *, provenance: d
             table = table.set_column(index, "split", pa.nulls(len(table), pa.string()))
         file = staged.scores_file if len(job.plan.parts) == 1 else staged.score_part(part.index)
         write_parquet(table, file, provenance={**provenance, "paths": job.dataset.path_columns})
-
-
-def _read_sample(source: Path) -> ScoreTable:
-    return read_score_sample(source, max_rows=REPORT_ROWS) if source.is_dir() else read_scores(source)
 
 
 def _apply_record(

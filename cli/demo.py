@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 from ..audit.locks import write_lock
 from ..audit.storage import write_json
 from .config import load_config
+from .reporting import report
 from .run import Run
-from .scoring import report, score
+from .scoring import score
 from .splitting import split
 from .training import finetune
 

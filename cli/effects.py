@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..audit.dataset.modalities import Modality
 from ..audit.errors import ConfigError
@@ -13,10 +13,15 @@ from ..audit.features.encoders import ENCODERS, is_network, is_pretrained
 from ..audit.media.files import MediaConfig
 from ..audit.parsing import build_config, plain, provenance_section
 from ..rebalance.curriculum import OrderConfig
-from ..rebalance.manifest import Manifest, ManifestFile, states_split
-from ..train.examples import Examples
+from ..rebalance.manifest import states_split
 from ..train.sampling import SAMPLERS
 from .config import NETWORK_FIELDS, Given, RunConfig, without_none
+
+if TYPE_CHECKING:
+    from ..rebalance.manifest import Manifest, ManifestFile
+    from ..train.examples import Examples
+
+# Modules that need torch are imported inside functions: a split is done before torch would be imported.
 
 log = logging.getLogger("mmaudit")
 

@@ -51,7 +51,7 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="apply", module="applying", printer="print_apply"),
     Command(name="plan", module="planning", printer="print_plan"),
     Command(name="split", module="splitting", printer="print_split"),
-    Command(name="verify", module="manifests", printer="print_lines"),
+    Command(name="verify", module="verifying", printer="print_lines"),
     Command(name="diff", module="manifests", printer="print_lines"),
     Command(name="replay", module="splitting", printer="print_replay"),
     Command(name="card", module="manifests", printer="print_card"),
@@ -61,7 +61,7 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="evaluate", module="training", printer="print_evaluate"),
     Command(name="compare", module="comparing", printer="print_compare"),
     Command(name="study", module="study", printer="print_study"),
-    Command(name="report", module="scoring", printer="print_report"),
+    Command(name="report", module="reporting", printer="print_report"),
     Command(name="methods", module="methods", printer="print_methods"),
 )
 

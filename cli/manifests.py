@@ -1,9 +1,9 @@
-"""The commands that read manifests: verify, diff, card, export, order."""
+"""The commands that read manifests: diff, card, export, order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,12 @@ from ..rebalance.manifest import Manifest, compute_digests, read_manifest, read_
 from ..rebalance.score_agreement import ScoreAgreement, compare_scores
 from .config import RunConfig, load_settings
 from .effects import effects_in_order, scored_settings, warn_without_effect
-from .progress import progress_bars
-from .provenance import Origin, SourceOptions, open_source, origin_of
+from .provenance import SourceOptions, open_source, origin_of
 from .remote_run import with_run
 from .run import Run
 
 if TYPE_CHECKING:
-    from ..audit.features.encoded_samples import ContentHashes
-    from ..audit.workers import Progress
-    from ..rebalance.verify import Check, Verification
+    pass
 
 # Packages that decode media or train are imported inside functions: a split of 10^8 rows has no memory to spare.
 
@@ -119,57 +116,6 @@ class Epoch:
 
 
 @with_run("features", "stages", writes=False)
-def verify(
-    manifest: str | Path,
-    *,
-    run: str | Path = "mmaudit-run",
-    media: bool = True,
-    data: str | Path | None = None,
-    allow_outside: bool = False,
-    progress: bool = True,
-) -> Verification:
-    """Check that a manifest and its data are unchanged since they were written and scored; exit 3 on a change.
-
-    Checked are schema, ids, digests, ranges, dropped rows and media. Nothing that the metadata name is imported. A
-    manifest that was not made by this user on this machine needs `data` and `allow_outside`.
-
-    Args:
-        manifest: Manifest file, or its name in the run.
-        run: Run folder, a path or a URL.
-        media: Check the media files; --no-media skips them.
-        data: The data; also if your own data moved.
-        allow_outside: Allow paths outside the data folder.
-        progress: Show a progress bar in a terminal or notebook.
-
-    Returns:
-        The checks, and whether all passed.
-
-    Raises:
-        ManifestError: The manifest or its source was not found, or the source is named by an untrusted manifest only.
-
-    Example:
-        >>> mmaudit.verify("balanced").lines()
-    """
-    from ..rebalance.verify import check_media, verify_rows
-
-    path = Run.open(run).find_manifest(str(manifest))
-    checked, provenance = verify_rows(path), read_provenance(path)
-    origin = origin_of(path, provenance, checked.digests)
-    checks = [*checked.checks, _signature_check(origin)]
-    has_failed = not checked.passed or bool(origin.changed)
-    if not media or (data is None and "modalities" not in origin.scores):
-        checks += check_media(path)
-    elif has_failed and data is None and origin.record is None:  # the failed checks are more useful than an error
-        checks += check_media(path, unopened=f"data not opened, since {origin.doubt}: pass them with --data")
-    else:
-        options = SourceOptions(data=data, allow_outside=allow_outside)
-        with progress_bars(progress) as report_progress:
-            contents, fingerprint = _contents_of_source(origin, options, report_progress)
-        checks += check_media(path, contents=contents, fingerprint=fingerprint)
-    return replace(checked, checks=tuple(checks))
-
-
-@with_run("features", "stages", writes=False)
 def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> ManifestDiff | ScoreAgreement:
     """Compare two manifests: ids, bins, scores and recipes; or two runs: the rank agreement of their scores.
 
@@ -206,7 +152,7 @@ def _score_file(entry: str | Path) -> Path | None:
     """Return the score table of a run folder, or the path of a score table; None for anything else."""
     path = Path(entry)
     if path.is_dir() and (path / "run.json").exists():
-        return Run.open(path).scores_file
+        return Run.open(path).score_source
     if not path.is_file():
         return None
     names = read_schema(path, error=ScoreError).names
@@ -363,34 +309,6 @@ def order(
         total=len(rows),
         batch_size=config.finetune.batch_size,
     )
-
-
-def _signature_check(origin: Origin) -> Check:
-    """Check a manifest against this user's signature; without a signature the check has no result."""
-    from ..rebalance.verify import Check
-
-    if origin.is_own:
-        return Check("signature", passed=True, detail="made by you on this machine")
-    if origin.changed:
-        return Check("signature", passed=False, detail=f"its {origin.changed} changed since it was made")
-    return Check("signature", passed=None, detail=origin.doubt or "not made by you on this machine")
-
-
-def _contents_of_source(
-    origin: Origin, options: SourceOptions, progress: Progress
-) -> tuple[dict[str, ContentHashes], str]:
-    """Hash the media of a manifest's source; return the hashes by sample id, and the dataset's fingerprint."""
-    from ..audit.dataset.samples import read_samples
-    from ..audit.features.encoded_samples import content_hashes, dataset_fingerprint
-
-    dataset, scored_config = open_source(origin, options, encoders=False)
-    samples = read_samples(dataset, seed=scored_config.seed, test_fraction=scored_config.data.test_fraction)
-    contents = {}
-    for number, content in enumerate(content_hashes(dataset), start=1):
-        contents[content.sample_id] = content
-        progress("hash", number, len(samples))
-    digests = [contents[name].content for name in samples.sample_id]
-    return contents, dataset_fingerprint(samples, np.array(digests, dtype=object))
 
 
 def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.dtype[np.intp]]:

@@ -18,7 +18,8 @@ from ..audit.errors import ConfigError, RunError, choices, printable
 from ..audit.locks import Lock, find_holders, write_lock
 from ..audit.parsing import RequiredKeys, Shape, check_shape
 from ..audit.remote.paths import is_url
-from ..audit.scores.table import ScoreTable, read_score_sample, read_scores
+from ..audit.scores.report_scores import read_report_scores
+from ..audit.scores.table import ScoreTable, read_scores
 from ..audit.storage import flush, read_json, write_json
 
 _STAGED, _COMMITTED, _CLEARED = ".overwrite-new", ".overwrite-committed", ".overwrite-cleared"
@@ -304,10 +305,12 @@ class Run:
         return read_scores(self.score_source)
 
     def report_scores(self) -> ScoreTable:
-        """Read what a report is made of: the score table, or a sample of one in parts; RunError without scores."""
+        """Read what a report is made of: the score table, or a sample of one in parts; RunError without scores.
+
+        Columns that no report needs are None.
+        """
         self.record()
-        parts = self.score_source
-        return read_score_sample(parts, max_rows=REPORT_ROWS) if parts.is_dir() else read_scores(parts)
+        return read_report_scores(self.score_source, max_rows=REPORT_ROWS)
 
     def check_folder(self) -> None:
         """Raise RunError if the folder holds something other than a run; a new or empty folder is accepted."""

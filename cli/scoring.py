@@ -14,7 +14,7 @@ from ..audit.dataset.joined import join_vectors
 from ..audit.engine.executors import choose_engine
 from ..audit.errors import ConfigError, RunError
 from ..audit.features.encode import EncodeTask, encode_dataset
-from ..audit.locks import WAIT_SECONDS, write_lock
+from ..audit.locks import write_lock
 from ..audit.parsing import RequiredKeys, build_config
 from ..audit.scores.table import ScoreTable
 from ..audit.storage import read_json
@@ -25,6 +25,7 @@ from .effects import effects_in_scoring, warn_without_effect, with_engine
 from .progress import progress_bars
 from .provenance import open_encodable
 from .remote_run import with_run
+from .reporting import report
 from .run import Run
 from .staging import StageResult, check_stage, open_job, publish, run_job, run_stage
 
@@ -68,25 +69,6 @@ class ScoreResult:
         """Return the content of run.json, and the path, headline and warnings of the report."""
         verdict = {"headline": self.headline, "warnings": list(self.warnings)}
         return {**self.record, **verdict, "report": str(self.report)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportResult:
-    """Files of a report.
-
-    Attributes:
-        page: The HTML page.
-        numbers: Its numbers as JSON.
-        figures: Its figures as PNG.
-    """
-
-    page: Path
-    numbers: Path
-    figures: tuple[Path, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the paths as texts."""
-        return {"report": str(self.page), "numbers": str(self.numbers), "figures": [str(path) for path in self.figures]}
 
 
 @overload
@@ -304,32 +286,6 @@ def _check_append(append: bool, *, stage: str | None, overwrite: bool, engine: s
     if append and (stage is not None or overwrite or engine != "local"):
         other = "--overwrite" if overwrite else f"--stage {stage}" if stage is not None else f"--engine {engine}"
         raise ConfigError(f"--append with {other}: rows are appended to a finished run, by one process")
-
-
-@with_run("features", "stages", writes=True)
-def report(*, run: str | Path = "mmaudit-run") -> ReportResult:
-    """Write report.html, report.json and the figures from the files of the run folder.
-
-    Args:
-        run: Run folder, a path or a URL.
-
-    Returns:
-        The paths of the page, of its numbers and of the figures.
-
-    Raises:
-        RunError: The run is not scored, or one of its files is damaged.
-
-    Example:
-        >>> mmaudit.report(run="mmaudit-run").page
-        PosixPath('mmaudit-run/report.html')
-    """
-    run_dir = Run.open(run)
-    run_dir.record()
-    with write_lock(run_dir.folder, "report.html", command="mmaudit report", wait_seconds=WAIT_SECONDS):
-        page = _write_report(run_dir)
-    return ReportResult(
-        page=page, numbers=page.with_suffix(".json"), figures=tuple(sorted(run_dir.figures.glob("*.png")))
-    )
 
 
 def _preset_record(name: str, config: RunConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ Counts = NDArray[np.int64]
 
 
 RECORD = np.dtype([("key", "<u8"), ("cell", "<i4"), ("imbalance", "<u4")])
-_PART_ROWS = 1 << 18  # 4 MB of records: to find the repeated keys among them takes ten times as much
+_PART_ROWS = 1 << 18  # 4 MB of records
 _LARGEST_KEY = np.uint64(2**64 - 1)
 _MAX_PARTS = 1_024
 
@@ -113,21 +113,9 @@ class ExternalSort:
 
 
 def _repeated_keys(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the distinct repeated keys of (n,): only keys that share a slot of a hash table are sorted."""
-    slots = 1 << max(4, len(key).bit_length() + 3)
-    slot = (key & np.uint64(slots - 1)).astype(np.intp)
-    owner_of_slot = np.empty(slots, dtype=np.uint32)
-    owner_of_slot[slot] = np.arange(len(key), dtype=np.uint32)  # the last of several
-    slot_owner = owner_of_slot[slot]
-    displaced = np.flatnonzero(slot_owner != np.arange(len(key), dtype=np.uint32))
-    displaced_keys = np.sort(key[displaced])
-    repeated = np.concatenate(
-        [
-            displaced_keys[1:][displaced_keys[1:] == displaced_keys[:-1]],
-            key[displaced][key[displaced] == key[slot_owner[displaced]]],
-        ]
-    )
-    return np.unique(repeated)
+    """Return the distinct repeated keys of (n,)."""
+    key = np.sort(key)
+    return np.unique(key[1:][key[1:] == key[:-1]])
 
 
 _RANKS = 1 << 20  # steps of balance that ranks distinguish: 2e-6 each

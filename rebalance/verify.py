@@ -1,10 +1,10 @@
-"""Verification of a manifest: schema, digests, ids, ranges, dropped rows, and the media that it names."""
+"""Verification of a manifest: schema, digests, ids, ranges and dropped rows."""
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
-from ..audit.features.encoded_samples import ContentHashes
 from ..audit.parsing import provenance_section
 from .manifest import (
     COLUMNS,
@@ -142,25 +141,6 @@ def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verification:
     return Verification(manifest=manifest, checks=tuple(checks), digests=files[0].digests)
 
 
-def check_media(
-    manifest: Path,
-    *,
-    contents: Mapping[str, ContentHashes] | None = None,
-    fingerprint: str | None = None,
-    unopened: str = "the data were not opened",
-) -> list[Check]:
-    """Compare the media and the fingerprint of a manifest's source with those that were scored.
-
-    Args:
-        manifest: path of the manifest.
-        contents: hashes of the media by sample id; None if the source was not opened.
-        fingerprint: fingerprint of the source, see `dataset_fingerprint`.
-        unopened: why the source was not opened.
-    """
-    media = Check("media", passed=None, detail=unopened) if contents is None else _check_contents(manifest, contents)
-    return [media, _check_fingerprint(read_provenance(manifest), fingerprint, unopened=unopened)]
-
-
 def _check_unique_ids(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> list[Check]:
     """Check that ids are unique, and that none is both kept and dropped."""
     counts_of_id = _count_by_file(files, repeated)
@@ -235,55 +215,6 @@ def _check_complete(files: Sequence[CheckedFile], numbers: dict[str, Any] | None
     total = f"{scored:,}" if isinstance(scored, int) else scored
     detail = f"{kept:,} kept and {dropped:,} dropped of {total} scored"
     return [*checks, Check("complete", passed=kept + dropped == scored, detail=detail)]
-
-
-def _check_contents(manifest: Path, contents: Mapping[str, ContentHashes]) -> Check:
-    """Check that the media of the kept samples are those that were scored."""
-    expected: dict[str, str] = {}
-    for table in read_batches_of_manifest(manifest, columns=["sample_id", "content"]):
-        recorded = table.filter(pc.and_(table["content"].is_valid(), table["sample_id"].is_valid()))
-        expected.update(zip(recorded["sample_id"].to_pylist(), recorded["content"].to_pylist(), strict=True))
-    if not expected:
-        return Check("media", passed=None, detail="the scores have no content hashes")
-    total = len(expected)
-    changed: dict[str, str | None] = {}
-    for hashes in contents.values():
-        if expected.pop(hashes.sample_id, hashes.content) != hashes.content:
-            changed[hashes.sample_id] = hashes.problem
-    problem = _describe_changed(manifest, changed, lost=expected, total=total)
-    return Check.of("media", problem, passed=f"{total:,} samples are unchanged since they were scored")
-
-
-def _describe_changed(manifest: Path, changed: dict[str, str | None], *, lost: Iterable[str], total: int) -> str:
-    sentences, lost = [], sorted(lost)
-    if changed:
-        sample_id = min(changed)
-        files = changed[sample_id] or ", ".join(_media_paths(manifest, sample_id))
-        example = f"{sample_id}, {files}" if files else sample_id
-        sentences.append(
-            f"{len(changed):,} of {total:,} samples' media changed since they were scored, the first: {example}"
-        )
-    if lost:
-        sentences.append(f"{len(lost):,} of {total:,} samples are no longer in the source, the first: {lost[0]}")
-    return "; ".join(sentences)
-
-
-def _media_paths(manifest: Path, sample_id: str) -> list[str]:
-    """Return the media paths of a sample in the manifest."""
-    columns = [column for column in manifest_schema(manifest).names if column not in COLUMNS]
-    for table in read_batches_of_manifest(manifest, columns=["sample_id", *columns]) if columns else ():
-        for row in table.filter(pc.equal(table["sample_id"], sample_id)).to_pylist():
-            return [str(row[column]) for column in columns if row[column] is not None]
-    return []
-
-
-def _check_fingerprint(provenance: dict[str, Any], current: str | None, *, unopened: str) -> Check:
-    scored = provenance_section(provenance, "scores").get("fingerprint")
-    if current is None or scored is None:
-        detail = unopened if current is None else "the scores have no fingerprint"
-        return Check("fingerprint", passed=None, detail=detail)
-    problem = "" if scored == current else f"expected {scored} as scored, found {current}: rescore the data"
-    return Check.of("fingerprint", problem, passed=current)
 
 
 class CheckedFile:

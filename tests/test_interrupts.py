@@ -34,9 +34,9 @@ def report(*, run):
             raise ValueError("a worker was stopped, too")
         raise
 
-scoring = types.ModuleType("mmaudit.cli.scoring")  # the real one takes seconds to import
-scoring.report = report
-sys.modules[scoring.__name__] = scoring
+reporting = types.ModuleType("mmaudit.cli.reporting")  # the real one takes seconds to import
+reporting.report = report
+sys.modules[reporting.__name__] = reporting
 main()
 """
 

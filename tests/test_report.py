@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -769,3 +771,18 @@ def test_a_weak_joint_probe_has_the_name_of_the_table(tmp_path: Path) -> None:
         "The probe on text",
         "The joint probe, on the features of all modalities,",
     ]
+
+
+def test_split_and_report_need_no_torch(tmp_path: Path) -> None:
+    """It takes 180 MB and seconds; checked in a separate process."""
+    run_of(tmp_path, planted())
+    program = f"""
+import sys
+from mmaudit.cli.reporting import report
+from mmaudit.cli.splitting import split
+split(balanced=True, run={str(tmp_path)!r})
+report(run={str(tmp_path)!r})
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmaudit.audit.errors import ConfigError, ScoreError
+from mmaudit.audit.hashing import hash_ids
+from mmaudit.audit.scores.report_scores import read_report_scores
 from mmaudit.audit.scores.table import BY_MODALITY, RANGES, ScoreTable, read_scores, write_scores
 
 NAMES = ("audio", "visual", "text")
@@ -292,3 +294,49 @@ def test_table_opens_in_other_libraries(tmp_path: Path) -> None:
     assert opened.num_rows == 6
     assert opened["sample_id"][:2] == ["s0", "s1"]
     assert json.loads(pq.read_schema(path).metadata[b"mmaudit"])["seed"] == 3
+
+
+# What a report is made of.
+
+OF_REPORT = (
+    *("sample_id", "label", "label_name", "confidence", "split", "group", "prediction", "training_confidence"),
+    *("training_variability", "shapley", "discrepancy_sd", "balance", "p_balanced"),
+)
+
+
+@pytest.mark.parametrize("num_modalities", [2, 3])
+def test_report_scores_are_columns_of_the_table(num_modalities: int, tmp_path: Path) -> None:
+    table = scores(num_modalities, num_rows=20)
+    write_scores(table, tmp_path / "scores.parquet")
+    read = read_report_scores(tmp_path / "scores.parquet", max_rows=5)  # of a file all rows
+    assert read.modalities == table.modalities
+    for name in OF_REPORT:
+        np.testing.assert_array_equal(getattr(read, name), getattr(table, name), err_msg=name)
+    left_out = {"loss", "entropy", "half_a", "loss_fused", "confidence_fused", "similarity", "content", "fold"}
+    assert {name for name in left_out if getattr(read, name) is not None} == set()
+
+
+def test_report_scores_of_parts_are_the_rows_of_smallest_hashes(tmp_path: Path) -> None:
+    table = scores(num_rows=40)
+    rows = np.arange(40)
+    for folder, cuts in (("a", [10, 30]), ("b", [25])):
+        for number, part in enumerate(np.split(rows, cuts)):
+            write_scores(table.take(part), tmp_path / folder / f"part-{number:05d}.parquet")
+    expected = hash_ids(pa.array(table.sample_id, pa.string()), seed=0, purpose="report").argsort()[:15]
+    for folder in ("a", "b"):  # however the rows are divided
+        sample = read_report_scores(tmp_path / folder, max_rows=15)
+        assert sample.sample_id.tolist() == table.sample_id[np.sort(expected)].tolist()
+        np.testing.assert_array_equal(sample.confidence, table.confidence[np.sort(expected)])
+        assert len(read_report_scores(tmp_path / folder, max_rows=40)) == 40
+
+
+def test_strings_that_repeat_are_one_object_and_nulls_stay(tmp_path: Path) -> None:
+    table = scores(num_rows=20).to_arrow()
+    splits = [None if row % 3 == 0 else "train" for row in range(20)]
+    table = table.set_column(table.column_names.index("split"), "split", pa.array(splits).dictionary_encode())
+    pq.write_table(table, tmp_path / "scores.parquet")
+    read = read_scores(tmp_path / "scores.parquet")
+    assert read.split is not None
+    assert read.split.tolist() == splits
+    assert read.label_name.tolist() == [f"class {row % 3}" for row in range(20)]
+    assert len({id(name) for name in read.label_name}) == 3

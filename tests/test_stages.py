@@ -110,6 +110,7 @@ def test_later_commands_read_parts(data: Path, tmp_path: Path, monkeypatch: pyte
     kept = pq.read_table(manifest)["sample_id"].to_pylist()
     scores = result.scores
     assert sorted(kept) == sorted(scores.sample_id[scores.gap <= 0.9].tolist())
+    assert mmaudit.verify("even", run=tmp_path).passed
     finished = mmaudit.finetune("even", run=tmp_path, config=CONFIG, num_workers=0, epochs=1)
     assert finished.folder.exists()
 
@@ -121,6 +122,12 @@ def test_report_of_parts_is_made_of_a_sample(local: Path, monkeypatch: pytest.Mo
     sample = Run(local).report_scores().sample_id.tolist()
     assert len(sample) == 50
     assert [name for name in all_ids if name in sample] == sample
+
+
+def test_runs_in_parts_are_compared(local: Path) -> None:
+    agreement = mmaudit.diff(local, local)
+    assert isinstance(agreement, mmaudit.ScoreAgreement)
+    assert f"{N}" in "\n".join(agreement.lines())
 
 
 def test_arrays_give_the_bytes_of_one_process(data: Path, local: Path, tmp_path: Path) -> None:

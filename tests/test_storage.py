@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -337,3 +338,21 @@ def test_relative_path_like_a_url_is_a_file(tmp_path: Path, monkeypatch: pytest.
     path = Path("hf:/owner/a.parquet")
     write_parquet(pa.table({"a": [1, 2]}), path, provenance={})
     assert read_parquet(path, error=ScoreError)[0]["a"].to_pylist() == [1, 2]
+
+
+def test_columns_read_in_pieces_are_not_held_whole(tmp_path: Path) -> None:
+    path, num_rows = tmp_path / "one-row-group.parquet", 1_000_000
+    values = pa.array(np.random.default_rng(0).random(num_rows))  # 8 MB that cannot be compressed
+    pq.write_table(pa.table({"value": values}), path, row_group_size=num_rows, use_dictionary=False)
+    largest = {}
+    for buffer_bytes in (0, 1 << 16):
+        batches: list[pa.Table] = []
+        before, most = pa.total_allocated_bytes(), 0
+        for batch in read_batches(path, error=ScoreError, rows=10_000, buffer_bytes=buffer_bytes):
+            most = max(most, pa.total_allocated_bytes() - before - sum(len(read) for read in batches) * 8)
+            batches.append(batch)
+        assert pa.concat_tables(batches)["value"].combine_chunks().equals(values)
+        largest[buffer_bytes] = most
+        del batch, batches
+    assert largest[0] > 7e6
+    assert largest[1 << 16] < 4e6

@@ -177,8 +177,8 @@ def test_reading_commands_import_no_encoder(home: Path, tmp_path: Path) -> None:
     """Not even the user's own encoder; checked in a separate process."""
     program = f"""
 import sys
-from mmaudit.cli import manifests, splitting
-assert manifests.verify("all", run="run").failed_gate == ""
+from mmaudit.cli import manifests, splitting, verifying
+assert verifying.verify("all", run="run").failed_gate == ""
 manifests.diff("all", "all", run="run")
 manifests.card("all", run="run")
 assert splitting.replay("all", run="run").identical

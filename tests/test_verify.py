@@ -40,7 +40,8 @@ from mmaudit.rebalance.manifest import (
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import ExternalSort, select_rows
 from mmaudit.rebalance.split import write_split
-from mmaudit.rebalance.verify import CheckedFile, Verification, check_media, non_null_ids, verify_rows
+from mmaudit.rebalance.verify import CheckedFile, Verification, non_null_ids, verify_rows
+from mmaudit.rebalance.verify_media import ContentComparison, check_media
 
 
 def scores_of(num_samples: int = 60, *, seed: int = 0, **changes: Any) -> ScoreTable:
@@ -100,9 +101,13 @@ def verify(
     path: Path, *, contents: dict[str, ContentHashes] | None = None, fingerprint: str | None = None
 ) -> Verification:
     verification = verify_rows(path)
-    return replace(
-        verification, checks=(*verification.checks, *check_media(path, contents=contents, fingerprint=fingerprint))
-    )
+    comparison = None
+    if contents is not None:
+        comparison = ContentComparison(path)
+        for hashes in contents.values():
+            comparison.add([hashes])
+    checks = check_media(path, contents=comparison, fingerprint=fingerprint)
+    return replace(verification, checks=(*verification.checks, *checks))
 
 
 def failed(verification: Verification) -> set[str]:

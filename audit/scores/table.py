@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +14,9 @@ from numpy.typing import NDArray
 from ..dataset.columns import SPLITS
 from ..dataset.modalities import RESERVED
 from ..errors import ScoreError
-from ..hashing import hash_ids
 from ..metrics import Floats, discrepancy, discrepancy_between, dominant_modality, gap
 from ..parsing import Shape
-from ..storage import parse_provenance, read_batches, read_parquet, read_schema, write_parquet
+from ..storage import read_parquet, write_parquet
 
 _MODALITY: Shape = {"name": str, "column": str, "kind": str, "encoder": str, "length": (int, type(None))}
 _PROBES: dict[str, Shape] = {"probe": {"learn_from": str}, "network": {"width": float}}
@@ -107,6 +104,7 @@ BY_MODALITY = (
 _SCALARS = ("sample_id", "label", "label_name", "split", "group", "content")  # one string or number per row
 _FUSED = ("confidence_fused", "prediction_fused", "loss_fused")
 _CHECKED = ("similarity", "balance", "p_balanced")
+_DISTINCT = ("sample_id", "content")  # columns of strings that hardly repeat
 
 
 def check_score_schema(schema: pa.Schema, *, where: str, paths: Sequence[str] = ()) -> tuple[str, ...]:
@@ -403,44 +401,6 @@ def _read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         raise ScoreError(f"the files of {path} have different columns: {str(cause).splitlines()[0]}") from cause
 
 
-def read_score_sample(folder: Path, *, max_rows: int) -> ScoreTable:
-    """Read the rows of the parts of a table with the smallest hashes of their ids, at most `max_rows`.
-
-    In memory are these rows and a batch: parts are read twice, and no column of all rows is kept.
-    """
-    files = sorted(folder.glob("*.parquet"))
-    smallest, num_rows = np.empty(0, np.uint64), 0
-    for key in chain.from_iterable(map(_id_keys, files)):
-        num_rows += len(key)
-        smallest = np.concatenate([smallest, key if len(smallest) < max_rows else key[key < smallest.max()]])
-        smallest = np.partition(smallest, max_rows - 1)[:max_rows] if len(smallest) > max_rows else smallest
-    if num_rows <= max_rows:
-        return read_scores(folder)
-    last, parts = smallest.max(), []
-    for file in files:
-        with closing(read_batches(file, error=ScoreError, rows=_SAMPLE_BATCH_ROWS)) as batches:
-            parts += [table.filter(pa.array(_hash_ids(table) <= last)) for table in batches]
-    return scores_of_table(pa.concat_tables(parts), _read_provenance(files[0]), where=str(folder))
-
-
-_SAMPLE_BATCH_ROWS = 1 << 15
-
-
-def _id_keys(file: Path) -> Iterator[NDArray[np.uint64]]:
-    """Yield the hashes of the ids of a file, batch by batch."""
-    with closing(read_batches(file, error=ScoreError, rows=1 << 17, columns=["sample_id"])) as batches:
-        yield from map(_hash_ids, batches)
-
-
-def _hash_ids(table: pa.Table) -> NDArray[np.uint64]:
-    return hash_ids(table["sample_id"].combine_chunks(), seed=0, purpose="report")
-
-
-def _read_provenance(file: Path) -> dict[str, Any]:
-    metadata = read_schema(file, error=ScoreError).metadata or {}
-    return parse_provenance(metadata, error=ScoreError, where=str(file), shape=PROVENANCE)
-
-
 def _check_values(name: str, values: NDArray[np.generic], column: Column) -> None:
     """Raise ScoreError for values that are null or out of the bounds of their column."""
     assert column.bounds is not None
@@ -496,10 +456,21 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray | None:
 
 
 def _strings(table: pa.Table, name: str) -> NDArray[np.object_] | None:
-    """Read a column as strings; None if it is missing or all null."""
+    """Read a column as strings; None if it is missing or all null. Rows of a repeating column share the strings."""
     if (column := _column(table, name)) is None:
         return None
-    return np.array([None if value is None else str(value) for value in column.to_pylist()], dtype=object)
+    if name in _DISTINCT:
+        return _objects(column)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    coded = column.dictionary_encode().combine_chunks()
+    values = np.array([*_objects(coded.dictionary), None], dtype=object)
+    return np.asarray(values[coded.indices.fill_null(len(values) - 1).to_numpy()])
+
+
+def _objects(values: pa.Array | pa.ChunkedArray) -> NDArray[np.object_]:
+    """Return values as strings, null as None."""
+    return np.array([None if value is None else str(value) for value in values.to_pylist()], dtype=object)
 
 
 def _numbers(table: pa.Table, name: str, dtype: type[np.generic] = np.float32) -> NDArray[Any] | None:

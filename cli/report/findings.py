@@ -24,7 +24,6 @@ from ...audit.metrics import (
 )
 from ...audit.metrics import discrepancy as all_discrepancies
 from ...audit.scores.mixture import Mixture
-from ...audit.scores.stability import intervals_of_sets
 from ...audit.scores.table import ScoreTable
 
 Numbers = dict[str, Any]
@@ -147,7 +146,11 @@ def discrepancies(scores: ScoreTable, *, bisections: Numbers | None = None) -> l
     """
     groups = group_codes(scores.group)
     rows = [_discrepancy(scores.discrepancy(side[0]), groups, side) for side in sides(scores)]
-    errors = {} if bisections is None else {error["modality"]: error for error in bisections["errors"]}
+    if bisections is None:
+        return [{**row, "of_sets": None} for row in rows]
+    from ...audit.scores.stability import intervals_of_sets  # needs torch
+
+    errors = {error["modality"]: error for error in bisections["errors"]}
     for row in rows:
         error = errors.get(row["positive_side"])
         shares = {"share_ahead": row["share_ahead"]["share"], "share_behind": row["share_behind"]["share"]}

@@ -18,7 +18,6 @@ from ...train.config import MIN_VALIDATION_SAMPLES
 from ..provenance import own_record
 from ..run import Run
 from . import findings
-from .comparison_page import stated_of_comparison
 from .findings import Numbers
 from .outcomes import MAX_DETAILED, finetune_numbers, manifest_numbers
 from .verdict import (
@@ -91,7 +90,7 @@ def report_numbers(run: Run) -> Numbers:
         "quarantine": findings.quarantined(quarantine),
         "manifests": [manifest_numbers(path, fingerprint=record["fingerprint"]) for path in run.manifests()],
         "finetunes": [finetune_numbers(folder, run, **of_run) for folder in run.finetunes()],
-        "comparisons": [stated_of_comparison(path) for path in run.comparisons()],
+        "comparisons": _comparisons(run),
         "recovery": run.recovery(),
         "max_detailed": MAX_DETAILED,
         "min_validation": MIN_VALIDATION_SAMPLES,
@@ -101,6 +100,15 @@ def report_numbers(run: Run) -> Numbers:
     if "appended" in record:
         numbers["appended"] = record["appended"]
     return {**numbers, "verdict": verdict(numbers)}
+
+
+def _comparisons(run: Run) -> list[Numbers]:
+    """Return what is stated of each comparison of the run."""
+    if not run.comparisons():
+        return []  # without pandas and torch
+    from .comparison_page import stated_of_comparison
+
+    return [stated_of_comparison(path) for path in run.comparisons()]
 
 
 def chance_levels(record: Mapping[str, Any]) -> dict[str, float]:
