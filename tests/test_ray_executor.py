@@ -184,6 +184,7 @@ def test_work_is_repeated_when_a_worker_or_a_disk_fails(tmp_path: Path) -> None:
     [
         ("killed", mmaudit.MmauditError, "^part 7 failed 2 times, the last time by ActorDiedError.*lower parts.rows"),
         ("disk", mmaudit.MmauditError, "^part 7 failed 2 times, the last time by OSError.*No space left"),
+        ("server", mmaudit.MmauditError, "^part 7 failed 2 times, the last time by s3://b/x: no answer, in 4 tries$"),
         ("data", mmaudit.MmauditError, "^the data are bad$"),
         ("bug", RuntimeError, "^part 7: KeyError: 'a bug'$"),
     ],

@@ -73,7 +73,7 @@ class RayConfig:
         cpus: CPUs of a worker, which are also its threads.
         gpus: GPUs of a worker, such as 0.5 where two share one; with 0 encoders, probes and networks run on CPUs.
         memory_gb: Memory of a worker in 10^9 bytes: a machine runs as many workers as fit. By default what a worker of
-            `score` takes by its rows and features, see worker_bytes, and 2 in training. Ray reserves it and measures
+            `score` takes by its rows and features, and 2 in training. Ray reserves it and measures
             nothing; workers that took more are named with their figure.
         retries: How often a part, or a training, is repeated on another worker after its own has ended or failed.
         start_seconds: How long to wait for a worker before the command fails, such as for machines that have to start.

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MmauditError, RunError
+from ..errors import MmauditError, RemoteError, RunError
 from ..storage import temporary_path
 from ..workers import Progress, no_progress
 from .executors import RayConfig, RayOptions
@@ -208,7 +208,8 @@ class RayPool:
             return self.ray.get(reference)  # type: ignore[no-any-return]
         except RayTaskError as error:
             cause = _cause_of(error)
-            if not isinstance(cause, (RunError, OSError, MemoryError)):  # of file systems and memory, which may pass
+            # Of file systems, servers and memory, which may pass.
+            if not isinstance(cause, (RunError, RemoteError, OSError, MemoryError)):
                 if isinstance(cause, MmauditError):
                     raise cause from error
                 raise RuntimeError(f"{name}: {type(cause).__name__}: {_first_line(cause)}") from error
