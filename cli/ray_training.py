@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..audit.engine.executors import RayOptions
 from ..audit.engine.ray_cluster import Site, num_slots, open_ray
@@ -118,6 +118,7 @@ def _fit(settings: Mapping[str, Any], options: RayOptions, *, num_workers: int, 
     """Run the processes once; return the error of one that was lost, and raise any other."""
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     config = options.config
     trainer = TorchTrainer(
@@ -134,9 +135,10 @@ def _fit(settings: Mapping[str, Any], options: RayOptions, *, num_workers: int, 
             name="finetune", storage_path=str(storage.absolute()), failure_config=train.FailureConfig(max_failures=0)
         ),
     )
+    failed: tuple[type[BaseException], ...] = get_args(TrainingFailedError) or (TrainingFailedError,)  # union in 2.50
     try:
         trainer.fit()
-    except train.TrainingFailedError as error:
+    except failed as error:
         failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
         causes: list[BaseException] = [
             getattr(failures[rank], "_base_exc", failures[rank]) for rank in sorted(failures)

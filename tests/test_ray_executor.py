@@ -226,6 +226,7 @@ def settings_of(config: RunConfig) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("after", ["status/part-00003.json", "scores/part-00002.json"])
 def test_rerun_after_the_driver_was_killed(after: str, data: Path, local: Path, tmp_path: Path) -> None:
     """Its local cluster ends with it, and the same command finishes with the same bytes."""
@@ -320,6 +321,7 @@ print(json.dumps([max(taken), min(reserved)]))
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray 2.50 forgets processes of the cluster of this module
 @pytest.mark.parametrize("part_rows", [4_096, PART_ROWS])
 def test_workers_take_at_most_what_they_reserve(part_rows: int, tmp_path: Path) -> None:
     """Of two parts, of few rows and of those of the default."""
