@@ -15,14 +15,18 @@ from typing import Any, get_args
 from ..audit.engine.executors import RayOptions
 from ..audit.engine.ray_cluster import Site, num_slots, open_ray
 from ..audit.engine.ray_pool import Messages
-from ..audit.errors import MmauditError, RunError
+from ..audit.errors import ConfigError, MmauditError, RunError
 from ..audit.locks import find_holders
 from ..audit.parsing import RequiredKeys, check_shape, parse_json
 from ..audit.remote.locks import remote_lock
 from ..audit.remote.paths import RemotePath, is_url
 from ..audit.remote.requests import call
 from ..audit.storage import read_json, scratch_folder, write_json
+from .provenance import SourceOptions, origin_of, source_config
 from .remote_run import RemoteRun, lock_scope
+from .run import Run
+from .scoring import pairs
+from .training_source import ManifestSource
 
 log = logging.getLogger("mmaudit")
 
@@ -148,6 +152,29 @@ def _fit(settings: Mapping[str, Any], options: RayOptions, *, num_workers: int, 
                 raise cause from error
         return causes[0]  # a lost worker, or what the others raised without it
     return None
+
+
+def arguments_elsewhere(run_dir: Run, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments for machines that have this run at a URL, and trust what this one trusts."""
+    manifest, init, config = (arguments[name] for name in ("manifest", "init", "config"))
+    changed: dict[str, Any] = {}
+    for option, value in (("manifest", manifest), ("init", init)):
+        if value is not None and Path(value).is_file():
+            raise ConfigError(
+                f"--{option} {value}: with --engine ray and a run at a URL, pass the name of one in the run"
+            )
+    if isinstance(config, (str, Path)):
+        changed["config"] = str(Path(config).absolute())
+    if manifest is not None:
+        options = SourceOptions(
+            data=arguments["data"], encoder=pairs(arguments["encoder"]) or (), allow_outside=arguments["allow_outside"]
+        )
+        source = ManifestSource.open(run_dir.find_manifest(str(manifest)), run_dir, options)
+        origin = origin_of(source.path, source.manifest.provenance, source.manifest.digests)
+        data, _ = source_config(origin, options)
+        named = options.data if options.data is not None or origin.record is None else origin.record["source"]
+        changed |= {"data": named, "encoder": list(data.encoder), "allow_outside": data.allow_outside}
+    return changed
 
 
 def train_in_worker(settings: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from ..train.unscored import check_without_scores
 from .config import RunConfig, load_settings, to_toml, without_none
 from .effects import check_media_settings, effects_in_training, warn_without_effect, with_engine
 from .progress import progress_bars
-from .provenance import SourceOptions, origin_of, source_config
+from .provenance import SourceOptions
 from .remote_run import RemoteRun, share_files, with_run
 from .run import Run, new_finetune, read_metrics, swap_finetune
 from .scoring import data_settings, pairs, pick_device
@@ -215,11 +215,11 @@ def finetune(
     if not in_ray_worker and (
         ray := choose_engine(engine, config.ray, address=ray_address, num_workers=num_workers, device=device)
     ):
-        from .ray_training import finetune_on_ray
+        from .ray_training import arguments_elsewhere, finetune_on_ray
 
         run_dir = Run.open(run)
         if (remote := RemoteRun.of(run_dir.folder)) is not None:
-            arguments |= _as_seen_elsewhere(run_dir, arguments)
+            arguments |= arguments_elsewhere(run_dir, arguments)
         folder = run_dir.finetune(finetune_on_ray(arguments, ray, run=run_dir.folder, remote=remote))
         share_files(run_dir.folder, is_first=False)
         return _result(folder, read_metrics(folder))
@@ -482,29 +482,6 @@ def _first_rank_first(distributed: DistributedContext, run_dir: Run) -> Iterator
     if distributed.is_first and distributed.world_size > 1:
         share_files(run_dir.folder, is_first=True)
         distributed.wait()
-
-
-def _as_seen_elsewhere(run_dir: Run, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments for machines that have this run at a URL, and trust what this one trusts."""
-    manifest, init, config = (arguments[name] for name in ("manifest", "init", "config"))
-    changed: dict[str, Any] = {}
-    for option, value in (("manifest", manifest), ("init", init)):
-        if value is not None and Path(value).is_file():
-            raise ConfigError(
-                f"--{option} {value}: with --engine ray and a run at a URL, pass the name of one in the run"
-            )
-    if isinstance(config, (str, Path)):
-        changed["config"] = str(Path(config).absolute())
-    if manifest is not None:
-        options = SourceOptions(
-            data=arguments["data"], encoder=pairs(arguments["encoder"]) or (), allow_outside=arguments["allow_outside"]
-        )
-        source = ManifestSource.open(run_dir.find_manifest(str(manifest)), run_dir, options)
-        origin = origin_of(source.path, source.manifest.provenance, source.manifest.digests)
-        data, _ = source_config(origin, options)
-        named = options.data if options.data is not None or origin.record is None else origin.record["source"]
-        changed |= {"data": named, "encoder": list(data.encoder), "allow_outside": data.allow_outside}
-    return changed
 
 
 def _count_learned(run_dir: Run, metrics: dict[str, Any], sample_ids: Iterable[str]) -> int | None:
