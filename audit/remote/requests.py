@@ -173,7 +173,7 @@ def create(url: str, data: bytes) -> bool:
     if status_of(url) is not None:  # older versions of fsspec ignore or refuse the mode
         return False
     # s3fs knows the mode since 2025, and before ignores it; the header it passes on.
-    condition = {"IfNoneMatch": "*"} if url.startswith("s3://") else {"mode": "create"}
+    condition: dict[str, Any] = {"IfNoneMatch": "*"} if url.startswith("s3://") else {"mode": "create"}
     try:
         with _naming_bucket(url):
             call(url, "pipe_file", data, **condition)
