@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from ..audit.errors import RemoteError, RunError, printable
 from ..audit.hashing import file_digest
+from ..audit.locks import write_lock
 from ..audit.parsing import parse_json
 from ..audit.remote.cache import download
 from ..audit.remote.locks import remote_lock
@@ -44,15 +45,17 @@ _RECORD = re.compile(r"(?P<path>[^@]+)@(?P<size>\d+)-(?P<digest>[0-9a-f]{64})")
 # Files that state that what lies beside them is finished: put after it, run.json last of all.
 _FINISHED = re.compile(r"(.*/)?(metrics|compare|report|apply|part-\d+)\.json")
 _PART = re.compile(r"part-(\d+)\.(arrow|json)")
+_WAIT_SECONDS = 3_600.0  # for another process of this machine that fetches or publishes
 _MAX_READS = 3  # of a run that is replaced while it is fetched
 
 
-def with_run(*leave_out: str, writes: bool) -> Callable[[F], F]:
+def with_run(*leave_out: str, writes: bool, in_processes: bool = False) -> Callable[[F], F]:
     """Return a decorator of a public function: its parameter `run` may then be a URL.
 
     Args:
         leave_out: Folders of the run that the function does not read, such as features.
         writes: Whether it writes into the run, which is then locked and published.
+        in_processes: Whether several processes, of torchrun or Ray, may run it together; the first one then writes.
     """
 
     def decorate(function: F) -> F:
@@ -68,8 +71,14 @@ def with_run(*leave_out: str, writes: bool) -> Callable[[F], F]:
             if not isinstance(path, RemotePath):
                 bound.arguments["run"] = path
                 return function(*bound.args, **bound.kwargs)
-            scope = _scope(function.__name__, bound.arguments) if writes else None
+            scope = lock_scope(function.__name__, bound.arguments) if writes else None
+            if in_processes and not _is_writer(bound.arguments):
+                scope = None
+            elif not in_processes and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise RunError(f"--run {path}: {function.__name__} runs in one process: run it without torchrun")
             left_out = ("features", "stages") if bound.arguments.get("stage") else leave_out
+            if bound.arguments.get("engine") == "ray" and function.__name__ == "score":
+                left_out = ("features",)  # which are those of the workers
             with working_copy(path, leave_out=left_out, scope=scope) as folder:
                 bound.arguments["run"] = folder
                 return function(*bound.args, **bound.kwargs)
@@ -79,7 +88,12 @@ def with_run(*leave_out: str, writes: bool) -> Callable[[F], F]:
     return decorate
 
 
-def _scope(command: str, options: Mapping[str, Any]) -> str:
+def _is_writer(options: Mapping[str, Any]) -> bool:
+    """Return whether this process writes: the first of those that train together, not the one that starts Ray's."""
+    return os.environ.get("RANK", "0" if options.get("engine") != "ray" else "") == "0"
+
+
+def lock_scope(command: str, options: Mapping[str, Any]) -> str:
     """Return the name of the lock of a command: of other names and shards, commands run at the same time."""
     parts = (options.get(key) for key in ("name", "stage", "shard"))
     return "-".join([command, *(str(part).replace("/", "-of-") for part in parts if part)])
@@ -100,7 +114,10 @@ class FileRecord:
 
 @dataclass(slots=True, kw_only=True)
 class WorkingCopy:
-    """The working copy of a run at a URL. `synced`: size, time and record of each file as last fetched or published."""
+    """The working copy of a run at a URL. `synced`: size, time and record of each file as last fetched or published.
+
+    The processes of a machine share it: one at a time fetches or publishes, from the state that the last one left.
+    """
 
     url: RemotePath
     folder: Path
@@ -112,12 +129,20 @@ class WorkingCopy:
         if urlsplit(url.url).scheme not in WRITABLE or len(url.parts) < 2:
             raise RunError(f"--run {url}: a run folder at a URL is s3://BUCKET/NAME or gs://BUCKET/NAME")
         name = f"{url.name}-{hashlib.sha256(url.url.encode()).hexdigest()[:16]}"
-        copy = cls(url=url, folder=remote_settings().cache / "runs" / name)
-        state = copy.folder / _STATE
-        if state.exists():
-            for path, (size, modified, digest) in parse_json(state.read_bytes())["files"].items():
-                copy.synced[path] = (size, modified), FileRecord(size=size, digest=digest)
-        return copy
+        return cls(url=url, folder=remote_settings().cache / "runs" / name)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes of this machine from fetching and publishing, and read the state."""
+        runs = self.folder.parent
+        with write_lock(runs, self.folder.name, command="mmaudit", wait_seconds=_WAIT_SECONDS):
+            state = self.folder / _STATE
+            files = parse_json(state.read_bytes())["files"] if state.exists() else {}
+            self.synced = {
+                path: ((size, modified), FileRecord(size=size, digest=digest))
+                for path, (size, modified, digest) in files.items()
+            }
+            yield
 
     def save(self) -> None:
         """Write the state."""
@@ -130,6 +155,10 @@ class WorkingCopy:
         Raises:
             RemoteError: The run is replaced again and again, or one of its files differs from its record.
         """
+        with self._alone():
+            self._fetch(wanted)
+
+    def _fetch(self, wanted: Callable[[str], bool]) -> None:
         for attempt in range(_MAX_READS):
             records = read_records(self.url)
             gone = [path for path in self.synced if wanted(path) and path not in records]
@@ -149,6 +178,10 @@ class WorkingCopy:
 
         Records of files that change are removed first, that of run.json before all others; it is put last.
         """
+        with self._alone():
+            self._publish()
+
+    def _publish(self) -> None:
         present = {path: _stamp(self.folder / path) for path in _files(self.folder)}
         changed = [path for path in present if not self._is_unchanged(path)]
         gone = [path for path in self.synced if path not in present]
@@ -167,7 +200,8 @@ class WorkingCopy:
             del self.synced[path]
         self.save()
         num_bytes = sum(records[path].size for path in to_put)
-        log.info("%s: published %d files, %.1f MB", self.url, len(to_put), num_bytes / 1e6)
+        level = logging.INFO if "run.json" in to_put else logging.DEBUG  # not of each worker's parts
+        log.log(level, "%s: published %d files, %.1f MB", self.url, len(to_put), num_bytes / 1e6)
 
     def _each(
         self, work: Callable[[str, FileRecord], T], paths: Sequence[str], records: Mapping[str, FileRecord]
@@ -277,8 +311,6 @@ def working_copy(url: RemotePath, *, leave_out: Sequence[str], scope: str | None
 
     Nothing is published after an error: what is complete stays in the working copy, and the next command continues.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(f"--run {url}: several processes train in a run folder that all of them see, not at a URL")
     copy = WorkingCopy.of(url)
     forget()
     with nullcontext() if scope is None else remote_lock(url, scope) as lock:
@@ -309,6 +341,46 @@ def fetch_parts(folder: Path, numbers: Sequence[int], caches: Sequence[Path]) ->
         return in_stage or path in names
 
     copy.fetch(wanted)
+
+
+def share_files(folder: Path, *, is_first: bool) -> None:
+    """Publish what the first of several processes has written, or fetch it in another one.
+
+    Has no effect in a run folder that is no working copy: all processes see that.
+    """
+    copy = _active.get(folder)
+    if copy is not None and is_first:
+        copy.publish()
+    elif copy is not None:
+        copy.fetch(lambda path: path.partition("/")[0] != "stages")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteRun:
+    """A run at a URL in the workers of Ray, each of which has the working copy of its machine: a RunFolder."""
+
+    url: str
+
+    @classmethod
+    def of(cls, folder: Path) -> RemoteRun | None:
+        """Return the run of a working copy; None for a folder that is none, which all machines have to see."""
+        copy = _active.get(folder)
+        return None if copy is None else cls(url=copy.url.url)
+
+    def open(self) -> Path:
+        """Return the working copy of this machine as a folder."""
+        copy = WorkingCopy.of(RemotePath(self.url))
+        copy.folder.mkdir(parents=True, exist_ok=True)
+        _active[copy.folder] = copy
+        return copy.folder
+
+    def fetch(self, folder: Path, parts: Sequence[int], files: Sequence[Path]) -> None:
+        """Fetch what a stage of some parts reads."""
+        fetch_parts(folder, parts, files)
+
+    def publish(self, folder: Path) -> None:
+        """Publish what has changed."""
+        _active[folder].publish()
 
 
 def _is_shared(path: str) -> bool:

@@ -24,7 +24,7 @@ from .config import RunConfig, load_settings, preset_content, preset_record
 from .effects import effects_in_scoring, warn_without_effect, with_engine
 from .progress import progress_bars
 from .provenance import open_encodable
-from .remote_run import with_run
+from .remote_run import RemoteRun, share_files, with_run
 from .reporting import report
 from .run import Run
 from .staging import StageResult, check_stage, open_job, publish, run_job, run_stage
@@ -242,6 +242,10 @@ def score(
         run_dir.record()
     about: dict[str, Any] = {} if preset is None else {"preset": _preset_record(preset, config)}
     if files := pairs(features):
+        if ray is not None and RemoteRun.of(run_dir.folder) is not None:
+            raise ConfigError(
+                "--features with --engine ray and a run at a URL: score them with --stage, or without Ray"
+            )
         joined = join_vectors(data, files, config.data, folder=run_dir.features / "joined")
         data, about = joined.path, {**about, "joined": joined.to_dict()}
     dataset = open_encodable(str(data), config.data)
@@ -275,6 +279,8 @@ def score(
                     _write_report(run_dir)
                     return _score_result(run_dir)
         if not append:
+            if ray is not None:
+                share_files(run_dir.folder, is_first=False)  # features of a run at a URL
             check_unchanged(run_dir, dataset, config, options)
     if not (run_dir.report_file.exists() and run_dir.report_file.with_suffix(".json").exists()):
         report(run=run_dir.folder)

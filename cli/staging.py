@@ -40,7 +40,7 @@ from ..audit.storage import write_json, write_parquet
 from ..audit.workers import Progress, default_workers
 from .config import RunConfig
 from .provenance import described_modalities, record_of, score_provenance, signed_record
-from .remote_run import fetch_parts
+from .remote_run import RemoteRun, fetch_parts
 from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
 
 log = logging.getLogger("mmaudit")
@@ -154,7 +154,7 @@ def run_job(job: ScoringJob, stage: str | None, ray: RayOptions | None) -> tuple
         return run_all(job)
     from ..audit.engine.ray_executor import open_executor
 
-    with open_executor(job, ray) as executor:
+    with open_executor(job, ray, run=RemoteRun.of(job.features.parent)) as executor:
         return executor.run_all(job)
 
 

@@ -36,7 +36,7 @@ from .config import RunConfig, load_settings, to_toml, without_none
 from .effects import check_media_settings, effects_in_training, warn_without_effect, with_engine
 from .progress import progress_bars
 from .provenance import SourceOptions
-from .remote_run import with_run
+from .remote_run import RemoteRun, share_files, with_run
 from .run import Run, new_finetune, read_metrics, swap_finetune
 from .scoring import data_settings, pairs, pick_device
 from .training_source import (
@@ -99,7 +99,7 @@ class EvaluationResult:
         return {**self.metrics, "file": str(self.file)}
 
 
-@with_run("stages", writes=True)
+@with_run("stages", writes=True, in_processes=True)
 def finetune(
     manifest: str | Path | None = None,
     *,
@@ -219,9 +219,13 @@ def finetune(
     if not in_ray_worker and (
         ray := choose_engine(engine, config.ray, address=ray_address, num_workers=num_workers, device=device)
     ):
-        from .ray_training import finetune_on_ray
+        from .ray_training import arguments_elsewhere, finetune_on_ray
 
-        folder = finetune_on_ray(arguments, ray, run=Run.open(run).folder)
+        run_dir = Run.open(run)
+        if (remote := RemoteRun.of(run_dir.folder)) is not None:
+            arguments |= arguments_elsewhere(run_dir, arguments)
+        folder = run_dir.finetune(finetune_on_ray(arguments, ray, run=run_dir.folder, remote=remote))
+        share_files(run_dir.folder, is_first=False)
         return _result(folder, read_metrics(folder))
     run_dir, device = Run.open(run), local_device(pick_device(device))
     workers = default_workers() if num_workers is None else num_workers
@@ -254,7 +258,7 @@ def finetune(
     ):
         if not distributed.is_first:
             report_progress = no_progress
-        with _first_rank_first(distributed):
+        with _first_rank_first(distributed, run_dir):
             loaded = source.load(config, num_workers=workers, progress=report_progress)
         release_memory()
         about = {
@@ -478,13 +482,15 @@ def _scoring_commands(data: str | Path | None, run: str | Path, preset: str | No
 
 
 @contextmanager
-def _first_rank_first(distributed: DistributedContext) -> Iterator[None]:
-    """Run the block in rank 0 before the other ranks: it encodes, and they read its cache."""
+def _first_rank_first(distributed: DistributedContext, run_dir: Run) -> Iterator[None]:
+    """Run the block in rank 0 before the other ranks: it encodes, and they read its cache, also from a run at a URL."""
     if not distributed.is_first:
         logging.getLogger("mmaudit").setLevel(logging.WARNING)
         distributed.wait()
+        share_files(run_dir.folder, is_first=False)
     yield
-    if distributed.is_first:
+    if distributed.is_first and distributed.world_size > 1:
+        share_files(run_dir.folder, is_first=True)
         distributed.wait()
 
 

@@ -50,10 +50,11 @@ def _same_logging() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A state folder for the tests and the processes that they start, in place of the user's own."""
+    """A state folder for the tests and the processes that they start, in place of the user's own; a cache too."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("state")
         patch.setenv("XDG_STATE_HOME", str(folder))
+        patch.setenv("MMAUDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield folder
 
 

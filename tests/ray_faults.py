@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.errors import DatasetError, RemoteError
 
 
 def double(shared: int, unit: int) -> int:
@@ -37,9 +37,12 @@ def always_fail(kind: str, unit: int) -> None:
     """Fail in one of several ways."""
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    raise {"disk": OSError(28, "No space left on device", "x"), "data": DatasetError("the data are bad")}.get(
-        kind, KeyError("a bug")
-    )
+    errors = {
+        "disk": OSError(28, "No space left on device", "x"),
+        "server": RemoteError("s3://b/x: no answer, in 4 tries"),
+        "data": DatasetError("the data are bad"),
+    }
+    raise errors.get(kind, KeyError("a bug"))
 
 
 def wait_for(folder: Path, unit: int) -> int:

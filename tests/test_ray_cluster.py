@@ -118,7 +118,7 @@ def test_unreachable_cluster_is_one_line_within_seconds(
     start = time.monotonic()
     with pytest.raises(MmauditError, match=text), open_ray(replace(OPTIONS, address=address)):
         pass
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60  # Ray 2.50 looks for the cluster of a file in /tmp for 40 s, beside other jobs
 
 
 # Scores on a cluster of two machines, of which the second is removed, without warning, when two units have begun on it.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from conftest import gaussian_table
 from fsspec.implementations.memory import MemoryFileSystem
 
 import mmaudit
-from mmaudit.audit.errors import RemoteError, RunError
+from mmaudit.audit.errors import ConfigError, RemoteError, RunError
 from mmaudit.audit.remote import locks, requests
 from mmaudit.audit.remote.locks import remote_lock
 from mmaudit.audit.remote.paths import RemotePath
@@ -42,6 +46,12 @@ def remote_bytes(name: str) -> bytes:
     return bytes(MemoryFileSystem().cat_file(f"/bucket/run/{name}"))
 
 
+def write_parts(folder: Path) -> Path:
+    """Write 120 samples in eight row groups."""
+    pq.write_table(gaussian_table(num_samples=120), folder / "data.parquet", row_group_size=15)
+    return folder / "data.parquet"
+
+
 @pytest.mark.slow
 def test_a_run_at_a_url_has_the_bytes_of_a_local_one(planted: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
     data = planted()
@@ -60,17 +70,15 @@ def test_a_run_at_a_url_has_the_bytes_of_a_local_one(planted: Callable[..., Path
     assert record["fingerprint"] == json.loads((tmp_path / "local/run.json").read_bytes())["fingerprint"]
 
 
-def test_stages_at_a_url_run_in_processes_that_share_nothing_else(
-    planted: Callable[..., Path], tmp_path: Path, cache: Path
-) -> None:
-    data = planted(num_samples=120)
-    settings = {**QUICK, "parts.rows": 15}
+def test_stages_at_a_url_run_in_processes_that_share_nothing_else(tmp_path: Path, cache: Path) -> None:
+    data, settings = write_parts(tmp_path), {**QUICK, "parts.rows": 15}
     mmaudit.score(data, run=tmp_path / "local", settings=settings, progress=False)
     for stage, shard in [("encode", "2/2"), ("encode", "1/2"), ("fit", None), ("score", "1/2"), ("score", "2/2")]:
         mmaudit.score(data, run=URL, settings=settings, stage=stage, shard=shard, progress=False)
         shutil.rmtree(cache)
     mmaudit.score(data, run=URL, settings=settings, stage="merge", progress=False)
-    parts = sorted((tmp_path / "local/scores").glob("*.parquet")) or [tmp_path / "local/scores.parquet"]
+    parts = sorted((tmp_path / "local/scores").glob("*.parquet"))
+    assert len(parts) == 8
     for part in parts:
         assert remote_bytes(part.relative_to(tmp_path / "local").as_posix()) == part.read_bytes()
     assert not any(path.startswith("stages/") for path in read_records(RemotePath.parse(URL)))
@@ -232,3 +240,78 @@ def test_runs_that_are_not_accepted_are_one_line(run: str, message: str) -> None
 def test_file_urls_are_local_runs(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=f"^{tmp_path}/local holds no finished run"):
         mmaudit.report(run=f"file://{tmp_path}/local")
+
+
+class TwoMachines:
+    """A pool of two machines in this process, each with a cache and a job of its own, which do units by turns."""
+
+    size = 2
+
+    def __init__(self, caches: list[Path], shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.caches, self.monkeypatch = caches, monkeypatch
+        self.jobs = [pickle.loads(pickle.dumps(shared)) for _ in caches]
+        self.stages: list[str] = []
+
+    def run(self, work: Callable[[Any, Any], Any], units: Sequence[Any], *, names: Sequence[str], stage: str) -> None:
+        self.stages.append(stage)
+        for number, unit in enumerate(units):
+            with self.monkeypatch.context() as patch:
+                machine = (number + len(self.stages)) % 2
+                patch.setenv("MMAUDIT_CACHE", str(self.caches[machine]))
+                work(self.jobs[machine], unit)
+
+
+def test_workers_that_share_no_folder_have_the_bytes_of_one_process(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slow twin, test_two_machines_on_ray_share_a_bucket_alone, does so on Ray and a server of the S3 protocol."""
+    from mmaudit.audit.engine import ray_executor
+
+    data, settings = write_parts(tmp_path), {**QUICK, "parts.rows": 15}
+    mmaudit.score(data, run=tmp_path / "local", settings=settings, progress=False)
+    pools: list[TwoMachines] = []
+
+    @contextmanager
+    def open_pool(options: Any, *, shared: Any, folder: Path | None, **_: Any) -> Iterator[TwoMachines]:
+        assert folder is None
+        pools.append(TwoMachines([tmp_path / "first", tmp_path / "second"], shared, monkeypatch))
+        yield pools[0]
+
+    monkeypatch.setattr(ray_executor, "open_pool", open_pool)
+    mmaudit.score(data, run=URL, settings=settings, engine="ray", num_workers=2, progress=False)
+    assert pools[0].stages == ["rows", "encode", "status", "probe", "score"]
+    parts = sorted((tmp_path / "local/scores").glob("*.parquet"))
+    for name in ("quarantine.parquet", "mixture.json", *(f"scores/{part.name}" for part in parts)):
+        assert remote_bytes(name) == (tmp_path / "local" / name).read_bytes(), name
+    assert not any(path.startswith("stages/") for path in read_records(RemotePath.parse(URL)))
+    # The features are those of the machines: none lies in the working copy of this one.
+    assert list((tmp_path / "first").rglob("features/*"))
+    assert not list(cache.rglob("features/*.arrow"))
+    # A second call finds the run finished.
+    mmaudit.score(data, run=URL, settings=settings, engine="ray", num_workers=2, progress=False)
+    assert len(pools) == 1
+
+
+def test_one_process_of_several_writes_and_commands_of_one_process_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mmaudit.cli import remote_run
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=rf"^--run {URL}: report runs in one process: run it without torchrun$"):
+        mmaudit.report(run=URL)
+    for rank, writes in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert remote_run._is_writer({"engine": "ray"}) is writes
+        assert remote_run._is_writer({}) is writes
+    monkeypatch.delenv("RANK")
+    assert remote_run._is_writer({})
+    assert not remote_run._is_writer({"engine": "ray"})
+
+
+def test_files_elsewhere_are_refused_in_one_line(planted: Callable[..., Path], tmp_path: Path) -> None:
+    data = planted(num_samples=60)
+    with pytest.raises(ConfigError, match=f"^--init {data}: with --engine ray and a run at a URL, pass the name of"):
+        mmaudit.finetune(data=data, init=str(data), run=URL, engine="ray", num_workers=1, progress=False)
+    with pytest.raises(ConfigError, match=r"^--features with --engine ray and a run at a URL: score them with --stage"):
+        mmaudit.score(data, features={"a": data}, run=URL, engine="ray", num_workers=1, progress=False)

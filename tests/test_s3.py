@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from conftest import gaussian_table
 from remote_files import Faults, proxy, write_forms
 
+import mmaudit
 from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.errors import DatasetError, RemoteError, RunError
 from mmaudit.audit.features.encoded_samples import content_hashes
@@ -184,3 +189,159 @@ def test_a_fault_by_s3_that_stays_is_one_line(
         samples_of(url)
     assert str(caught.value).startswith(f"{url}/5.wav: ")
     assert "\n" not in str(caught.value)
+
+
+# Scores and trains on a cluster of two machines that share a bucket and nothing else.
+TWO_MACHINES = """
+import os, sys
+import ray
+from ray.cluster_utils import Cluster
+from mmaudit.audit.engine import ray_pool
+import mmaudit
+
+folder, data, url = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
+for name in ("first", "second"):
+    own = {"MMAUDIT_CACHE": os.path.join(folder, name)}
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20, env_vars=own)
+pids, run = set(), ray_pool.RayPool.run
+def keep(self, *values, **options):
+    records = run(self, *values, **options)
+    pids.update(record.pid for record in records)
+    return records
+ray_pool.RayPool.run = keep
+options = dict(run=url, engine="ray", ray_address=cluster.address, num_workers=2, progress=False)
+settings = {"probe.repeats": 1, "probe.folds": 3, "parts.rows": 15, "ray.memory_gb": 1.0}
+mmaudit.score(data, settings=settings, **options)
+assert len(pids) == 2, pids
+mmaudit.split(subset="most-balanced:100%", name="all", run=url)
+settings = {"finetune.epochs": 3, "finetune.hidden": 8, "finetune.batch_size": 32, "ray.memory_gb": 1.0}
+result = mmaudit.finetune("all", settings=settings, name="on-ray", **options)
+assert result.metrics["counts"]["train"], result.metrics
+again = mmaudit.finetune("all", settings=settings, name="on-ray", **options)
+assert again.metrics == result.metrics
+cluster.shutdown()
+"""
+TRAINING = ["finetune.epochs=3", "finetune.hidden=8", "finetune.batch_size=32"]
+
+
+def write_parts(folder: Path) -> Path:
+    """Write 120 samples in eight row groups."""
+    pq.write_table(gaussian_table(num_samples=120), folder / "data.parquet", row_group_size=15)
+    return folder / "data.parquet"
+
+
+def score_locally(data: Path, run: Path) -> None:
+    settings = {"probe.repeats": 1, "probe.folds": 3, "parts.rows": 15}
+    mmaudit.score(data, run=run, settings=settings, progress=False)
+    mmaudit.split(subset="most-balanced:100%", name="all", run=run)
+
+
+def check_scores(url: str, local: Path) -> None:
+    parts = [f"scores/{path.name}" for path in sorted((local / "scores").glob("*.parquet"))]
+    assert len(parts) == 8
+    for name in (*parts, "quarantine.parquet", "mixture.json", "manifests/all.parquet"):
+        assert requests.call(f"{url}/{name}", "cat_file") == (local / name).read_bytes(), name
+
+
+def run_by_torchrun(folder: Path, *words: str, caches: list[Path | None]) -> None:
+    """Run a command in one process on each of several machines, which have caches of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = []
+    for rank, cache in enumerate(caches):
+        own = {} if cache is None else {"MMAUDIT_CACHE": str(cache)}
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(caches)}", f"--node-rank={rank}"]
+        launcher += ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "--", "mmaudit"]
+        machines.append(
+            subprocess.Popen(
+                [*launcher, *words],
+                cwd=folder,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **own},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0] * len(machines), outputs
+
+
+def check_training(url: str, local: Path) -> None:
+    for name in ("model.safetensors", "history.jsonl", "config.toml"):
+        assert requests.call(f"{url}/{name}", "cat_file") == (local / name).read_bytes(), name
+    contents = [requests.call(f"{url}/metrics.json", "cat_file"), (local / "metrics.json").read_bytes()]
+    metrics = [json.loads(content) for content in contents]
+    for content in metrics:
+        content.pop("seconds")
+        content["made_from"].pop("seconds", None)
+    assert metrics[0] == metrics[1]
+
+
+def test_two_machines_on_ray_share_a_bucket_alone(server: str, tmp_path: Path) -> None:
+    """Their scores, manifests and weights have the bytes of one machine; its quick twin is in test_remote_run.py."""
+    pytest.importorskip("ray")
+    data, local = write_parts(tmp_path), tmp_path / "local"
+    score_locally(data, local)
+    requests.call("s3://clips/two/data.parquet", "pipe_file", data.read_bytes())
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"TMPDIR": "/tmp"}
+    arguments = [str(tmp_path), "s3://clips/two/data.parquet", "s3://clips/two/run"]
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_MACHINES, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} >= {"first", "second"}
+    check_scores("s3://clips/two/run", local)
+    words = ["finetune", "--manifest", "all", "--run", str(local), "--name", "on-ray", "--device", "cpu"]
+    words += [word for setting in TRAINING for word in ("--set", setting)]
+    run_by_torchrun(tmp_path, *words, "--num-workers", "0", caches=[None, None])
+    check_training("s3://clips/two/run/finetune/on-ray", local / "finetune/on-ray")
+
+
+def test_torchrun_trains_in_a_run_at_a_url(server: str, tmp_path: Path) -> None:
+    """Two machines with a bucket and nothing else have the weights of two processes with one folder."""
+    data, local, url = write_parts(tmp_path), tmp_path / "local", "s3://clips/torchrun/run"
+    score_locally(data, local)
+    requests.call("s3://clips/torchrun/data.parquet", "pipe_file", data.read_bytes())
+    settings = {"probe.repeats": 1, "probe.folds": 3, "parts.rows": 15}
+    mmaudit.score("s3://clips/torchrun/data.parquet", run=url, settings=settings, progress=False)
+    mmaudit.split(subset="most-balanced:100%", name="all", run=url)
+    words = ["finetune", "--manifest", "all", "--device", "cpu", "--name", "both", "--num-workers", "0"]
+    words += [word for setting in TRAINING for word in ("--set", setting)]
+    remote = ["--run", url, "--data", "s3://clips/torchrun/data.parquet"]
+    run_by_torchrun(tmp_path, *words, *remote, caches=[tmp_path / "first", tmp_path / "second"])
+    run_by_torchrun(tmp_path, *words, "--run", str(local), caches=[None, None])
+    check_training(f"{url}/finetune/both", local / "finetune/both")
+
+
+def test_stages_by_s3_run_on_machines_that_share_a_bucket_alone(server: str, tmp_path: Path) -> None:
+    data, local, url = write_parts(tmp_path), tmp_path / "local", "s3://clips/stages/run"
+    score_locally(data, local)
+    requests.call("s3://clips/stages/data.parquet", "pipe_file", data.read_bytes())
+    settings = ["probe.repeats=1", "probe.folds=3", "parts.rows=15"]
+    words = ["score", "s3://clips/stages/data.parquet", "--run", url, "--num-workers", "0"]
+    words += [word for setting in settings for word in ("--set", setting)]
+
+    def run_shards(stage: str) -> None:
+        """Run both shards at the same time, each on a machine of its own."""
+        with ThreadPoolExecutor(2) as pool:
+            shards = [("1/2", "first"), ("2/2", "second")]
+            commands = [(*words, "--stage", stage, "--shard", shard) for shard, _ in shards]
+            caches = [str(tmp_path / cache) for _, cache in shards]
+            for done in pool.map(
+                lambda pair: run_command(*pair[0], MMAUDIT_CACHE=pair[1]), zip(commands, caches, strict=True)
+            ):
+                assert done.returncode == 0, done.stderr
+
+    run_shards("encode")
+    assert run_command(*words, "--stage", "fit", MMAUDIT_CACHE=str(tmp_path / "third")).returncode == 0
+    run_shards("score")
+    assert run_command(*words, "--stage", "merge", MMAUDIT_CACHE=str(tmp_path / "fourth")).returncode == 0
+    mmaudit.split(subset="most-balanced:100%", name="all", run=url)
+    check_scores(url, local)

@@ -106,7 +106,7 @@ def test_only_requested_members_are_read(tmp_path: Path, monkeypatch: pytest.Mon
             data: bytes = super().read(size)
             return data
 
-    monkeypatch.setattr("mmaudit.audit.dataset.formats.tars.open_regular", lambda path: Counting(path, "rb"))
+    monkeypatch.setattr("mmaudit.audit.dataset.formats.tar_index.open_regular", lambda path: Counting(path, "rb"))
     assert shard.read(["__key__"])["__key__"].to_pylist() == ["0", "1", "2"]
     assert counted == []
     assert shard.read(["wav"])["wav"].to_pylist() == [b"x" * 2_000] * 3

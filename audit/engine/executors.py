@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ConfigError, choices
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .stages import ScoringJob
 
 ENGINES = ("local", "ray")
+_MEMORY_GB = 2.0  # of a worker whose memory is not known beforehand
 
 
 class Stage(Protocol):
@@ -28,6 +30,19 @@ class Executor(Protocol):
 
     def run(self, stage: Stage, job: ScoringJob, parts: Sequence[Part]) -> None:
         """Run a stage on these parts, or on those of them that are this process's own."""
+
+
+class RunFolder(Protocol):
+    """A run that machines do not see as a folder: each has a working copy. It can be pickled."""
+
+    def open(self) -> Path:
+        """Return the working copy of this machine."""
+
+    def fetch(self, folder: Path, parts: Sequence[int], files: Sequence[Path]) -> None:
+        """Fetch the tables of some parts, those of all parts together, and these files, as far as they exist."""
+
+    def publish(self, folder: Path) -> None:
+        """Publish the files that have changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +72,8 @@ class RayConfig:
     Args:
         cpus: CPUs of a worker, which are also its threads.
         gpus: GPUs of a worker, such as 0.5 where two share one; with 0 encoders, probes and networks run on CPUs.
-        memory_gb: Memory of a worker in 10^9 bytes: a machine runs as many workers as fit. Ray reserves it and measures
+        memory_gb: Memory of a worker in 10^9 bytes: a machine runs as many workers as fit. By default what a worker of
+            `score` takes by its rows and features, and 2 in training. Ray reserves it and measures
             nothing; workers that took more are named with their figure.
         retries: How often a part, or a training, is repeated on another worker after its own has ended or failed.
         start_seconds: How long to wait for a worker before the command fails, such as for machines that have to start.
@@ -68,13 +84,24 @@ class RayConfig:
 
     cpus: int = 1
     gpus: float = 0.0
-    memory_gb: float = 2.0
+    memory_gb: float | None = None
     retries: int = 3
     start_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         ranges = {"cpus": "[1, inf)", "gpus": "[0, inf)", "memory_gb": "[0, inf)", "retries": "[0, inf)"}
         check_ranges("ray", self, **ranges, start_seconds="(0, inf)")
+
+    @property
+    def reserved_gb(self) -> float:
+        """Memory that a worker reserves, in 10^9 bytes."""
+        return _MEMORY_GB if self.memory_gb is None else self.memory_gb
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What a worker reserves, by Ray's names, memory in bytes; without what it does not need."""
+        amounts = {"CPU": self.cpus, "GPU": self.gpus, "memory": int(self.reserved_gb * 1e9)}
+        return {name: amount for name, amount in amounts.items() if amount}
 
     @property
     def device(self) -> str:

@@ -41,20 +41,22 @@ _LOCAL = "local"  # without it, ray.init joins any cluster whose address an earl
 class Site:
     """What a worker has to have as the driver has it: packages, working folder, run folder and data.
 
-    marker: a file in the run folder, and its content. files: paths of the data with their sizes.
+    marker: a file in the run folder, and its content; None of a run at a URL. files: paths of the data with their
+    sizes. cwd: None where no path depends on it.
     """
 
     versions: dict[str, str]
-    cwd: str
-    marker: tuple[str, str]
+    cwd: str | None
+    marker: tuple[str, str] | None
     files: tuple[tuple[str, int], ...]
 
     @classmethod
-    def of(cls, *, marker: tuple[str, str], files: Sequence[str | Path]) -> Site:
+    def of(cls, *, marker: tuple[str, str] | None, files: Sequence[str | Path]) -> Site:
         """Describe this process's own machine; of many files some are compared."""
         sizes = [(str(path), _size_of(str(path))) for path in files[:: max(1, len(files) // _CHECKED_FILES)]]
         present = tuple((path, size) for path, size in sizes if size is not None)
-        return cls(versions=installed_versions(), cwd=os.getcwd(), marker=marker, files=present)
+        cwd = None if marker is None and not present else os.getcwd()
+        return cls(versions=installed_versions(), cwd=cwd, marker=marker, files=present)
 
     def enter(self) -> None:
         """Change to the working folder; raise RunError where something is missing or differs."""
@@ -62,13 +64,15 @@ class Site:
         for name in self.versions:
             if own.get(name) != self.versions[name]:
                 raise RunError(f"{host} has {name} {own.get(name)}, the driver {self.versions[name]}: install the same")
-        advice = "with --engine ray, data and run folder lie on a file system that all machines see, at the same path"
-        if not os.path.isdir(self.cwd):
-            raise RunError(f"the working folder {self.cwd} is not visible on {host}: {advice}")
-        os.chdir(self.cwd)
-        path, token = self.marker
-        if not os.path.exists(path) or Path(path).read_text(encoding="utf-8") != token:
-            raise RunError(f"the run folder {os.path.dirname(path)} is not visible on {host}: {advice}")
+        advice = "with --engine ray, data and run folder lie on a file system that all machines see, or at URLs"
+        if self.cwd is not None:
+            if not os.path.isdir(self.cwd):
+                raise RunError(f"the working folder {self.cwd} is not visible on {host}: {advice}")
+            os.chdir(self.cwd)
+        if self.marker is not None:
+            path, token = self.marker
+            if not os.path.exists(path) or Path(path).read_text(encoding="utf-8") != token:
+                raise RunError(f"the run folder {os.path.dirname(path)} is not visible on {host}: {advice}")
         for path, size in self.files:
             if _size_of(path) != size:
                 raise RunError(f"{path} is not the same on {host} (size {_size_of(path)}, here {size}): {advice}")
@@ -150,8 +154,8 @@ def _start(ray: Any, options: RayOptions, *, folder: str) -> None:
     if not num_slots(ray, config):
         resources = ray.cluster_resources()
         raise RunError(
-            f"this machine has no room for a worker of {config.cpus} CPU, {config.gpus:g} GPU and {config.memory_gb:g} "
-            f"GB: it has {resources.get('CPU', 0):g} CPU, {resources.get('GPU', 0):g} GPU and "
+            f"this machine has no room for a worker of {config.cpus} CPU, {config.gpus:g} GPU and "
+            f"{config.reserved_gb:g} GB: it has {resources.get('CPU', 0):g} CPU, {resources.get('GPU', 0):g} GPU and "
             f"{resources.get('memory', 0) / 1e9:.1f} GB; lower ray.cpus, ray.gpus or ray.memory_gb"
         )
 
@@ -187,15 +191,14 @@ def _join(ray: Any, address: str) -> None:
     try:
         ray.init(address=address, namespace="mmaudit", log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(f"no Ray cluster answers at {address} ({reason})") from error
 
 
 def num_slots(ray: Any, config: RayConfig) -> int:
     """Return the number of workers that the machines of the cluster have room for."""
-    needs = {"CPU": config.cpus, "GPU": config.gpus, "memory": int(config.memory_gb * 1e9)}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(min(int(node.get(name, 0) // need) for name, need in needs.items() if need) for node in nodes)
+    return sum(min(int(node.get(name, 0) // need) for name, need in config.resources.items()) for node in nodes)
 
 
 def _temporary_folder() -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MmauditError, RunError
+from ..errors import MmauditError, RemoteError, RunError
 from ..storage import temporary_path
 from ..workers import Progress, no_progress
 from .executors import RayConfig, RayOptions
@@ -31,6 +31,7 @@ log = logging.getLogger("mmaudit")
 
 Work = Callable[[Any, Any], Any]
 
+_MORE = 1.25  # times the memory that was warned of, after which is warned again
 _POLL_SECONDS = 1.0  # after which an interrupt is noticed, and a wait for workers ends
 
 
@@ -112,6 +113,7 @@ class RayPool:
     node_of: dict[Any, str] = field(default_factory=dict)  # the node of each actor that has begun
     records: list[Completed] = field(default_factory=list)  # of the last call of `run`
     logged: set[tuple[int, str]] = field(default_factory=set)
+    stated: dict[str, int] = field(default_factory=dict)  # memory of a worker that was warned of, by machine
     num_lost: int = 0  # workers that ended before they had begun
 
     def run(
@@ -172,7 +174,7 @@ class RayPool:
                 .options(
                     num_cpus=self.config.cpus,
                     num_gpus=self.config.gpus,
-                    memory=int(self.config.memory_gb * 1e9),
+                    memory=int(self.config.reserved_gb * 1e9),
                     max_restarts=0,
                     max_task_retries=0,
                     max_concurrency=1,
@@ -206,7 +208,8 @@ class RayPool:
             return self.ray.get(reference)  # type: ignore[no-any-return]
         except RayTaskError as error:
             cause = _cause_of(error)
-            if not isinstance(cause, (RunError, OSError, MemoryError)):  # of file systems and memory, which may pass
+            # Of file systems, servers and memory, which may pass.
+            if not isinstance(cause, (RunError, RemoteError, OSError, MemoryError)):
                 if isinstance(cause, MmauditError):
                     raise cause from error
                 raise RuntimeError(f"{name}: {type(cause).__name__}: {_first_line(cause)}") from error
@@ -229,23 +232,23 @@ class RayPool:
         return self.config.cpus * max(1, min(on_node, self.size // num_units))
 
     def _log(self, record: Completed) -> None:
-        """Log what a worker has logged, each line once, and its memory if that was more than it reserved."""
+        """Log what a worker has logged, each line once, and its memory if that is more than it reserved."""
         for level, text in record.messages:
             if (level, text) not in self.logged:
                 self.logged.add((level, text))
                 log.log(level, "%s", text)
-        if record.max_rss > self.config.memory_gb * 1e9 and (0, record.host) not in self.logged:
-            self.logged.add((0, record.host))
+        if record.max_rss > max(self.config.reserved_gb * 1e9, _MORE * self.stated.get(record.host, 0)):
+            self.stated[record.host] = record.max_rss
             log.warning(
-                "a worker on %s took %.1f GB, and ray.memory_gb, which Ray reserves for it, is %g: pass --set "
+                "a worker on %s took %.2f GB, and ray.memory_gb, which Ray reserves for it, is %g: pass --set "
                 "ray.memory_gb=%.1f, or lower parts.rows",
-                *(record.host, record.max_rss / 1e9, self.config.memory_gb, record.max_rss / 1e9 + 0.1),
+                *(record.host, record.max_rss / 1e9, self.config.reserved_gb, record.max_rss / 1e9 + 0.1),
             )
 
     def _describe_wait(self) -> str:
         amounts, config = self.ray.cluster_resources(), self.config
         return (
-            f"no worker of {config.cpus} CPU, {config.gpus:g} GPU and {config.memory_gb:g} GB has begun within "
+            f"no worker of {config.cpus} CPU, {config.gpus:g} GPU and {config.reserved_gb:g} GB has begun within "
             f"{config.start_seconds:g} s; the cluster has {amounts.get('CPU', 0):g} CPU, {amounts.get('GPU', 0):g} GPU "
             f"and {amounts.get('memory', 0) / 1e9:.1f} GB: lower ray.cpus, ray.gpus or ray.memory_gb, or raise "
             "ray.start_seconds"
@@ -269,7 +272,7 @@ def open_pool(
     options: RayOptions,
     *,
     max_workers: int,
-    folder: Path,
+    folder: Path | None,
     shared: Any,
     files: Sequence[str | Path] = (),
     progress: Progress = no_progress,
@@ -279,7 +282,7 @@ def open_pool(
     Args:
         options: Resources of a worker and retries, cluster, and number of workers; None: as many as there is room for.
         max_workers: Units of work, more than which no workers are of use.
-        folder: Run folder, which exists, and which workers must see.
+        folder: Run folder, which exists, and which workers must see; None: each has a working copy of its own.
         shared: What all units need, without media and features.
         files: Files of the data, which workers must see.
         progress: Callback for progress.
@@ -289,12 +292,15 @@ def open_pool(
     """
     config = options.config
     with ExitStack() as stack:
-        marker = stack.enter_context(temporary_path(folder))
-        marker.write_text(token := marker.name, encoding="utf-8")
+        mark = None
+        if folder is not None:
+            marker = stack.enter_context(temporary_path(folder))
+            marker.write_text(marker.name, encoding="utf-8")
+            mark = (str(marker), marker.name)
         ray = stack.enter_context(open_ray(options))
         size = min(max_workers, options.num_workers or max(1, num_slots(ray, config)))
-        site = Site.of(marker=(str(marker), token), files=files)
-        log.info("%d workers of %d CPU and %g GPU on Ray", size, config.cpus, config.gpus)
+        site = Site.of(marker=mark, files=files)
+        log.info("%d workers of %d CPU, %g GPU and %g GB on Ray", size, config.cpus, config.gpus, config.reserved_gb)
         pool = RayPool(ray=ray, config=config, size=size, site=site, shared=ray.put(shared), progress=progress)
         try:
             yield pool

@@ -23,7 +23,7 @@ from ..workers import PROCESS_ROWS, Progress, fixed_threads, no_progress, run_ta
 from .fit_results import FitResults, is_fitted, save_fit
 from .fitting import Fitted, NetworkSettings, fit_probes
 from .merging import Merged, PartColumns, merge
-from .part_store import MemoryStore, Store
+from .part_store import FolderStore, MemoryStore, Store
 from .plan import Part, ShardPlan
 from .row_data import EncodedData, RowData, read_row_table, read_status_table
 from .run_state import describe_labels, folds_of_contents, folds_of_keys
@@ -103,6 +103,18 @@ class ScoringJob:
     def saved_results(self) -> FitResults:
         """Results of the stage `fit`, read from its files when they are needed."""
         return FitResults(job=self)
+
+    def in_folder(self, folder: Path) -> ScoringJob:
+        """Return the job with its files in another run folder."""
+        assert isinstance(self.store, FolderStore)
+        own = self.features.parent
+        return replace(
+            self,
+            store=replace(self.store, folder=folder / self.store.folder.relative_to(own), verified={}),
+            features=folder / self.features.name,
+            probes=folder / self.probes.relative_to(own),
+            networks=replace(self.networks, folder=folder / self.networks.folder.relative_to(own)),
+        )
 
     def encoded(self, data: RowData) -> EncodedData:
         """Return the rows with their encoding status, read from the status tables of all parts."""

@@ -42,8 +42,7 @@ def cached_file(path: RemotePath) -> Path:
         RemoteError: It cannot be read, or is larger than the cache.
     """
     status, settings = path.file_status(), remote_settings()
-    name = hashlib.blake2b(repr((path.url, status.size, status.tag)).encode(), digest_size=16).hexdigest()
-    file = settings.cache / _FOLDER / name[:2] / name
+    file = _entry((path.url, status.size, status.tag))
     with suppress(OSError):
         if file.stat().st_size == status.size:
             os.utime(file)
@@ -66,6 +65,40 @@ def read_cached(path: RemotePath, read: Callable[[Path], T]) -> T:
         except FileNotFoundError:
             continue
     raise RemoteError(f"{path} was removed from the cache {_MAX_FETCHES} times before it was read: MMAUDIT_CACHE_GB")
+
+
+def read_entry(key: object) -> bytes | None:
+    """Return what `write_entry` has kept under a key; None if there is nothing."""
+    file = _entry(key)
+    try:
+        data = file.read_bytes()
+        os.utime(file)
+    except OSError:
+        return None
+    return data
+
+
+def write_entry(key: object, data: bytes) -> None:
+    """Keep bytes under a key, of which its repr is used; what cannot be written, or is too large, is not kept."""
+    file, settings = _entry(key), remote_settings()
+    if len(data) > settings.cache_bytes:
+        return
+    temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        return
+    _check_size(settings.cache / _FOLDER, len(data), settings.cache_bytes)
+
+
+def _entry(key: object) -> Path:
+    """Return the file of a key."""
+    name = hashlib.blake2b(repr(key).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return remote_settings().cache / _FOLDER / name[:2] / name
 
 
 def download(path: RemotePath, file: Path, size: int) -> None:

@@ -51,7 +51,8 @@ class RemotePath:
         if "@" in parts.netloc or (is_page(f"{scheme}://") and (parts.query or parts.fragment)):
             raise RemoteError(
                 f"{shown_url(text)}: the URL holds credentials, a query or a fragment, which would be stored with the "
-                "results: put credentials into the environment or the files of the provider, and leave the rest out"
+                "results: put credentials into the environment or the files of the provider, and leave the rest out; "
+                "download what a presigned URL names, or name it by s3:// or gs://"
             )
         path = text[len(parts.scheme) + 3 :].strip("/")
         if ".." in unquote(path).split("/") or "::" in text:

@@ -172,15 +172,18 @@ def create(url: str, data: bytes) -> bool:
     forget(url)
     if status_of(url) is not None:  # older versions of fsspec ignore or refuse the mode
         return False
+    # s3fs knows the mode since 2025, and before ignores it; the header it passes on.
+    condition: dict[str, Any] = {"IfNoneMatch": "*"} if url.startswith("s3://") else {"mode": "create"}
     try:
         with _naming_bucket(url):
-            call(url, "pipe_file", data, mode="create")
+            call(url, "pipe_file", data, **condition)
     except FileExistsError:
         return False
     except TypeError:
         call(url, "pipe_file", data)
     except RemoteError as error:
-        if _status_code(error.__cause__) in (409, 412) or "Precondition" in str(error):
+        refused = _status_code(error.__cause__), _status_code(error.__cause__ and error.__cause__.__cause__)
+        if {409, 412} & set(refused) or "Precondition" in str(error):
             return False
         raise
     return True

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-import tarfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,12 +20,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...errors import DatasetError
-from ...media.files import is_hidden, kind_of_path
-from ...parsing import BROKEN, check_header, decode_text, parse_data_json, read_array
+from ...media.files import kind_of_path
+from ...parsing import BROKEN, check_header, read_array
 from ...remote.paths import AnyPath, RemotePath, source_path
 from ...remote.ranged_file import RangedFile
 from ...remote.requests import thread_pool
-from ...storage import open_regular
 from ..columns import SPLIT
 from ..modalities import KINDS
 from ..not_read import NotRead
@@ -35,15 +32,12 @@ from . import Plan
 from .sample import sample_size, spread_positions
 from .sources import check_fetched, common_folder, find_files, match_files, splits_of
 from .tables import concat_rows
+from .tar_index import TarSample, index_tar, open_tar
 
 log = logging.getLogger("mmaudit")
 
 KEY = "__key__"  # the column of keys, as in webdataset and `datasets`
-_JSON_NAMES = ("json", "jsn")
-_NUMBER_NAMES = ("cls", "index", "inx", "id")
-_TEXT_NAMES = ("txt", "text", "transcript")
 _SHARD_BYTES = 1 << 26  # of media per shard, unless a single sample has more
-_HEADER_BYTES = 512  # bytes of a tar's header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +84,7 @@ class TarShard:
         member_names = [name for name in columns if name not in self.rows.column_names]
         contents: dict[str, list[Any]] = {name: [] for name in member_names}
         if member_names:
-            with _open(source_path(self.path)) as file:
+            with open_tar(source_path(self.path)) as file:
                 if isinstance(file, RangedFile):
                     file.preload(self._ranges(member_names))
                 for row in range(self.num_rows):
@@ -125,19 +119,6 @@ class TarShard:
         return _parse_vector(data, f"{self.path}, {self.rows[KEY][row].as_py()}.{name}") if _is_vector(name) else data
 
 
-@dataclass(slots=True)
-class TarSample:
-    """The members of one key: `values` by column, and (offset, size) in bytes of the unread members by column.
-
-    `nested` are the names of fields of .json members that are not read.
-    """
-
-    key: str
-    values: dict[str, Any] = field(default_factory=dict)
-    nested: list[str] = field(default_factory=list)
-    positions: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
 def find_tars(data: str) -> list[AnyPath]:
     """Return the tars of a file, a glob or brace pattern, or a folder and its subfolders; [] if there are none."""
     path = source_path(data)
@@ -163,7 +144,7 @@ def plan_tar_files(paths: Sequence[AnyPath], *, shard_rows: int) -> Plan:
     """
     check_fetched(paths)
     concurrently = thread_pool().map if isinstance(paths[0], RemotePath) else map
-    samples_of_tar = list(concurrently(_index_tar, paths))
+    samples_of_tar = list(concurrently(index_tar, paths))
     _check_keys(paths, samples_of_tar)
     _warn_of_dots(paths, samples_of_tar)
     root = common_folder(paths)
@@ -234,107 +215,6 @@ def _first_with(shards: Sequence[TarShard], name: str) -> int | None:
         if column is not None and column.null_count < len(column):
             return shard.first + int(np.flatnonzero(column.is_valid().to_numpy())[0])
     return None
-
-
-def _index_tar(path: AnyPath) -> list[TarSample]:
-    """Return the samples of one tar, in file order."""
-    samples: list[TarSample] = []
-    skipped: list[str] = []
-    with _open(path) as file:
-        for member in _iter_members(path, file):
-            decoded = member.name.encode("utf-8", "replace").decode()  # replaces surrogates of other encodings
-            folder, slash, base = decoded.removeprefix("./").rpartition("/")
-            stem, dot, extension = base.partition(".")
-            if is_hidden(decoded) or not (stem and dot and extension):
-                skipped.append(member.name)
-                continue
-            key, name = f"{folder}{slash}{stem}", extension.lower()
-            if not samples or samples[-1].key != key:
-                samples.append(TarSample(key=key))
-            _add_member(samples[-1], name, member, file, where=f"{path}, {member.name}")
-    if skipped:
-        log.info("%s: skipped %d members without a key and an extension, such as %s", path, len(skipped), skipped[0])
-    if not samples:
-        raise DatasetError(f"{path} has no samples: its members must be named KEY.EXTENSION, such as 0001.wav")
-    return samples
-
-
-def _open(path: AnyPath) -> BinaryIO:
-    try:
-        return open_regular(path)
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _iter_members(path: AnyPath, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar; DatasetError at an invalid header, where `tarfile` stops without an error."""
-    file_size, offset = file.seek(0, os.SEEK_END), 0
-    file.seek(0)
-    try:
-        archive = tarfile.TarFile(fileobj=file)
-        while True:
-            offset = archive.offset
-            member = archive.next()
-            if member is None:
-                break
-            if member.issym() or member.islnk() or member.issparse():
-                raise DatasetError(f"{path}, {member.name} is a link or sparse: pack the files themselves")
-            if member.offset_data + member.size > file_size:
-                raise DatasetError(
-                    f"{path} ends at byte {file_size}, within {member.name}: it is truncated; fetch it again"
-                )
-            if member.isreg():
-                yield member
-    except (tarfile.TarError, ValueError) as error:
-        raise DatasetError(f"{path}: the header at byte {offset} cannot be read ({error}); fetch it again") from error
-    file.seek(offset)
-    if any(file.read(_HEADER_BYTES)):
-        raise DatasetError(f"{path}: the header at byte {offset} cannot be read; fetch it again")
-
-
-def _add_member(sample: TarSample, name: str, member: tarfile.TarInfo, file: BinaryIO, *, where: str) -> None:
-    if name in sample.positions or name in sample.values:
-        raise DatasetError(f"{where} is repeated, or .json has a field of this name: rename one")
-    if name not in (*_JSON_NAMES, *_NUMBER_NAMES, *_TEXT_NAMES) and not name.endswith(".txt"):
-        sample.positions[name] = (member.offset_data, member.size)
-        return
-    file.seek(member.offset_data)
-    try:
-        text = decode_text(file.read(member.size))
-        if name in _JSON_NAMES:
-            values, nested = _json_fields(text)
-            sample.nested += nested
-        else:
-            values = {name: _parse_number(text.strip()) if name in _NUMBER_NAMES else text}
-    except (ValueError, TypeError) as error:
-        raise DatasetError(f"{where} cannot be read: {error}") from error
-    if repeated := next((key for key in values if key in sample.positions or key in sample.values), None):
-        raise DatasetError(f"{where} has a field {repeated!r} and a member of this name: rename one")
-    sample.values |= values
-
-
-def _parse_number(text: str) -> int | str:
-    """Return the integer if this is its canonical form, else the text: 007 stays a string."""
-    return int(text) if text.removeprefix("-").isdecimal() and str(int(text)) == text else text
-
-
-def _json_fields(text: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields of a .json member that hold a scalar or a list of scalars, and the names of nested ones.
-
-    The fields of webdataset, such as `__key__`, are left out.
-    """
-    content = parse_data_json(text)
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON object")
-    fields = {name: value for name, value in content.items() if not name.startswith("__")}
-    flat = {name: value for name, value in fields.items() if _is_flat(value)}
-    return flat, [name for name in fields if name not in flat]
-
-
-def _is_flat(value: Any) -> bool:
-    if isinstance(value, list):
-        return not any(isinstance(element, (list, dict)) for element in value)
-    return not isinstance(value, dict)
 
 
 def _check_keys(paths: Sequence[AnyPath], samples_of_tar: Sequence[Sequence[TarSample]]) -> None:
