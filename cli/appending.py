@@ -29,6 +29,7 @@ from ..audit.errors import RunError, quarantine_table
 from ..audit.features.encoders import is_network
 from ..audit.hashing import digest, hash_rank
 from ..audit.locks import Lock, write_lock
+from ..audit.probes.saved_probes import copy_probes, has_weights
 from ..audit.storage import read_batches, read_json, read_table, scratch_folder, write_json, write_parquet
 from .config import RunConfig
 from .provenance import (
@@ -110,13 +111,14 @@ def check_probes(run_dir: Run, record: dict[str, Any]) -> RunState:
     """Return what a run keeps beside its probes; raise RunError if its probes score no other rows."""
     keys = ("name", "column", "kind", "encoder")
     modalities = [Modality(**{key: entry[key] for key in keys}) for entry in record["modalities"]]
-    names = [modality.name for modality in modalities if is_network(modality)]
-    if names:
+    networks = [modality.name for modality in modalities if is_network(modality)]
+    state = RunState.read(run_dir.probes)
+    if not has_weights(run_dir.probes, networks, num_folds=state.num_folds):
         raise RunError(
-            f"{run_dir.folder}: the probe of {names[0]} is a network, of which outputs for the run's own samples are "
-            "kept and no weights: score all data again"
+            f"{run_dir.probes} lacks weights of the networks of {', '.join(networks)}: score the data again with "
+            "--overwrite"
         )
-    return RunState.read(run_dir.probes)
+    return state
 
 
 def read_grown(
@@ -295,8 +297,7 @@ def _publish(
         shutil.copy(run_dir.mixture_file, staged.mixture_file)
         write_json(job.plan.to_json(job.dataset.shards), staged.shards_file)
         staged.probes.mkdir()
-        for file in sorted(run_dir.probes.glob("*.safetensors")):
-            shutil.copy(file, staged.probes)
+        copy_probes(run_dir.probes, staged.probes, networks=())
         state.write(staged.probes)
         own, _ = own_record(run_dir.folder)
         earlier = [] if own is None else earlier_records(own)

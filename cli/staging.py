@@ -35,7 +35,7 @@ from ..audit.errors import ConfigError, choices, quarantine_table
 from ..audit.features.encoders import is_network
 from ..audit.hashing import digest
 from ..audit.locks import Lock, write_lock
-from ..audit.probes.saved_probes import num_bytes, save_probes
+from ..audit.probes.saved_probes import copy_probes, has_weights, num_bytes, save_probes
 from ..audit.storage import write_json, write_parquet
 from ..audit.workers import Progress, default_workers
 from .config import RunConfig
@@ -236,24 +236,29 @@ _MAX_PROBE_BYTES = 256 << 20
 
 
 def _publish_probes(results: FitResults, whole: Whole, folder: Path) -> None:
-    """Write the probes, and what scoring other rows with them needs; networks score the run's own rows only."""
-    job, has_network = results.job, any(is_network(modality) for modality in results.job.dataset.modalities)
+    """Write the probes, and what scoring other rows with them needs."""
+    job, selection = results.job, results.selection
+    networks = [modality.name for modality in job.dataset.modalities if is_network(modality)]
     if results.kept is None:
-        shutil.copytree(job.probes, folder)
-    elif has_network:
+        copy_probes(job.probes, folder, networks=networks)
+    elif (size := num_bytes(results.kept[1].probe_set)) > _MAX_PROBE_BYTES:
+        log.info("probes of %.1f GB are not kept: no other rows can be scored with them", size / 1e9)
         return
     else:
-        selection, fitted = results.kept
-        if (size := num_bytes(fitted.probe_set)) > _MAX_PROBE_BYTES:
-            log.info("probes of %.1f GB are not kept: no other rows can be scored with them", size / 1e9)
-            return
-        save_probes(fitted.probe_set, selection.cross_fits[0], folder)
-    if not has_network:
-        state = RunState.of(
-            results.selection,
-            whole=whole,
-            num_features=results.num_features,
-            labels=job.store.counts("keys"),
-            folds=(job.store.read("keys"), job.store.read("contents")),
+        save_probes(results.kept[1].probe_set, selection.cross_fits[0], folder, outputs=False)
+    if not has_weights(folder, networks, num_folds=[fit.num_folds for fit in selection.cross_fits]):
+        log.warning(
+            "the networks of %s were trained by a version that kept no weights, so that no other rows can be scored: "
+            "delete %s to train them again",
+            ", ".join(networks),
+            job.networks.folder,
         )
-        state.write(folder)
+        return
+    state = RunState.of(
+        selection,
+        whole=whole,
+        num_features=results.num_features,
+        labels=job.store.counts("keys"),
+        folds=(job.store.read("keys"), job.store.read("contents")),
+    )
+    state.write(folder)

@@ -209,12 +209,6 @@ def test_grown_data_need_the_option(scored: Path, appended: Path, tmp_path: Path
             score(folder / "data" / "*.parquet", run=folder / "run", config=CONFIG, num_workers=0)
 
 
-def test_network_probes_score_no_other_rows(tmp_path: Path) -> None:
-    stated = {"modalities": [{"name": "image", "column": "file", "kind": "image", "encoder": "resnet18"}]}
-    with pytest.raises(RunError, match="the probe of image is a network"):
-        appending.check_probes(Run(tmp_path), stated)
-
-
 def test_manifests_of_earlier_scores_stay_usable(tmp_path: Path) -> None:
     rows = table()
     write(rows.slice(0, NUM_OLD), tmp_path / "data" / "a.parquet")

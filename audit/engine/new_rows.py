@@ -15,7 +15,7 @@ from ..dataset.labels import NO_LABEL, NO_NAMES, OTHER, UNKNOWN_LABEL, Labels, T
 from ..errors import DatasetError, Quarantined, Reason
 from ..features.encoded_samples import select_usable, sort_quarantined
 from ..hashing import hash_rank
-from ..probes.cross_fit import CrossFit, fold_purposes
+from ..probes.cross_fit import KEY_PURPOSE, CrossFit, fold_purposes
 from .fit_results import FitResults
 from .row_data import CUT_PURPOSE, ORDER_PURPOSE, EncodedData, RowData
 from .run_state import RunState, hash_groups
@@ -157,7 +157,7 @@ def select_new(
         for name in data.ids_of(rows[is_copy])
     ]
     selection = _selection(
-        encoded, rows[~is_copy], folds[:, ~is_copy], state, fingerprint=fingerprint, left_out=left_out
+        encoded, rows[~is_copy], folds[:, ~is_copy], state, seed=seed, fingerprint=fingerprint, left_out=left_out
     )
     num_known, num_trained = int(is_known[~is_copy].sum()), int(is_trained[~is_copy].sum())
     return NewRows(selection=selection, num_known=num_known, num_trained=num_trained)
@@ -169,6 +169,7 @@ def _selection(
     folds: NDArray[np.int16],
     state: RunState,
     *,
+    seed: int,
     fingerprint: str,
     left_out: list[Quarantined],
 ) -> Selection:
@@ -176,7 +177,9 @@ def _selection(
     values = data.labels.values
     label = data.label[rows]
     target = np.searchsorted(state.classes, label).astype(np.int32) if state.task == "classification" else label
-    unused: dict[str, Any] = {"fits": np.zeros(n, bool), "key": np.zeros(n, np.uint64), "inner": np.zeros(n, np.int16)}
+    # Networks score rows in the order of the keys.
+    key = data.hash_ids(seed=seed, purpose=KEY_PURPOSE)[rows]
+    common: dict[str, Any] = {"key": key, "fits": np.zeros(n, bool), "inner": np.zeros(n, np.int16)}
     is_scored = np.zeros(len(data), dtype=bool)
     is_scored[rows] = True
     return Selection(
@@ -193,7 +196,7 @@ def _selection(
         split=data.split[rows],
         group=None if data.group is None else data.group[rows],
         cross_fits=tuple(
-            CrossFit(fold=fold, num_folds=number, **unused) for fold, number in zip(folds, state.num_folds, strict=True)
+            CrossFit(fold=fold, num_folds=number, **common) for fold, number in zip(folds, state.num_folds, strict=True)
         ),
         usable=encoded.usable,
         quarantined=sort_quarantined(left_out, data.ids_of(np.flatnonzero(~is_scored))),
