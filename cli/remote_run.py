@@ -313,4 +313,4 @@ def fetch_parts(folder: Path, numbers: Sequence[int], caches: Sequence[Path]) ->
 
 def _is_shared(path: str) -> bool:
     """Return whether a table of a stage is one of all parts, as those of the fit are."""
-    return path.split("/")[1] not in ("rows", "status", "scores", "measured")
+    return path.split("/")[-2] not in ("rows", "status", "scores", "measured")

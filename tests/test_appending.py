@@ -146,7 +146,7 @@ def test_killed_append_is_resumed_to_the_same_bytes(
         shutil.copytree(tmp_path / "data", folder / "data")
     grow(folders[0], tmp_path / "b.parquet", config=IN_PARTS)
     before, counted = files(folders[1] / "run"), [0]
-    scored_part, publish = stages._score, appending._publish
+    scored_part, publish = stages._score, appending.publish_appended
 
     def count(*values: Any) -> Any:
         counted[0] += 1
@@ -156,12 +156,12 @@ def test_killed_append_is_resumed_to_the_same_bytes(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "_score", count)
-    monkeypatch.setattr(appending, "_publish", die)
+    monkeypatch.setattr(appending, "publish_appended", die)
     with pytest.raises(KeyboardInterrupt):
         grow(folders[1], tmp_path / "b.parquet", config=IN_PARTS)
     assert {name: content for name, content in files(folders[1] / "run").items() if name[:7] != "stages/"} == before
     num_parts, counted[0] = counted[0], 0
-    monkeypatch.setattr(appending, "_publish", publish)
+    monkeypatch.setattr(appending, "publish_appended", publish)
     append(folders[1], config=IN_PARTS)
     assert (num_parts, counted[0]) == (5, 0)
     for folder in folders:
@@ -185,8 +185,6 @@ def test_rows_may_be_added_only(scored: Path, tmp_path: Path) -> None:
     write(rows, folder / "data" / "a.parquet")
     with pytest.raises(RunError, match=r"is a run of another config: probe\.folds is 3"):
         append(folder, config=replace(CONFIG, probe=ProbeConfig(folds=4)))
-    with pytest.raises(ConfigError, match="--append with --stage encode"):
-        append(folder, stage="encode")
     with pytest.raises(ConfigError, match="--append with --overwrite"):
         append(folder, overwrite=True)
     with pytest.raises(RunError, match="holds no finished run"):

@@ -392,13 +392,13 @@ def scores_of_table(table: pa.Table, provenance: dict[str, Any], *, where: str) 
 
 
 def _read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """Read a file, or the parts of a table in a folder, and the metadata of the first part."""
+    """Read a file, or the parts of a table in a folder, and the metadata of the last part, see _read_provenance."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ScoreError(f"{path} has no Parquet files")
     parts = [read_parquet(file, error=ScoreError, shape=PROVENANCE) for file in files]
     try:
-        return pa.concat_tables([table for table, _ in parts]), parts[0][1]
+        return pa.concat_tables([table for table, _ in parts]), parts[-1][1]
     except pa.ArrowException as cause:
         raise ScoreError(f"the files of {path} have different columns: {str(cause).splitlines()[0]}") from cause
 
@@ -420,7 +420,7 @@ def read_score_sample(folder: Path, *, max_rows: int) -> ScoreTable:
     for file in files:
         with closing(read_batches(file, error=ScoreError, rows=_SAMPLE_BATCH_ROWS)) as batches:
             parts += [table.filter(pa.array(_hash_ids(table) <= last)) for table in batches]
-    return scores_of_table(pa.concat_tables(parts), _read_provenance(files[0]), where=str(folder))
+    return scores_of_table(pa.concat_tables(parts), _read_provenance(files[-1]), where=str(folder))
 
 
 _SAMPLE_BATCH_ROWS = 1 << 15
@@ -437,6 +437,7 @@ def _hash_ids(table: pa.Table) -> NDArray[np.uint64]:
 
 
 def _read_provenance(file: Path) -> dict[str, Any]:
+    """Read the metadata of a file: the last of a table in parts, which an append always writes again."""
     metadata = read_schema(file, error=ScoreError).metadata or {}
     return parse_provenance(metadata, error=ScoreError, where=str(file), shape=PROVENANCE)
 
