@@ -28,7 +28,7 @@ from ..audit.errors import RunError, quarantine_table
 from ..audit.hashing import hash_rank
 from ..audit.locks import Lock
 from ..audit.probes.saved_probes import copy_probes
-from ..audit.storage import link_or_copy, read_batches, read_table, write_json, write_parquet
+from ..audit.storage import link_or_copy, read_batches, read_footer, read_table, write_json, write_parquet
 from .provenance import (
     absolute_source,
     earlier_records,
@@ -45,19 +45,21 @@ Hashes = NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OldTable:
-    """Files of the score table of a run, the hashes of their ids (n,), and the first row of each file and the end."""
+    """Files of the score table of a run, of the parts from one on, and the first row of each file and the end."""
 
     files: tuple[Path, ...]
     starts: NDArray[np.intp]
-    hashes: Hashes
 
     @classmethod
     def of(cls, run_dir: Run, *, first_part: int) -> OldTable:
-        """Read the ids of the score table of a run, of the parts from one on."""
+        """Read how many rows the files have."""
         files = tuple(file for number, file in score_files(run_dir) if number >= first_part)
-        hashes = [hash_ids_of(file) for file in files]
-        starts = np.cumsum([0, *map(len, hashes)])
-        return cls(files=files, starts=starts, hashes=np.concatenate(hashes))
+        starts = np.cumsum([0, *(read_footer(file, error=RunError).num_rows for file in files)])
+        return cls(files=files, starts=starts)
+
+    def hash_ids(self) -> Hashes:
+        """Return the hashes of the ids of all rows (n,)."""
+        return np.concatenate([hash_ids_of(file) for file in self.files])
 
     def read(self, rows: NDArray[np.intp]) -> pa.Table:
         """Read these rows, in this order, one file at a time."""

@@ -152,9 +152,8 @@ def read_grown(append: Append, state: RunState, *, first_part: int) -> GrownRows
     run_dir, job, record = append.run_dir, append.job, append.record
     encoded = read_as_in_run(job, state, trust_unchanged=True, parts=Tail.of(job.plan, first_part).parts)
     hashes = encoded.samples.hash_ids(seed=0, purpose=ORDER_PURPOSE)
-    table = OldTable.of(run_dir, first_part=first_part)
     quarantined = np.unique(hash_ids_of(run_dir.quarantine_file))
-    old_row = find_hashes(table.hashes, hashes)
+    old_row = find_hashes(OldTable.of(run_dir, first_part=first_part).hash_ids(), hashes)
     is_new = (old_row < 0) & ~contains(quarantined, hashes)
     before = () if append.known is None else append.known.parts[:first_part]
     num_old = record["counts"]["input"] - sum(part.num_rows for part in before)
