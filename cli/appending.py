@@ -159,8 +159,8 @@ def read_grown(append: Append, state: RunState, *, first_part: int) -> GrownRows
     num_old = record["counts"]["input"] - sum(part.num_rows for part in before)
     num_present = int((~is_new).sum())
     if append.known is not None and first_part:
-        ids = state.keys.hash if append.known.ids is None else append.known.ids
-        if num_present != num_old or contains(ids, hashes[is_new]).any():
+        ids = append.known.ids if state.by_group else state.keys.hash
+        if ids is None or num_present != num_old or contains(ids, hashes[is_new]).any():
             raise OtherRowsNeeded
     if num_present != num_old:
         raise RunError(

@@ -29,7 +29,7 @@ from mmaudit.audit.engine.run_state import RunState, hash_groups
 from mmaudit.audit.errors import ConfigError, RunError
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.cli import appending
+from mmaudit.cli import append_files, appending
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.provenance import origin_of, own_record
 from mmaudit.cli.report.page import report_numbers
@@ -146,7 +146,7 @@ def test_killed_append_is_resumed_to_the_same_bytes(
         shutil.copytree(tmp_path / "data", folder / "data")
     grow(folders[0], tmp_path / "b.parquet", config=IN_PARTS)
     before, counted = files(folders[1] / "run"), [0]
-    scored_part, publish = stages._score, appending.publish_appended
+    scored_part, publish = stages._score, append_files.publish_appended
 
     def count(*values: Any) -> Any:
         counted[0] += 1
@@ -156,12 +156,12 @@ def test_killed_append_is_resumed_to_the_same_bytes(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "_score", count)
-    monkeypatch.setattr(appending, "publish_appended", die)
+    monkeypatch.setattr("mmaudit.cli.appending.publish_appended", die)
     with pytest.raises(KeyboardInterrupt):
         grow(folders[1], tmp_path / "b.parquet", config=IN_PARTS)
     assert {name: content for name, content in files(folders[1] / "run").items() if name[:7] != "stages/"} == before
     num_parts, counted[0] = counted[0], 0
-    monkeypatch.setattr(appending, "publish_appended", publish)
+    monkeypatch.setattr("mmaudit.cli.appending.publish_appended", publish)
     append(folders[1], config=IN_PARTS)
     assert (num_parts, counted[0]) == (5, 0)
     for folder in folders:
