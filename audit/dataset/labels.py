@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -114,30 +114,90 @@ def read_classes(
     DatasetError for lists, structs and fractions.
     """
     _check_class_cells(cells)
-    codes: dict[tuple[type, object], int] = {}  # 1, 1.0 and True are equal, but different labels
-    code = np.array([codes.setdefault((type(cell), cell), len(codes)) for cell in cells], dtype=np.intp)
-    labels = _read_coded_classes([cell for _, cell in codes], code, declared=declared, classes=classes)
-    if names is None or declared:
-        return labels
-    last = {index: str(name) for index, name in zip(labels.label.tolist(), names, strict=True) if name is not None}
-    return _with_names(labels, last)
+    reader = ClassReader()
+    code = reader.add_values(cells, np.arange(len(cells)))
+    if names is not None and not declared:
+        for row, name in enumerate(names):
+            if name is not None:
+                reader.names[int(code[row])] = (row, str(name))
+    return reader.labels(code, declared=declared, classes=classes)
 
 
 def read_class_column(
     column: pa.ChunkedArray, names: pa.ChunkedArray | None, *, declared: Sequence[str], classes: Sequence[str]
 ) -> Labels:
     """Read class labels as `read_classes` does, from a column of strings or numbers, without an object per row."""
-    values, code = coded_column(column)
-    _check_class_cells(values)
-    labels = _read_coded_classes(values, code, declared=declared, classes=classes)
-    if names is None or declared:
-        return labels
-    name_values, name_code = coded_column(names)
-    is_named = np.array([value is not None for value in name_values], dtype=bool)[name_code]
-    last_row = np.full(len(labels.names) + 2, -1, dtype=np.intp)  # negative labels index the last two
-    np.maximum.at(last_row, labels.label[is_named], np.flatnonzero(is_named))
-    last = {index: str(name_values[name_code[row]]) for index, row in enumerate(last_row[:-2].tolist()) if row >= 0}
-    return _with_names(labels, last)
+    reader = ClassReader()
+    code = reader.add(column, None if declared else names)
+    return reader.labels(code, declared=declared, classes=classes)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassReader:
+    """Class labels of a column that is read in parts: its distinct values, with the count and the name of each.
+
+    index_of: index of each value. counts: rows with each value. names: row and name of the last row of a value that
+    has a name.
+
+    Example:
+        >>> reader = ClassReader()
+        >>> codes = [reader.add(table["label"], None) for table in tables]
+        >>> reader.labels(codes[0], declared=(), classes=()).names
+        ('cat', 'dog')
+    """
+
+    index_of: dict[tuple[type, object], int] = field(default_factory=dict)  # 1, 1.0 and True are equal, but different
+    counts: list[int] = field(default_factory=list)
+    names: dict[int, tuple[int, str]] = field(default_factory=dict)
+
+    def add(self, column: pa.ChunkedArray, names: pa.ChunkedArray | None) -> NDArray[np.int32]:
+        """Add the next rows, and the column of their names if there is one; return the index of each one's value."""
+        values, code = coded_column(column)
+        _check_class_cells(values)
+        first = sum(self.counts)
+        indices = self.add_values(values, code)
+        if names is not None:
+            name_values, name_code = coded_column(names)
+            is_named = np.array([value is not None for value in name_values], dtype=bool)[name_code]
+            last_row = np.full(len(self.counts), -1, dtype=np.intp)
+            np.maximum.at(last_row, indices[is_named], np.flatnonzero(is_named))
+            for index in np.flatnonzero(last_row >= 0).tolist():
+                row = int(last_row[index])
+                self.names[index] = (first + row, str(name_values[name_code[row]]))
+        return indices
+
+    def add_values(self, values: Sequence[object], code: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """Add rows by their distinct values and the position (n,) of each one's; return the index of its value."""
+        cells = [None if value != value else value for value in values]  # pandas writes NaN for a missing label
+        indices = [self.index_of.setdefault((type(cell), cell), len(self.index_of)) for cell in cells]
+        self.counts.extend([0] * (len(self.index_of) - len(self.counts)))
+        for index, count in zip(indices, np.bincount(code, minlength=len(cells)).tolist(), strict=True):
+            self.counts[index] += count
+        return np.asarray(np.array(indices, dtype=np.int32)[code])
+
+    def labels(self, code: NDArray[np.integer[Any]], *, declared: Sequence[str], classes: Sequence[str]) -> Labels:
+        """Return the labels of some rows (n,) by the indices of their values; the classes are those of all rows."""
+        cells = [cell for _, cell in self.index_of]
+        texts = [None if cell is None else _label_text(cell) for cell in cells]
+        if not declared and not classes:
+            _check_not_numbers(texts)
+            counter: Counter[str] = Counter()  # two values may have one text
+            for text, count in zip(texts, self.counts, strict=True):
+                if text is not None:
+                    counter[text] += count
+            _warn_of_similar(counter)
+        class_names, class_of_text = _number_classes(texts, cells, declared=declared, classes=classes)
+        class_of_value = [None if text is None else class_of_text.get(text) for text in texts]
+        numbers = [
+            NO_LABEL if text is None else UNKNOWN_LABEL if number is None else number
+            for text, number in zip(texts, class_of_value, strict=True)
+        ]
+        label = np.array(numbers, dtype=np.int32)[code]
+        unknown = tuple((row, str(texts[code[row]])) for row in np.flatnonzero(label == UNKNOWN_LABEL).tolist())
+        named = sorted((row, numbers[index], name) for index, (row, name) in self.names.items())
+        name_of_class = {number: name for _, number, name in named}
+        names = tuple(name_of_class.get(number, name) for number, name in enumerate(class_names))
+        return Labels(label=label, names=names, outputs=names, unknown=unknown, texts=tuple(class_names))
 
 
 def coded_column(column: pa.ChunkedArray) -> tuple[list[Any], NDArray[np.int32]]:
@@ -159,37 +219,6 @@ def _check_class_cells(cells: Sequence[object]) -> None:
         raise DatasetError(f"the labels are lists: {_CLASS_HINT}, or pass --task multilabel")
     if any(isinstance(cell, float) and cell == cell and not cell.is_integer() for cell in cells):
         raise DatasetError(f"the labels are fractions: {_CLASS_HINT}, or pass --task regression")
-
-
-def _read_coded_classes(
-    values: Sequence[object], code: NDArray[np.integer[Any]], *, declared: Sequence[str], classes: Sequence[str]
-) -> Labels:
-    """Read the classes of n rows from the distinct values and the index (n,) of each row's value."""
-    cells = [None if value != value else value for value in values]  # pandas writes NaN for a missing label
-    texts = [None if cell is None else _label_text(cell) for cell in cells]
-    if not declared and not classes:
-        _check_not_numbers(texts)
-        counts = np.bincount(code, minlength=len(texts)).tolist()
-        counter: Counter[str] = Counter()  # two values may have one text
-        for text, count in zip(texts, counts, strict=True):
-            if text is not None:
-                counter[text] += count
-        _warn_of_similar(counter)
-    class_names, class_of_text = _number_classes(texts, cells, declared=declared, classes=classes)
-    class_of_value = [None if text is None else class_of_text.get(text) for text in texts]
-    numbers = [
-        NO_LABEL if text is None else UNKNOWN_LABEL if index is None else index
-        for text, index in zip(texts, class_of_value, strict=True)
-    ]
-    label = np.array(numbers, dtype=np.int32)[code]
-    unknown = tuple((row, str(texts[code[row]])) for row in np.flatnonzero(label == UNKNOWN_LABEL).tolist())
-    names = tuple(class_names)
-    return Labels(label=label, names=names, outputs=names, unknown=unknown, texts=names)
-
-
-def _with_names(labels: Labels, name_of_class: dict[int, str]) -> Labels:
-    names = tuple(name_of_class.get(index, name) for index, name in enumerate(labels.names))
-    return replace(labels, names=names, outputs=names)
 
 
 def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes: Sequence[str]) -> Labels:
