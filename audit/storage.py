@@ -110,6 +110,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
         flush(path.parent)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that is never changed a second name, or copy it where the file system has no links."""
+    with _rename_in_errors(target), temporary_path(target.parent) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            flush(temporary)
+        temporary.replace(target)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill, next to `path`; rename it to `path` at the end, replacing an older folder."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections import Counter
-from contextlib import closing, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,117 +17,88 @@ from numpy.typing import NDArray
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.modalities import Modality
-from ..audit.engine.new_rows import NewRows, read_as_in_run, save_selection, select_new
+from ..audit.engine.executors import RayOptions
+from ..audit.engine.known_rows import KnownPart, KnownRows, Tail, contains
+from ..audit.engine.new_rows import NewRows, OtherRowsNeeded, read_as_in_run, save_selection, select_new, selected
 from ..audit.engine.part_store import FolderStore, MemoryStore
-from ..audit.engine.plan import SINGLE, Part
+from ..audit.engine.plan import SINGLE, take_parts
 from ..audit.engine.row_data import ORDER_PURPOSE, EncodedData
 from ..audit.engine.run_state import RunState, folds_of_contents, folds_of_keys
-from ..audit.engine.scoring import finish_part
-from ..audit.engine.selection import fingerprint
-from ..audit.engine.stages import ScoringJob, fingerprint_of_data, score
-from ..audit.errors import RunError, quarantine_table
+from ..audit.engine.selection import fingerprint, fingerprints_of, row_sums
+from ..audit.engine.stages import (
+    encode,
+    encode_unchanged,
+    fingerprint_of_data,
+    read_rows,
+    read_status,
+    score_saved,
+)
+from ..audit.errors import RunError
+from ..audit.features.encoded_samples import DIGEST_SUM, SORTED_ROWS, fingerprint_of_sums
 from ..audit.features.encoders import is_network
-from ..audit.hashing import digest, hash_rank
-from ..audit.locks import Lock, write_lock
-from ..audit.storage import read_batches, read_json, read_table, scratch_folder, write_json, write_parquet
+from ..audit.hashing import digest
+from ..audit.locks import WAIT_SECONDS, Lock, write_lock
+from ..audit.probes.saved_probes import has_weights
+from ..audit.storage import read_json, scratch_folder, write_json
+from .append_files import (
+    Append,
+    OldTable,
+    find_hashes,
+    grown_record,
+    hash_ids_of,
+    log_appended,
+    publish_appended,
+    score_files,
+)
 from .config import RunConfig
 from .provenance import (
-    absolute_source,
     check_config,
-    earlier_records,
     own_record,
-    score_provenance,
-    signed_record,
 )
-from .run import REPORT_FILES, SCORE_FILES, Run, replacing
-from .staging import open_job
+from .remote_run import fetch_parts
+from .run import Run
+from .staging import STAGES, StageResult, open_job
 
 log = logging.getLogger("mmaudit")
-
-Hashes = NDArray[np.uint64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OldTable:
-    """The score table of a run: its files, the hashes of its ids (n,), and the first row of each file and the end."""
-
-    files: tuple[Path, ...]
-    starts: NDArray[np.intp]
-    hashes: Hashes
-
-    @classmethod
-    def of(cls, run_dir: Run) -> OldTable:
-        """Read the ids of the score table of a run."""
-        source = run_dir.score_source
-        files = tuple(sorted(source.glob("*.parquet"))) if source.is_dir() else (source,)
-        hashes = [_hash_ids(file) for file in files]
-        starts = np.cumsum([0, *map(len, hashes)])
-        return cls(files=files, starts=starts, hashes=np.concatenate(hashes))
-
-    def read(self, rows: NDArray[np.intp]) -> pa.Table:
-        """Read these rows, in this order, one file at a time."""
-        order = np.argsort(rows, kind="stable")
-        file_of_row = np.searchsorted(self.starts, rows[order], side="right") - 1
-        parts = [read_table(self.files[0], error=RunError).slice(0, 0)]
-        for number in np.unique(file_of_row).tolist():
-            positions = rows[order][file_of_row == number] - self.starts[number]
-            parts.append(read_table(self.files[number], error=RunError).take(pa.array(positions)))
-        return pa.concat_tables(parts).take(pa.array(np.argsort(order)))
-
-
-def _hash_ids(file: Path) -> Hashes:
-    with closing(read_batches(file, error=RunError, rows=1 << 17, columns=["sample_id"])) as batches:
-        hashes = [hash_rank(batch["sample_id"].to_pylist(), seed=0, purpose=ORDER_PURPOSE) for batch in batches]
-    return np.concatenate([np.zeros(0, np.uint64), *hashes])
-
-
-def _find(hashes: Hashes, wanted: Hashes) -> NDArray[np.intp]:
-    """Return the position of each wanted hash (b,) among hashes (n,), negative where there is none."""
-    if not len(hashes):
-        return np.full(len(wanted), -1, dtype=np.intp)
-    order = np.argsort(hashes, kind="stable")
-    position = order[np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(hashes) - 1)]
-    return np.where(hashes[position] == wanted, position, -1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrownData:
-    """Data that hold the unchanged rows of a run, N rows in all.
-
-    old_row: Row of the run's score table of each row (N,), negative where it is not in the table. is_new (N,): Rows
-    that the run neither scored nor quarantined.
-    """
-
-    job: ScoringJob
-    state: RunState
-    table: OldTable
-    encoded: EncodedData
-    old_row: NDArray[np.intp]
-    is_new: NDArray[np.bool_]
 
 
 def check_probes(run_dir: Run, record: dict[str, Any]) -> RunState:
     """Return what a run keeps beside its probes; raise RunError if its probes score no other rows."""
     keys = ("name", "column", "kind", "encoder")
     modalities = [Modality(**{key: entry[key] for key in keys}) for entry in record["modalities"]]
-    names = [modality.name for modality in modalities if is_network(modality)]
-    if names:
+    networks = [modality.name for modality in modalities if is_network(modality)]
+    state = RunState.read(run_dir.probes)
+    if not has_weights(run_dir.probes, networks, num_folds=state.num_folds):
         raise RunError(
-            f"{run_dir.folder}: the probe of {names[0]} is a network, of which outputs for the run's own samples are "
-            "kept and no weights: score all data again"
+            f"{run_dir.probes} lacks weights of the networks of {', '.join(networks)}: score the data again with "
+            "--overwrite"
         )
-    return RunState.read(run_dir.probes)
+    return state
 
 
-def read_grown(
-    run_dir: Run, dataset: Dataset, config: RunConfig, *, options: dict[str, Any], folder: Path
-) -> GrownData:
-    """Read data that have grown, and check that all rows of the run are in them, unchanged.
+def open_append(
+    run_dir: Run,
+    dataset: Dataset,
+    config: RunConfig,
+    *,
+    options: dict[str, Any],
+    folder: Path,
+    as_files: bool = False,
+    begins: bool = True,
+) -> Append:
+    """Check that data that have grown are read as those of a run, and return the job that scores their new rows.
 
-    folder: Of the tables of data in several parts; complete ones in it are not made again.
+    Args:
+        run_dir: The run.
+        dataset: The data.
+        config: Config, which must be that of the run.
+        options: Device, number of workers and progress.
+        folder: Of the tables of data in several parts; complete ones in it are not made again.
+        as_files: Whether the tables of a single part are files too, for other processes.
+        begins: Whether tables that were made of other data, or of an earlier state of the run, are removed.
 
     Raises:
-        RunError: The run has no probes, another config, or rows that are not in the data or have changed.
+        RunError: The run has another config, or without `begins` no tables were made of these data.
     """
     record = run_dir.record()
     check_config(run_dir, record, dataset, config)
@@ -137,48 +108,116 @@ def read_grown(
             f"{run_dir.folder}: the {differing[0]} of the run is {record['columns'].get(differing[0])!r} and now "
             f"{columns[differing[0]]!r}; pass another folder with --run, or --overwrite"
         )
-    state = check_probes(run_dir, record)
-    job = replace(open_job(run_dir, dataset, config, **options, store=MemoryStore()), probes=run_dir.probes)
-    if len(job.plan.parts) > 1:
+    job = open_job(run_dir, dataset, config, **options, store=MemoryStore())
+    job = replace(job, probes=run_dir.probes, fold_hashes=False)
+    if len(job.plan.parts) > 1 or as_files:
         depends_on = digest(job.plan.config.encode(), record["fingerprint"].encode())
+        if not (begins or _is_store(folder, depends_on)):
+            raise RunError(
+                f"{folder} has nothing of these data and this run: they have changed since, or rows were appended "
+                "meanwhile; begin with --append --stage encode"
+            )
         job = replace(job, store=resumable_store(folder, depends_on))
-    encoded = read_as_in_run(job, state, trust_unchanged=True)
-    hashes, table = encoded.samples.hash_ids(seed=0, purpose=ORDER_PURPOSE), OldTable.of(run_dir)
-    quarantined = np.unique(_hash_ids(run_dir.quarantine_file))
-    old_row, is_quarantined = _find(table.hashes, hashes), _find(quarantined, hashes) >= 0
-    num_old, num_present = record["counts"]["input"], int(((old_row >= 0) | is_quarantined).sum())
+    known = KnownRows.read(run_dir.probes) if job.plan.num_rows > SORTED_ROWS else None
+    first_part = 0
+    if known is not None:  # the last file is always written again: its metadata are those of the whole table
+        unchanged = known.num_unchanged(job.plan, dataset.shards, own=run_dir.folder)
+        first_part = min(unchanged, *(number for number, _ in score_files(run_dir)[-1:]))
+    return Append(run_dir=run_dir, record=record, job=job, known=known, first_part=first_part)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrownRows:
+    """The n rows of the parts that an append reads, of which those of the run are unchanged.
+
+    old_row: Row of each in the run's score table, of the files of these parts, negative where it is not in it (n,).
+    is_new (n,): Rows that the run neither scored nor quarantined. fingerprint: Of all data. sums: See row_sums, of all
+    parts; empty of small data.
+    """
+
+    encoded: EncodedData
+    old_row: NDArray[np.intp]
+    is_new: NDArray[np.bool_]
+    fingerprint: str
+    sums: tuple[int, ...]
+
+
+def read_grown(append: Append, state: RunState, *, first_part: int) -> GrownRows:
+    """Read the rows of the parts from one on, and check that the run's are among them, unchanged.
+
+    Raises:
+        RunError: Rows of the run are not in the data, or have changed.
+        OtherRowsNeeded: With a first part other than 0 the same, or an id occurs twice: all rows tell which.
+    """
+    run_dir, job, record = append.run_dir, append.job, append.record
+    encoded = read_as_in_run(job, state, trust_unchanged=True, parts=Tail.of(job.plan, first_part).parts)
+    hashes = encoded.samples.hash_ids(seed=0, purpose=ORDER_PURPOSE)
+    quarantined = np.unique(hash_ids_of(run_dir.quarantine_file))
+    old_row = find_hashes(OldTable.of(run_dir, first_part=first_part).hash_ids(), hashes)
+    is_new = (old_row < 0) & ~contains(quarantined, hashes)
+    before = () if append.known is None else append.known.parts[:first_part]
+    num_old = record["counts"]["input"] - sum(part.num_rows for part in before)
+    num_present = int((~is_new).sum())
+    if append.known is not None and first_part:
+        ids = append.known.ids if state.by_group else state.keys.hash
+        if ids is None or num_present != num_old or contains(ids, hashes[is_new]).any():
+            raise OtherRowsNeeded
     if num_present != num_old:
         raise RunError(
-            f"{num_old - num_present} of the {num_old} samples of {run_dir.folder} are not in {dataset.source}: rows "
-            "can be appended, not removed or renamed; pass another folder with --run, or --overwrite"
+            f"{num_old - num_present} of the {num_old} samples of {run_dir.folder} are not in {job.dataset.source}: "
+            "rows can be appended, not removed or renamed; pass another folder with --run, or --overwrite"
         )
-    is_new = (old_row < 0) & ~is_quarantined
-    if fingerprint(encoded, is_row=~is_new) != record["fingerprint"]:
+    old, fingerprint, sums = _fingerprints(encoded, is_new, num_rows=job.plan.num_rows, before=before)
+    if old != record["fingerprint"]:
+        if first_part:
+            raise OtherRowsNeeded
         raise RunError(
-            f"a sample of {run_dir.folder} has another label, group, split or content in {dataset.source}: rows can be "
-            "appended, not changed; pass another folder with --run, or --overwrite"
+            f"a sample of {run_dir.folder} has another label, group, split or content in {job.dataset.source}: rows "
+            "can be appended, not changed; pass another folder with --run, or --overwrite"
         )
-    return GrownData(job=job, state=state, table=table, encoded=encoded, old_row=old_row, is_new=is_new)
+    return GrownRows(encoded=encoded, old_row=old_row, is_new=is_new, fingerprint=fingerprint, sums=sums)
+
+
+def _fingerprints(
+    encoded: EncodedData, is_new: NDArray[np.bool_], *, num_rows: int, before: Sequence[KnownPart]
+) -> tuple[str, str, tuple[int, ...]]:
+    """Return the fingerprints of the run's rows and of all, and the sums of all parts; those of `before` are known."""
+    if num_rows <= SORTED_ROWS:
+        return *fingerprints_of(encoded, ~is_new), ()
+    known = [part.sum for part in before]
+    old, added = (row_sums(encoded, is_row=mask) for mask in (~is_new, is_new))
+    sums = (*known, *((first + second) % DIGEST_SUM for first, second in zip(old, added, strict=True)))
+    is_small = not before and int((~is_new).sum()) <= SORTED_ROWS
+    of_run = fingerprint(encoded, is_row=~is_new) if is_small else fingerprint_of_sums([*known, *old])
+    return of_run, fingerprint_of_sums(sums), sums
 
 
 def resumable_store(folder: Path, config: str) -> FolderStore:
     """Return the store of a folder, whose tables are removed if they depend on something else."""
-    file = folder / "config.json"
-    stated = None
-    with suppress(RunError):  # without the file, or with a damaged one
-        stated = read_json(file, error=RunError).get("config")
-    if stated != config:
+    if not _is_store(folder, config):
         shutil.rmtree(folder, ignore_errors=True)
-    write_json({"config": config}, file)
+        write_json({"config": config}, folder / "config.json")
     return FolderStore(folder=folder, config=config)
+
+
+def _is_store(folder: Path, config: str) -> bool:
+    """Return whether the tables of a folder depend on this config."""
+    with suppress(RunError):  # without the file, or with a damaged one
+        return bool(read_json(folder / "config.json", error=RunError).get("config") == config)
+    return False
 
 
 def check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, options: dict[str, Any]) -> None:
     """Raise RunError if a finished run was made from other data or another config."""
     record = run_dir.record()
     if "appended" in record:
+        state = check_probes(run_dir, record)
         with scratch_folder(run_dir.folder) as folder:
-            grown = read_grown(run_dir, dataset, config, options=options, folder=folder)
+            append = open_append(run_dir, dataset, config, options=options, folder=folder)
+            try:
+                grown = read_grown(append, state, first_part=append.first_part)
+            except OtherRowsNeeded:
+                grown = read_grown(append, state, first_part=0)
         if grown.is_new.any():
             raise RunError(f"{dataset.source} has rows that {run_dir.folder} lacks: pass --append, or --overwrite")
         _remove_finished_stages(run_dir)
@@ -216,37 +255,120 @@ def append_rows(
     options: dict[str, Any],
     about: dict[str, Any],
     lock: Lock,
+    stage: str | None = None,
+    ray: RayOptions | None = None,
 ) -> bool:
-    """Score the rows that were added to the data of a run, and add them to its files; return whether there were any."""
+    """Score the rows that were added to the data of a run, and add them to its files; return whether there were any.
+
+    All stages run here or on Ray, or the stage `merge` alone. `about` are further keys of run.json.
+    """
     start = time.monotonic()
     folder = run_dir.stages / "append"
-    grown = read_grown(run_dir, dataset, config, options=options, folder=folder)
-    if not grown.is_new.any():
+    as_files = stage is not None or ray is not None
+    append = open_append(
+        run_dir, dataset, config, options=options, folder=folder, as_files=as_files, begins=stage is None
+    )
+    if stage is not None:
+        fetch_parts(run_dir.folder, [part.index for part in append.tail.parts], ())
+    elif ray is not None:
+        _run_on_ray(append, ray)
+    else:
+        select_rows(append)
+        score_saved(append.job, append.tail.parts)
+    stated = selected(append.job)
+    if not stated["num_new"]:
         log.info("%s has no rows that %s lacks: nothing to append", dataset.source, run_dir.folder)
         _remove_stages(folder)
         return False
-    job, encoded = grown.job, grown.encoded
-    new = select_new(
-        encoded,
-        grown.state,
-        is_new=grown.is_new,
-        seed=job.seed,
-        copies="none" if job.keep_duplicates else "known",
-        fingerprint=fingerprint(encoded),
-    )
-    state = replace(
-        grown.state,
-        class_names=encoded.samples.class_names,
-        keys=grown.state.keys.merge(folds_of_keys(encoded.samples, new.selection)),
-        contents=grown.state.contents.merge(folds_of_contents(encoded, new.selection)),
-    )
-    score(job, save_selection(job, new.selection, grown.state), job.plan.parts)
-    record = _grown_record(run_dir, grown, new, state) | about
+    record = grown_record(append) | about
     record["seconds"] = {**record["seconds"], "append": round(time.monotonic() - start, 3)}
-    _publish(run_dir, grown, new, state, record=record, lock=lock)
+    publish_appended(append, stated, record=record, lock=lock)
+    log_appended(append, stated, record)
     _remove_stages(folder)
-    _log_appended(run_dir, new, record)
     return True
+
+
+def run_append_stage(
+    run_dir: Run, dataset: Dataset, config: RunConfig, stage: str, *, shard: str | None, options: dict[str, Any]
+) -> StageResult:
+    """Run one stage of an append before `merge` in this process."""
+    name, folder = f"mmaudit score --append --stage {stage}", run_dir.stages / "append"
+    with write_lock(run_dir.folder, "stages/append", command=name, wait_seconds=WAIT_SECONDS):
+        append = open_append(
+            run_dir, dataset, config, options=options, folder=folder, as_files=True, begins=stage == "encode"
+        )
+    job, tail = append.job, append.tail.parts
+    parts = tail if shard is None else tuple(take_parts(shard, tail))
+    caches = [task.file(modality) for part in parts for task in job.tasks(part) for modality in dataset.modalities]
+    fetch_parts(run_dir.folder, [part.index for part in parts], caches)
+    scope = f"stages/append-{stage}" + ("" if shard is None else f"-{shard.replace('/', '-of-')}")
+    with write_lock(run_dir.folder, scope, command=name):
+        if stage == "encode":
+            read_rows(job, parts)
+            encode(job, parts, trust_unchanged=True)
+        elif stage == "score":
+            score_saved(job, parts)
+        else:
+            select_rows(append)
+    return StageResult(
+        run=run_dir.folder,
+        stage=stage,
+        parts=tuple(part.index for part in parts),
+        num_parts=len(job.plan.parts),
+        next_stage=STAGES[STAGES.index(stage) + 1],
+        append=True,
+    )
+
+
+def _run_on_ray(append: Append, ray: RayOptions) -> None:
+    """Run all stages but `merge` in the workers of Ray; the rows are selected by this process."""
+    from ..audit.engine.ray_executor import open_executor, shards_of
+
+    job, parts = append.job, append.tail.parts
+    with open_executor(job, ray) as executor:
+        executor.run(read_rows, job, parts)
+        executor.run(encode_unchanged, job, shards_of(job.dataset.shards, parts))
+        executor.run(read_status, job, parts)
+        select_rows(append)
+        executor.run(score_saved, job, append.tail.parts)
+
+
+def select_rows(append: Append) -> None:
+    """Stage `fit` of an append: choose the new rows that are scored, and the folds of the probes that score them."""
+    job = append.job
+    if all(job.store.has(name) for name in ("keys", "contents", "halves", "usable", "old rows", "selection")):
+        return
+    state = check_probes(append.run_dir, append.record)
+    try:
+        grown, new = _select(append, state, first_part=append.first_part)
+        first_part = append.first_part
+    except OtherRowsNeeded:
+        log.info("rows of the first %d parts are read too: new ones have ids or contents of theirs", append.first_part)
+        first_part, (grown, new) = 0, _select(append, state, first_part=0)
+    job.store.write("keys", folds_of_keys(grown.encoded.samples, new.selection).to_table())
+    job.store.write("contents", folds_of_contents(grown.encoded, new.selection).to_table())
+    job.store.write("old rows", pa.table({"row": grown.old_row}))
+    about = {
+        "first_part": first_part,
+        "num_new": int(grown.is_new.sum()),
+        "num_known": new.num_known,
+        "sums": [f"{value:x}" for value in grown.sums],
+    }
+    save_selection(job, new.selection, state, about=about)
+
+
+def _select(append: Append, state: RunState, *, first_part: int) -> tuple[GrownRows, NewRows]:
+    grown = read_grown(append, state, first_part=first_part)
+    new = select_new(
+        grown.encoded,
+        state,
+        is_new=grown.is_new,
+        seed=append.job.seed,
+        copies="none" if append.job.keep_duplicates else "known",
+        fingerprint=grown.fingerprint,
+        is_whole=first_part == 0,
+    )
+    return grown, new
 
 
 def _remove_stages(folder: Path) -> None:
@@ -254,101 +376,3 @@ def _remove_stages(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         folder.parent.rmdir()
-
-
-def _grown_record(run_dir: Run, grown: GrownData, new: NewRows, state: RunState) -> dict[str, Any]:
-    """Return run.json with the counts of all rows; probe report, mixture and checks are those of the fitted rows."""
-    record, num_rows = run_dir.record(), len(grown.encoded.samples)
-    num_scored = record["counts"]["scored"] + len(new.selection)
-    fitted = record.get("appended", {}).get("fitted") or {**record["counts"], "fingerprint": record["fingerprint"]}
-    reasons = Counter(record["quarantine"])
-    reasons.update(row.reason.value for row in new.selection.quarantined)
-    return {
-        **record,
-        "source": absolute_source(grown.job.dataset.source),
-        "fingerprint": new.selection.fingerprint,
-        "counts": {"input": num_rows, "scored": num_scored, "quarantined": num_rows - num_scored},
-        "quarantine": dict(reasons),
-        "num_groups": state.num_groups,
-        "appended": {
-            "rows": num_rows - fitted["input"],
-            "scored": num_scored - fitted["scored"],
-            "fitted": fitted,
-        },
-    }
-
-
-def _publish(
-    run_dir: Run, grown: GrownData, new: NewRows, state: RunState, *, record: dict[str, Any], lock: Lock
-) -> None:
-    """Write the files of the run with the appended rows, and replace the old ones at once."""
-    job, provenance = grown.job, score_provenance(record)
-    with replacing(run_dir.folder, (*SCORE_FILES, *REPORT_FILES), lock=lock) as folder:
-        staged = Run(folder)
-        for part in job.plan.parts:
-            table = _part_table(grown, part)
-            if table.num_rows:
-                file = staged.scores_file if len(job.plan.parts) == 1 else staged.score_part(part.index)
-                write_parquet(table, file, provenance={**provenance, "paths": job.dataset.path_columns})
-        quarantined = _quarantined(run_dir, grown, new)
-        write_parquet(quarantined, staged.quarantine_file, provenance=provenance)
-        shutil.copy(run_dir.mixture_file, staged.mixture_file)
-        write_json(job.plan.to_json(job.dataset.shards), staged.shards_file)
-        staged.probes.mkdir()
-        for file in sorted(run_dir.probes.glob("*.safetensors")):
-            shutil.copy(file, staged.probes)
-        state.write(staged.probes)
-        own, _ = own_record(run_dir.folder)
-        earlier = [] if own is None else earlier_records(own)
-        signed = signed_record(record, folder=run_dir.folder, scores=staged.score_source, earlier=earlier)
-        staged.write_record(signed)
-
-
-def _part_table(grown: GrownData, part: Part) -> pa.Table:
-    """Return the score table of a part in the order of the data: the rows of the run, unchanged, and the new ones."""
-    old_row = grown.old_row[part.first : part.first + part.num_rows]
-    is_old = old_row >= 0
-    table = grown.table.read(old_row[is_old])
-    scores, store = grown.job.store.read("scores", part.index), grown.job.store
-    if not scores.num_columns:
-        return table.combine_chunks()
-    new, _ = finish_part(scores, store.read("measured", part.index), grown.state.whole, names=grown.job.names)
-    names = [
-        new[name].cast(type_) if name in new.column_names else pa.nulls(len(new), type_)
-        for name, type_ in zip(table.schema.names, table.schema.types, strict=True)
-    ]
-    rows = np.concatenate([np.flatnonzero(is_old), _rows_of(grown, part, new)])
-    merged = pa.concat_tables([table, pa.table(names, names=table.schema.names)])
-    return merged.take(pa.array(np.argsort(rows))).combine_chunks()
-
-
-def _rows_of(grown: GrownData, part: Part, table: pa.Table) -> NDArray[np.intp]:
-    """Return the row within the part of each row of a table of new samples."""
-    hashes = grown.encoded.samples.read_rows(part.index)[f"hash {ORDER_PURPOSE}"].to_numpy()
-    return _find(hashes, hash_rank(table["sample_id"].to_pylist(), seed=0, purpose=ORDER_PURPOSE))
-
-
-def _quarantined(run_dir: Run, grown: GrownData, new: NewRows) -> pa.Table:
-    """Return the quarantine table of all rows in the order of the data."""
-    old = read_table(run_dir.quarantine_file, error=RunError)
-    table = pa.concat_tables([old, quarantine_table(new.selection.quarantined).cast(old.schema)])
-    hashes = grown.encoded.samples.hash_ids(seed=0, purpose=ORDER_PURPOSE)
-    rows = _find(hashes, hash_rank(table["sample_id"].to_pylist(), seed=0, purpose=ORDER_PURPOSE))
-    return table.take(pa.array(np.argsort(rows, kind="stable"))).combine_chunks()
-
-
-def _log_appended(run_dir: Run, new: NewRows, record: dict[str, Any]) -> None:
-    num_quarantined = len({entry.sample_id for entry in new.selection.quarantined})
-    log.info(
-        "appended %d samples by the probes of the run, %d of known groups, ids or contents; %d quarantined. No column "
-        "of earlier rows changes; probe report, mixture and checks stay those of the first %d samples",
-        len(new.selection),
-        new.num_known,
-        num_quarantined,
-        record["appended"]["fitted"]["scored"],
-    )
-    if manifests := run_dir.manifests():
-        log.info(
-            "%d manifests were made from the earlier scores: they keep their rows and recipe, and lack the new samples",
-            len(manifests),
-        )

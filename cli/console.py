@@ -38,7 +38,8 @@ def print_score(record: dict[str, Any]) -> None:
     """Print the counts of scored and quarantined samples, and the metrics of the probes; of a stage, what it did."""
     if "stage" in record:
         done = f"{len(record['parts'])} of {record['num_parts']} parts"
-        print_line(f"stage {record['stage']}: {done}; when all are done: --stage {record['next_stage']}")
+        following = "--append " * record.get("append", False) + f"--stage {record['next_stage']}"
+        print_line(f"stage {record['stage']}: {done}; when all are done: {following}")
         return
     counts = record["counts"]
     strata = "classes" if record["config"]["data"]["task"] == "classification" else "strata"

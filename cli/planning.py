@@ -51,6 +51,7 @@ def plan(
     run: str | Path = "mmaudit-run",
     slurm: bool = False,
     kubernetes: bool = False,
+    append: bool = False,
     tasks: int = 8,
     gpu: bool = False,
     image: str = "mmaudit",
@@ -68,6 +69,7 @@ def plan(
         run: Run folder.
         slurm: Print a script for Slurm, of sbatch.
         kubernetes: Print a script for Kubernetes, of kubectl and indexed Jobs.
+        append: Score the rows that were added to the data of the run by its own probes, see `score`.
         tasks: Processes of each array; no more than the data have parts.
         gpu: Ask for one GPU per process, for encode and fit.
         image: Container image of Kubernetes, with mmaudit in it.
@@ -94,23 +96,26 @@ def plan(
     parts = plan_parts(dataset.shards, config=loaded.parts, depends_on=()).parts
     num_tasks = min(tasks, len(parts))
     command = ["mmaudit", "score", str(data), "--run", str(run)]
+    command += ["--append"] if append else []
     command += [] if config is None else ["--config", str(config)]
     pairs = [f"{key}={value}" for key, value in settings.items()] if isinstance(settings, Mapping) else settings
     command += [word for pair in pairs for word in ("--set", pair)]
-    header = f"#!/bin/sh\n# Scores {dataset.num_rows:,} rows in {len(parts)} parts. Submit again what failed.\nset -e\n"
+    what = "Appends the new ones of" if append else "Scores"
+    header = f"#!/bin/sh\n# {what} {dataset.num_rows:,} rows in {len(parts)} parts. Submit again what failed.\nset -e\n"
+    name = "mmaudit-append" if append else "mmaudit"
     if slurm:
-        script = header + _slurm_script(command, num_tasks=num_tasks, gpu=gpu)
+        script = header + _slurm_script(command, name, num_tasks=num_tasks, gpu=gpu)
     else:
-        script = header + _kubernetes_script(command, num_tasks=num_tasks, gpu=gpu, image=image, claim=claim)
+        script = header + _kubernetes_script(command, name, num_tasks=num_tasks, gpu=gpu, image=image, claim=claim)
     return PlanResult(num_rows=dataset.num_rows, num_parts=len(parts), num_tasks=num_tasks, script=script)
 
 
-def _slurm_script(command: Sequence[str], *, num_tasks: int, gpu: bool) -> str:
+def _slurm_script(command: Sequence[str], name: str, *, num_tasks: int, gpu: bool) -> str:
     lines: list[str] = []
     previous = ""
     for stage in STAGES:
         task = shlex.join([*command, "--stage", stage])
-        words = ["sbatch", "--parsable", f"--job-name=mmaudit-{stage}", "--requeue", f"--signal=TERM@{_GRACE_SECONDS}"]
+        words = ["sbatch", "--parsable", f"--job-name={name}-{stage}", "--requeue", f"--signal=TERM@{_GRACE_SECONDS}"]
         if stage in BY_PART:
             words.append(f"--array=1-{num_tasks}")
             task += f' --shard "$SLURM_ARRAY_TASK_ID/{num_tasks}"'
@@ -122,14 +127,14 @@ def _slurm_script(command: Sequence[str], *, num_tasks: int, gpu: bool) -> str:
     return "\n".join([*lines, f'echo "submitted; the last job is ${previous}"', ""])
 
 
-def _kubernetes_script(command: Sequence[str], *, num_tasks: int, gpu: bool, image: str, claim: str) -> str:
+def _kubernetes_script(command: Sequence[str], name: str, *, num_tasks: int, gpu: bool, image: str, claim: str) -> str:
     lines = []
     for stage in STAGES:
         task = "exec " + shlex.join([*command, "--stage", stage])
         if stage in BY_PART:
             task += f' --shard "$((JOB_COMPLETION_INDEX + 1))/{num_tasks}"'
         job = _kubernetes_job(
-            stage,
+            f"{name}-{stage}",
             task,
             completions=num_tasks if stage in BY_PART else 1,
             gpu=gpu and stage in ("encode", "fit"),
@@ -137,11 +142,11 @@ def _kubernetes_script(command: Sequence[str], *, num_tasks: int, gpu: bool, ima
             claim=claim,
         )
         lines += ["kubectl apply -f - <<'JOB'", json.dumps(job, indent=2), "JOB"]
-        lines.append(f"kubectl wait {_DONE} --timeout=-1s job/mmaudit-{stage}")
+        lines.append(f"kubectl wait {_DONE} --timeout=-1s job/{name}-{stage}")
     return "\n".join([*lines, ""])
 
 
-def _kubernetes_job(stage: str, task: str, *, completions: int, gpu: bool, image: str, claim: str) -> dict[str, Any]:
+def _kubernetes_job(name: str, task: str, *, completions: int, gpu: bool, image: str, claim: str) -> dict[str, Any]:
     """Return an indexed Job; JSON is YAML."""
     container: dict[str, Any] = {
         "name": "mmaudit",
@@ -160,7 +165,7 @@ def _kubernetes_job(stage: str, task: str, *, completions: int, gpu: bool, image
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": f"mmaudit-{stage}"},
+        "metadata": {"name": name},
         "spec": {
             "completionMode": "Indexed",
             "completions": completions,

@@ -385,4 +385,4 @@ class RemoteRun:
 
 def _is_shared(path: str) -> bool:
     """Return whether a table of a stage is one of all parts, as those of the fit are."""
-    return path.split("/")[1] not in ("rows", "status", "scores", "measured")
+    return path.split("/")[-2] not in ("rows", "status", "scores", "measured")

@@ -19,7 +19,7 @@ from ..audit.parsing import RequiredKeys, build_config
 from ..audit.scores.table import ScoreTable
 from ..audit.storage import read_json
 from ..audit.workers import Progress, default_workers
-from .appending import append_rows, check_unchanged
+from .appending import append_rows, check_unchanged, run_append_stage
 from .config import RunConfig, load_settings, preset_content, preset_record
 from .effects import effects_in_scoring, warn_without_effect, with_engine
 from .progress import progress_bars
@@ -220,7 +220,8 @@ def score(
     if data is None and not features:
         raise ConfigError("pass the data to score, or files of vectors with labels: mmaudit score --features FILE")
     check_stage(stage, shard, engine)
-    _check_append(append, stage=stage, overwrite=overwrite, engine=engine)
+    if append and overwrite:
+        raise ConfigError("--append with --overwrite: rows are appended to a finished run, which stays")
     keywords = data_settings(
         modality=modality,
         encoder=encoder,
@@ -252,12 +253,14 @@ def score(
     warn_without_effect("score", given, with_engine(effects_in_scoring(config, dataset.modalities), ray))
     with progress_bars(progress) as report_progress:
         options: dict[str, Any] = {"device": device, "num_workers": num_workers, "progress": report_progress}
+        if stage is not None and stage != "merge" and append:
+            return run_append_stage(run_dir, dataset, config, stage, shard=shard, options=options)
         if stage is not None and stage != "merge":
             job = open_job(run_dir, dataset, config, **options, staged=True)
             return run_stage(run_dir, job, stage, shard=shard)
         if append:
             with write_lock(run_dir.folder, command="mmaudit score --append") as lock:
-                append_rows(run_dir, dataset, config, options=options, about=about, lock=lock)
+                append_rows(run_dir, dataset, config, options=options, about=about, lock=lock, stage=stage, ray=ray)
         elif overwrite or not run_dir.is_scored():
             with write_lock(run_dir.folder, command="mmaudit score") as lock:
                 if overwrite or not run_dir.is_scored():  # another process may have finished it meanwhile
@@ -285,13 +288,6 @@ def score(
     if not (run_dir.report_file.exists() and run_dir.report_file.with_suffix(".json").exists()):
         report(run=run_dir.folder)
     return _score_result(run_dir)
-
-
-def _check_append(append: bool, *, stage: str | None, overwrite: bool, engine: str) -> None:
-    """Raise ConfigError for options that cannot be combined with --append."""
-    if append and (stage is not None or overwrite or engine != "local"):
-        other = "--overwrite" if overwrite else f"--stage {stage}" if stage is not None else f"--engine {engine}"
-        raise ConfigError(f"--append with {other}: rows are appended to a finished run, by one process")
 
 
 def _preset_record(name: str, config: RunConfig) -> dict[str, Any]:

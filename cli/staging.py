@@ -15,6 +15,7 @@ from ..audit.dataset.dataset import Dataset
 from ..audit.engine.executors import Executor, LocalExecutor, RayOptions, ShardExecutor
 from ..audit.engine.fit_results import FitResults
 from ..audit.engine.fitting import NetworkSettings
+from ..audit.engine.known_rows import KnownRows, hashes_of_ids
 from ..audit.engine.merging import Audit, Merged
 from ..audit.engine.part_store import FolderStore, MemoryStore, Store
 from ..audit.engine.plan import plan_parts, take_parts
@@ -35,7 +36,7 @@ from ..audit.errors import ConfigError, choices, quarantine_table
 from ..audit.features.encoders import is_network
 from ..audit.hashing import digest
 from ..audit.locks import Lock, write_lock
-from ..audit.probes.saved_probes import num_bytes, save_probes
+from ..audit.probes.saved_probes import copy_probes, has_weights, num_bytes, save_probes
 from ..audit.storage import write_json, write_parquet
 from ..audit.workers import Progress, default_workers
 from .config import RunConfig
@@ -59,6 +60,7 @@ class StageResult:
         parts: Numbers of the parts that this process worked on; of `fit` all.
         num_parts: Parts of the data.
         next_stage: The stage that follows when all parts are done.
+        append: Whether it is a stage of `--append`.
     """
 
     run: Path
@@ -66,6 +68,7 @@ class StageResult:
     parts: tuple[int, ...]
     num_parts: int
     next_stage: str
+    append: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
@@ -75,6 +78,7 @@ class StageResult:
             "parts": list(self.parts),
             "num_parts": self.num_parts,
             "next_stage": self.next_stage,
+            **({"append": True} if self.append else {}),
         }
 
 
@@ -226,7 +230,7 @@ def publish(
         write_parquet(quarantine_table(audit.quarantined), staged.quarantine_file, provenance=provenance)
         write_json(dict(audit.mixture.to_json()), staged.mixture_file)
         write_json(job.plan.to_json(job.dataset.shards), staged.shards_file)
-        _publish_probes(results, merged.whole, staged.probes)
+        _publish_probes(run_dir, results, merged.whole, staged.probes)
         staged.write_record(signed_record(record, folder=run_dir.folder, scores=staged.score_source))
     shutil.rmtree(run_dir.stages, ignore_errors=True)
 
@@ -235,25 +239,33 @@ def publish(
 _MAX_PROBE_BYTES = 256 << 20
 
 
-def _publish_probes(results: FitResults, whole: Whole, folder: Path) -> None:
-    """Write the probes, and what scoring other rows with them needs; networks score the run's own rows only."""
-    job, has_network = results.job, any(is_network(modality) for modality in results.job.dataset.modalities)
+def _publish_probes(run_dir: Run, results: FitResults, whole: Whole, folder: Path) -> None:
+    """Write the probes of a run into a folder, and what scoring other rows with them needs."""
+    job, selection = results.job, results.selection
+    networks = [modality.name for modality in job.dataset.modalities if is_network(modality)]
     if results.kept is None:
-        shutil.copytree(job.probes, folder)
-    elif has_network:
+        copy_probes(job.probes, folder, networks=networks)
+    elif (size := num_bytes(results.kept[1].probe_set)) > _MAX_PROBE_BYTES:
+        log.info("probes of %.1f GB are not kept: no other rows can be scored with them", size / 1e9)
         return
     else:
-        selection, fitted = results.kept
-        if (size := num_bytes(fitted.probe_set)) > _MAX_PROBE_BYTES:
-            log.info("probes of %.1f GB are not kept: no other rows can be scored with them", size / 1e9)
-            return
-        save_probes(fitted.probe_set, selection.cross_fits[0], folder)
-    if not has_network:
-        state = RunState.of(
-            results.selection,
-            whole=whole,
-            num_features=results.num_features,
-            labels=job.store.counts("keys"),
-            folds=(job.store.read("keys"), job.store.read("contents")),
+        save_probes(results.kept[1].probe_set, selection.cross_fits[0], folder, outputs=False)
+    if not has_weights(folder, networks, num_folds=[fit.num_folds for fit in selection.cross_fits]):
+        log.warning(
+            "the networks of %s were trained by a version that kept no weights, so that no other rows can be scored: "
+            "delete %s to train them again",
+            ", ".join(networks),
+            job.networks.folder,
         )
-        state.write(folder)
+        return
+    if selection.sums:
+        ids = None if selection.group is None else hashes_of_ids(job.store, len(job.plan.parts))
+        KnownRows.of(job.plan, job.dataset.shards, selection.sums, own=run_dir.folder, ids=ids).write(folder)
+    state = RunState.of(
+        selection,
+        whole=whole,
+        num_features=results.num_features,
+        labels=job.store.counts("keys"),
+        folds=(job.store.read("keys"), job.store.read("contents")),
+    )
+    state.write(folder)

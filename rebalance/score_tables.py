@@ -201,8 +201,9 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
         provenance: dict[str, Any] = {**source.provenance}
         paths = () if source.paths is None else tuple(source.paths.column_names)
     else:
+        # The last part of a run is written again by every append; earlier ones may have the fingerprint of before.
         provenance = parse_provenance(
-            schemas[0].metadata or {}, error=ScoreError, where=str(files[0]), shape=PROVENANCE
+            schemas[-1].metadata or {}, error=ScoreError, where=str(files[-1]), shape=PROVENANCE
         )
         paths = tuple(name for name in provenance.pop("paths", []) if name in columns)
     for file, schema in zip(files, schemas, strict=True):

@@ -29,7 +29,7 @@ from mmaudit.audit.engine.run_state import RunState, hash_groups
 from mmaudit.audit.errors import ConfigError, RunError
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.cli import appending
+from mmaudit.cli import append_files, appending
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.provenance import origin_of, own_record
 from mmaudit.cli.report.page import report_numbers
@@ -146,7 +146,7 @@ def test_killed_append_is_resumed_to_the_same_bytes(
         shutil.copytree(tmp_path / "data", folder / "data")
     grow(folders[0], tmp_path / "b.parquet", config=IN_PARTS)
     before, counted = files(folders[1] / "run"), [0]
-    scored_part, publish = stages._score, appending._publish
+    scored_part, publish = stages._score, append_files.publish_appended
 
     def count(*values: Any) -> Any:
         counted[0] += 1
@@ -156,12 +156,12 @@ def test_killed_append_is_resumed_to_the_same_bytes(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "_score", count)
-    monkeypatch.setattr(appending, "_publish", die)
+    monkeypatch.setattr("mmaudit.cli.appending.publish_appended", die)
     with pytest.raises(KeyboardInterrupt):
         grow(folders[1], tmp_path / "b.parquet", config=IN_PARTS)
     assert {name: content for name, content in files(folders[1] / "run").items() if name[:7] != "stages/"} == before
     num_parts, counted[0] = counted[0], 0
-    monkeypatch.setattr(appending, "_publish", publish)
+    monkeypatch.setattr("mmaudit.cli.appending.publish_appended", publish)
     append(folders[1], config=IN_PARTS)
     assert (num_parts, counted[0]) == (5, 0)
     for folder in folders:
@@ -185,8 +185,6 @@ def test_rows_may_be_added_only(scored: Path, tmp_path: Path) -> None:
     write(rows, folder / "data" / "a.parquet")
     with pytest.raises(RunError, match=r"is a run of another config: probe\.folds is 3"):
         append(folder, config=replace(CONFIG, probe=ProbeConfig(folds=4)))
-    with pytest.raises(ConfigError, match="--append with --stage encode"):
-        append(folder, stage="encode")
     with pytest.raises(ConfigError, match="--append with --overwrite"):
         append(folder, overwrite=True)
     with pytest.raises(RunError, match="holds no finished run"):
@@ -207,12 +205,6 @@ def test_grown_data_need_the_option(scored: Path, appended: Path, tmp_path: Path
         )
         with pytest.raises(RunError, match="--append"):
             score(folder / "data" / "*.parquet", run=folder / "run", config=CONFIG, num_workers=0)
-
-
-def test_network_probes_score_no_other_rows(tmp_path: Path) -> None:
-    stated = {"modalities": [{"name": "image", "column": "file", "kind": "image", "encoder": "resnet18"}]}
-    with pytest.raises(RunError, match="the probe of image is a network"):
-        appending.check_probes(Run(tmp_path), stated)
 
 
 def test_manifests_of_earlier_scores_stay_usable(tmp_path: Path) -> None:

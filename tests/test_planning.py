@@ -58,6 +58,16 @@ def test_jobs_of_kubernetes_are_indexed(data: Path) -> None:
         assert shlex.split(container["command"][2])[:4] == ["exec", "mmaudit", "score", str(data)]
 
 
+def test_jobs_of_an_append_are_its_stages(data: Path) -> None:
+    jobs = commands_of_slurm(plan(data, run="a run", slurm=True, append=True, tasks=4, settings=SETTINGS).script)
+    assert [shlex.split(job[-1])[:6] for job in jobs] == [
+        ["mmaudit", "score", str(data), "--run", "a run", "--append"]
+    ] * len(STAGES)
+    assert [f"--job-name=mmaudit-append-{stage}" in job for job, stage in zip(jobs, STAGES, strict=True)] == [True] * 4
+    script = plan(data, kubernetes=True, append=True, settings=SETTINGS).script
+    assert re.findall(r"job/(\S+)", script) == [f"mmaudit-append-{stage}" for stage in STAGES]
+
+
 def test_one_kind_of_cluster_is_chosen(data: Path) -> None:
     for both in (False, True):
         with pytest.raises(ConfigError, match="pass one of --slurm and --kubernetes"):

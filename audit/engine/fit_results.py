@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ..features.encoders import is_network
 from ..hashing import file_digest
 from ..probes.probe_set import ProbeSet
 from ..probes.saved_probes import load_probes, read_calibrations, save_probes
 from ..scores.probe_report import Control
 from ..scores.stability import BisectionAudit, HalfAudit, LeanError, Reliability
-from .fitting import Fitted
+from .fitting import Fitted, picture_view
 from .plan import Part
 from .scoring import PartRows, part_inputs, take_probes
 from .selection import Selection, read_selection, selection_record, selection_tables
@@ -129,7 +130,11 @@ class FitResults:
         inputs = part_inputs(self.job.dataset, tasks, rows.status, rows.row, num_features=sizes)
         if self.kept is not None:
             return take_probes(self.kept[1].probe_set, rows.samples, inputs)
-        selection = self.selection
+        selection, settings = self.selection, self.job.networks
+        networks = [
+            (picture_view(modality, settings.media), settings.config) if is_network(modality) else None
+            for modality in self.job.dataset.modalities
+        ]
         return load_probes(
             self.job.probes,
             self.job.names,
@@ -139,4 +144,6 @@ class FitResults:
             cross_fits=[cross_fit.take(rows.samples) for cross_fit in selection.cross_fits],
             samples=rows.samples,
             device=self.job.device,
+            networks=networks,
+            progress=self.job.progress,
         )

@@ -175,10 +175,11 @@ class _ProbeFitter:
 
     def _train(self, inputs: FeatureMatrix, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         modality = inputs.status.modality
-        name = f"{'probe' if target is self.target else 'control'} {modality.name}"
+        is_own = target is self.target  # not a control
+        name = f"{'probe' if is_own else 'control'} {modality.name}"
         return fit_network(
             inputs,
-            _view(modality, self.networks.media),
+            picture_view(modality, self.networks.media),
             target,
             cross_fits,
             config=self.networks.config,
@@ -186,10 +187,12 @@ class _ProbeFitter:
             device=self.device,
             progress=lambda stage, done, total, *, detail="": self.progress(name, done, total, detail=detail),
             folder=self.networks.folder,
+            keep_weights=is_own,
         )
 
 
-def _view(modality: Modality, media: MediaConfig) -> PictureView:
+def picture_view(modality: Modality, media: MediaConfig) -> PictureView:
+    """Return how a network reads the cached rows of a modality."""
     return PictureView(shape=input_shape(modality, media), stored=stored_pictures(modality, media))
 
 
@@ -198,7 +201,7 @@ def _log_cost(inputs: Sequence[FeatureMatrix], cross_fits: Sequence[CrossFit], f
     if not inputs:
         return
     options: dict[str, Any] = {"config": fit.networks.config, "device": fit.device}
-    views = [_view(matrix.status.modality, fit.networks.media) for matrix in inputs]
+    views = [picture_view(matrix.status.modality, fit.networks.media) for matrix in inputs]
     seconds = [seconds_per_row(matrix, view, fit.target, **options) for matrix, view in zip(inputs, views, strict=True)]
     own_fits = [[replace(item, fits=item.fits & matrix.present) for item in cross_fits] for matrix in inputs]
     control_rows = [min(CONTROL_ROWS, int(fits[0].fits.sum())) if fit.config.control else 0 for fits in own_fits]

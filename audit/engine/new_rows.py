@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,20 +15,31 @@ from ..dataset.labels import NO_LABEL, NO_NAMES, OTHER, UNKNOWN_LABEL, Labels, T
 from ..errors import DatasetError, Quarantined, Reason
 from ..features.encoded_samples import select_usable, sort_quarantined
 from ..hashing import hash_rank
-from ..probes.cross_fit import CrossFit, fold_purposes
+from ..probes.cross_fit import KEY_PURPOSE, CrossFit, fold_purposes
 from .fit_results import FitResults
+from .plan import Part
 from .row_data import CUT_PURPOSE, ORDER_PURPOSE, EncodedData, RowData
 from .run_state import RunState, hash_groups
 from .selection import Selection, selection_record, selection_tables
 from .stages import ScoringJob, encode, read_rows
 
 
-def read_as_in_run(job: ScoringJob, state: RunState, *, trust_unchanged: bool) -> EncodedData:
-    """Read and encode all rows of a job, with labels and splits as in a run; see as_in_run and encode_dataset."""
-    read_rows(job, job.plan.parts)
-    data = job.row_data(edges=state.labels["edges"])
-    encode(job, job.plan.parts, trust_unchanged=trust_unchanged)
-    return job.encoded(as_in_run(data, state, seed=job.seed, test_fraction=job.test_fraction))
+class OtherRowsNeeded(Exception):  # no error: caught by the caller, who reads all rows
+    """What is to be decided of some parts of the data depends on rows of other parts."""
+
+
+def read_as_in_run(
+    job: ScoringJob, state: RunState, *, trust_unchanged: bool, parts: Sequence[Part] | None = None
+) -> EncodedData:
+    """Read and encode the rows of a job, or of some consecutive parts, with labels and splits as in a run.
+
+    See as_in_run and encode_dataset.
+    """
+    parts = job.plan.parts if parts is None else parts
+    read_rows(job, parts)
+    data = job.row_data(edges=state.labels["edges"], parts=parts)
+    encode(job, parts, trust_unchanged=trust_unchanged)
+    return job.encoded(as_in_run(data, state, seed=job.seed, test_fraction=job.test_fraction), parts=parts)
 
 
 def as_in_run(data: RowData, state: RunState, *, seed: int, test_fraction: float) -> RowData:
@@ -122,6 +133,7 @@ def select_new(
     seed: int,
     copies: str,
     fingerprint: str,
+    is_whole: bool = True,
 ) -> NewRows:
     """Select what of the rows of a mask (N,) is scored, with the folds whose probes were not trained on it.
 
@@ -138,6 +150,10 @@ def select_new(
             the run; "trained", those of a known group, of whose content a probe of their fold was trained on a copy;
             "none".
         fingerprint: Fingerprint of the data.
+        is_whole: Whether the rows are those of all parts.
+
+    Raises:
+        OtherRowsNeeded: Whether rows are copies depends on rows of other parts.
     """
     data = encoded.samples
     rows, left_out = select_usable(encoded, keep_duplicates=True)
@@ -151,13 +167,17 @@ def select_new(
     rows = data.canonical_order(rows)
     words = encoded.content_word(0)[rows]
     folds, is_known, is_trained = _folds(data, rows, words, state, seed=seed)
-    is_copy = _copies(encoded, rows, words, state) if copies == "known" else is_trained & (copies == "trained")
+    is_copy = (
+        _copies(encoded, rows, words, state, is_whole=is_whole)
+        if copies == "known"
+        else is_trained & (copies == "trained")
+    )
     left_out += [
         Quarantined(sample_id=name, reason=Reason.DUPLICATE, detail="the same content as a scored sample")
         for name in data.ids_of(rows[is_copy])
     ]
     selection = _selection(
-        encoded, rows[~is_copy], folds[:, ~is_copy], state, fingerprint=fingerprint, left_out=left_out
+        encoded, rows[~is_copy], folds[:, ~is_copy], state, seed=seed, fingerprint=fingerprint, left_out=left_out
     )
     num_known, num_trained = int(is_known[~is_copy].sum()), int(is_trained[~is_copy].sum())
     return NewRows(selection=selection, num_known=num_known, num_trained=num_trained)
@@ -169,6 +189,7 @@ def _selection(
     folds: NDArray[np.int16],
     state: RunState,
     *,
+    seed: int,
     fingerprint: str,
     left_out: list[Quarantined],
 ) -> Selection:
@@ -176,7 +197,9 @@ def _selection(
     values = data.labels.values
     label = data.label[rows]
     target = np.searchsorted(state.classes, label).astype(np.int32) if state.task == "classification" else label
-    unused: dict[str, Any] = {"fits": np.zeros(n, bool), "key": np.zeros(n, np.uint64), "inner": np.zeros(n, np.int16)}
+    # Networks score rows in the order of the keys.
+    key = hash_rank(data.ids_of(rows), seed=seed, purpose=KEY_PURPOSE)
+    common: dict[str, Any] = {"key": key, "fits": np.zeros(n, bool), "inner": np.zeros(n, np.int16)}
     is_scored = np.zeros(len(data), dtype=bool)
     is_scored[rows] = True
     return Selection(
@@ -193,7 +216,7 @@ def _selection(
         split=data.split[rows],
         group=None if data.group is None else data.group[rows],
         cross_fits=tuple(
-            CrossFit(fold=fold, num_folds=number, **unused) for fold, number in zip(folds, state.num_folds, strict=True)
+            CrossFit(fold=fold, num_folds=number, **common) for fold, number in zip(folds, state.num_folds, strict=True)
         ),
         usable=encoded.usable,
         quarantined=sort_quarantined(left_out, data.ids_of(np.flatnonzero(~is_scored))),
@@ -246,12 +269,12 @@ def _known_keys(data: RowData, rows: NDArray[np.intp], state: RunState) -> NDArr
 
 def _hashes(data: RowData, rows: NDArray[np.intp], *, seed: int, purpose: str) -> NDArray[np.uint64]:
     if data.group is None:
-        return data.hash_ids(seed=seed, purpose=purpose)[rows]
+        return hash_rank(data.ids_of(rows), seed=seed, purpose=purpose)
     return data.hash_groups(seed=seed, purpose=purpose)[data.group[rows]]
 
 
 def _copies(
-    encoded: EncodedData, rows: NDArray[np.intp], words: NDArray[np.uint64], state: RunState
+    encoded: EncodedData, rows: NDArray[np.intp], words: NDArray[np.uint64], state: RunState, *, is_whole: bool
 ) -> NDArray[np.bool_]:
     """Return which rows (b,) have the content of a row of the run, or of one before them in the data, not by chance."""
     order = np.lexsort((rows, words))
@@ -260,23 +283,36 @@ def _copies(
     is_copy |= state.contents.find(words) >= 0
     if is_copy.any():
         copied = rows[is_copy]
+        is_media = [modality.kind not in ("features", "text") for modality in encoded.modalities]
+        has_vectors = any(modality.kind == "features" for modality in encoded.modalities)
+        if not is_whole and has_vectors and not encoded.usable[copied][:, is_media].any(axis=1).all():
+            raise OtherRowsNeeded  # whether vectors recur by chance is decided on all of them
         is_copy[is_copy] = (encoded.usable[copied] & ~encoded.recurs[copied]).any(axis=1)
     return is_copy
 
 
-def save_selection(job: ScoringJob, selection: Selection, state: RunState) -> FitResults:
+def save_selection(
+    job: ScoringJob, selection: Selection, state: RunState, *, about: Mapping[str, Any] | None = None
+) -> FitResults:
     """Write a selection into the store of a job in place of the stage `fit`, and return the results that it stands for.
 
-    The stages `score` and `finish` then score its rows with the probes of the job.
+    The stages `score` and `finish` then score its rows with the probes of the job. about: JSON values that are kept
+    with the selection, see `selected`.
     """
     counts: Mapping[str, Any] = {
         "selection": selection_record(selection),
         "controls": [],
         "num_features": list(state.num_features),
         "bisections": None,
+        "about": dict(about or {}),
     }
     samples, rows = selection_tables(selection)
     job.store.write("halves", pa.table({}), counts={"halves": None})
     job.store.write("usable", rows)
     job.store.write("selection", samples, counts=counts)
     return FitResults(job=job)
+
+
+def selected(job: ScoringJob) -> dict[str, Any]:
+    """Return what save_selection kept with a selection."""
+    return dict(job.store.counts("selection")["about"])

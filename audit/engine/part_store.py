@@ -131,6 +131,7 @@ STAGE_OF = {
     "contents": "fit",
     "usable": "fit",
     "halves": "fit",
+    "old rows": "fit",
     "scores": "score",
     "measured": "score",
     "finished": "merge",

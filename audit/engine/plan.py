@@ -141,6 +141,13 @@ def _stamps(shards: Sequence[Shard], *, own: Path | None) -> Iterator[str]:
     yield repr([(names[location[0]], *location[1:], num_rows) for location, num_rows in located])
 
 
+def part_stamp(shards: Sequence[Shard], *, own: Path) -> str:
+    """Return a digest of the files of the shards of a part, with size and time; "" of rows that are in no file."""
+    if any(shard.location is None for shard in shards):
+        return ""
+    return digest(*(text.encode("utf-8", "surrogatepass") for text in _stamps(shards, own=own)))
+
+
 def _real_name(name: str) -> str:
     """Return the path of a file without links; a URL as it is."""
     return name if is_url(name) else os.path.realpath(name)

@@ -344,7 +344,7 @@ class EncodedData:
         """Yield row, modality, reason and detail of what is not usable in the rows of a mask (n,), by modality."""
         for modality in self.modalities:
             for task in self.tasks:
-                first = task.shard.first
+                first = task.shard.first - self.tasks[0].shard.first
                 if rows[first : first + task.shard.num_rows].any():
                     for row, reason, detail in problems_of(read_arrow(task.file(modality))):
                         if rows[first + row]:

@@ -84,12 +84,19 @@ class Folds:
     def merge(self, added: Folds) -> Folds:
         """Return the entries of both; of equal hashes those of this one, but for folds that it does not have."""
         position = self.find(added.hash)
-        fold = self.fold.copy()
-        inside = position >= 0
+        fold, inside = self.fold, position >= 0
         known = position[inside]
-        fold[:, known] = np.where(fold[:, known] < 0, added.fold[:, inside], fold[:, known])
-        split = None if self.split is None or added.split is None else np.concatenate([self.split, added.split])
-        return Folds.of(np.concatenate([self.hash, added.hash]), np.concatenate([fold, added.fold], axis=1), split)
+        if (fold[:, known] < 0).any():
+            fold = fold.copy()
+            fold[:, known] = np.where(fold[:, known] < 0, added.fold[:, inside], fold[:, known])
+        new = np.flatnonzero(~inside)
+        places = np.searchsorted(self.hash, added.hash[new])
+        has_split = self.split is not None and added.split is not None
+        return Folds(
+            hash=np.insert(self.hash, places, added.hash[new]),
+            fold=np.insert(fold, places, added.fold[:, new], axis=1),
+            split=np.insert(self.split, places, added.split[new]) if has_split else None,  # type: ignore[arg-type, index]
+        )
 
 
 def folds_of_keys(data: RowData, selection: Selection) -> Folds:

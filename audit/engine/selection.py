@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress, islice
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,15 @@ from numpy.typing import NDArray
 from ..dataset.columns import SPLITS
 from ..dataset.labels import Target
 from ..errors import Quarantined, Reason
-from ..features.encoded_samples import fingerprint_of, select_usable, sort_quarantined
+from ..features.encoded_samples import (
+    DIGEST_SUM,
+    SORTED_ROWS,
+    fingerprint_of,
+    fingerprint_of_sums,
+    select_usable,
+    sort_quarantined,
+)
+from ..hashing import digest
 from ..probes.config import ProbeConfig
 from ..probes.cross_fit import CrossFit, plan_cross_fits
 from ..scores.stability import target_of
@@ -36,6 +45,7 @@ class Selection:
         usable: Which modalities each row of the dataset has, (N, m).
         quarantined: Reasons why the other rows are not scored, in the order of the dataset.
         fingerprint: Fingerprint of the dataset.
+        sums: Sum of the digests of the rows of each part, which the fingerprint follows from; of large data only.
     """
 
     row: NDArray[np.intp]
@@ -49,6 +59,7 @@ class Selection:
     usable: NDArray[np.bool_]
     quarantined: tuple[Quarantined, ...]
     fingerprint: str
+    sums: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.row)
@@ -95,6 +106,7 @@ def select(encoded: EncodedData, *, probe: ProbeConfig, seed: int, keep_duplicat
     rows, left_out = select_usable(encoded, keep_duplicates=keep_duplicates)
     rows, cross_fits, rare = plan_cross_fits(data, data.canonical_order(rows), probe, seed=seed)
     target, classes = target_of(data, rows)
+    sums = row_sums(encoded) if len(data) > SORTED_ROWS else ()
     is_scored = np.zeros(len(data), dtype=bool)
     is_scored[rows] = True
     return Selection(
@@ -108,7 +120,8 @@ def select(encoded: EncodedData, *, probe: ProbeConfig, seed: int, keep_duplicat
         cross_fits=tuple(cross_fits),
         usable=encoded.usable,
         quarantined=sort_quarantined(left_out + rare, data.ids_of(np.flatnonzero(~is_scored))),
-        fingerprint=fingerprint(encoded),
+        fingerprint=fingerprint_of_sums(sums) if sums else fingerprint(encoded),
+        sums=sums,
     )
 
 
@@ -119,6 +132,24 @@ def fingerprint(encoded: EncodedData, *, is_row: NDArray[np.bool_] | None = None
     """
     num_rows = len(encoded.samples) if is_row is None else int(is_row.sum())
     return fingerprint_of(_fingerprint_rows(encoded, is_row), num_rows=num_rows)
+
+
+def fingerprints_of(encoded: EncodedData, is_row: NDArray[np.bool_]) -> tuple[str, str]:
+    """Return the fingerprints of the rows in a mask (N,) and of all, of data of at most SORTED_ROWS, read once."""
+    rows = list(_fingerprint_rows(encoded, None))
+    of_mask = fingerprint_of(compress(rows, is_row.tolist()), num_rows=int(is_row.sum()))
+    return of_mask, of_mask if is_row.all() else fingerprint_of(rows, num_rows=len(rows))
+
+
+def row_sums(encoded: EncodedData, *, is_row: NDArray[np.bool_] | None = None) -> tuple[int, ...]:
+    """Return the sum of the digests of the rows of each part, or of those in a mask (N,); see fingerprint_of_sums."""
+    rows, sums, first = _fingerprint_rows(encoded, is_row), [], 0
+    for part in range(encoded.samples.num_parts):
+        end = first + encoded.read_status(part).num_rows
+        count = end - first if is_row is None else int(is_row[first:end].sum())
+        sums.append(sum(int(digest(row), 16) for row in islice(rows, count)) % DIGEST_SUM)
+        first = end
+    return tuple(sums)
 
 
 def _fingerprint_rows(encoded: EncodedData, is_row: NDArray[np.bool_] | None) -> Iterator[bytes]:
@@ -171,6 +202,7 @@ def selection_record(selection: Selection) -> dict[str, Any]:
         "classes": selection.classes.tolist(),
         "class_names": list(selection.class_names),
         "fingerprint": selection.fingerprint,
+        "sums": [f"{value:x}" for value in selection.sums],
         "quarantined": [
             [entry.sample_id, entry.modality, entry.reason.value, entry.detail] for entry in selection.quarantined
         ],
@@ -213,4 +245,5 @@ def read_selection(samples: pa.Table, rows: pa.Table, record: dict[str, Any]) ->
             for name, modality, reason, detail in record["quarantined"]
         ),
         fingerprint=record["fingerprint"],
+        sums=tuple(int(text, 16) for text in record["sums"]),
     )

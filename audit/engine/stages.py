@@ -52,6 +52,8 @@ class ScoringJob:
         device: Device of the fits.
         num_workers: Processes that decode media.
         progress: Callback for progress.
+        fold_hashes: Whether row tables have the hashes that place samples into folds; where the folds of a run are
+            known, only samples that are scored need them.
     """
 
     dataset: Dataset
@@ -68,6 +70,7 @@ class ScoringJob:
     device: str
     num_workers: int
     progress: Progress
+    fold_hashes: bool = True
 
     @property
     def in_memory(self) -> bool:
@@ -88,12 +91,16 @@ class ScoringJob:
             for shard in self.dataset.shards[first:end]
         )
 
-    def row_data(self, *, edges: Sequence[float] = ()) -> RowData:
-        """Read the columns of all rows from the row tables of all parts; `edges` of a regression's strata, if known."""
+    def row_data(self, *, edges: Sequence[float] = (), parts: Sequence[Part] | None = None) -> RowData:
+        """Read the columns of all rows from the row tables of all parts, or of some consecutive ones.
+
+        edges: Of a regression's strata, if known.
+        """
+        parts = self.plan.parts if parts is None else parts
         return RowData.of(
             self.dataset,
-            lambda part: self.store.read("rows", part),
-            num_parts=len(self.plan.parts),
+            lambda number: self.store.read("rows", parts[number].index),
+            num_parts=len(parts),
             seed=self.seed,
             test_fraction=self.test_fraction,
             edges=edges,
@@ -116,10 +123,13 @@ class ScoringJob:
             networks=replace(self.networks, folder=folder / self.networks.folder.relative_to(own)),
         )
 
-    def encoded(self, data: RowData) -> EncodedData:
-        """Return the rows with their encoding status, read from the status tables of all parts."""
+    def encoded(self, data: RowData, *, parts: Sequence[Part] | None = None) -> EncodedData:
+        """Return the rows with their encoding status, read from the status tables of the parts of row_data."""
+        parts = self.plan.parts if parts is None else parts
         encoded = EncodedData(
-            samples=data, tasks=self.tasks(), read_status=lambda part: self.store.read("status", part)
+            samples=data,
+            tasks=tuple(task for part in parts for task in self.tasks(part)),
+            read_status=lambda number: self.store.read("status", parts[number].index),
         )
         encoded.check()
         return encoded
@@ -141,7 +151,8 @@ def _run_by_part(work: Callable[[ScoringJob, Part], None], job: ScoringJob, part
 
 def _write_rows(job: ScoringJob, part: Part) -> None:
     shards = job.dataset.shards[part.first_shard : part.end_shard]
-    table = read_row_table(job.dataset, shards, seed=job.seed, repeats=job.probe.repeats)
+    repeats = job.probe.repeats if job.fold_hashes else 0
+    table = read_row_table(job.dataset, shards, seed=job.seed, repeats=repeats)
     job.store.write("rows", table, part=part.index)
 
 
@@ -157,6 +168,11 @@ def encode(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = Fa
     """
     encode_shards(job, parts, trust_unchanged=trust_unchanged)
     read_status(job, parts)
+
+
+def encode_unchanged(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Do encode_shards, and open no media whose size and times are those of the cache."""
+    encode_shards(job, parts, trust_unchanged=True)
 
 
 @fixed_threads()

@@ -23,6 +23,7 @@ from .encode import EncodeTask, column_of, content_of, load_cell_content, read_a
 from .vectors import check_lengths, encode_vectors
 
 SORTED_ROWS = 1 << 20  # of a fingerprint: a million rows of 100 bytes are sorted in a second
+DIGEST_SUM = 1 << 128  # modulus of a sum of digests
 DATA_CHANGED = "the data changed while they were read: run the command again"
 
 
@@ -102,10 +103,12 @@ def fingerprint_of(rows: Iterable[bytes], *, num_rows: int) -> str:
     """
     if num_rows <= SORTED_ROWS:
         return digest(*sorted(rows))
-    total = 0
-    for row in rows:
-        total += int(digest(row), 16)
-    return f"{total % (1 << 128):032x}"
+    return fingerprint_of_sums(int(digest(row), 16) for row in rows)
+
+
+def fingerprint_of_sums(sums: Iterable[int]) -> str:
+    """Return the fingerprint of more than SORTED_ROWS rows by sums of their digests, such as those of parts."""
+    return f"{sum(sums) % DIGEST_SUM:032x}"
 
 
 def collect_encoded(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTask]) -> EncodedSamples:

@@ -16,24 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dataset.labels import Target
-from ..errors import ConfigError, DatasetError, ScoreError
+from ..errors import DatasetError, ScoreError
 from ..features.matrix import Inputs, RowIndex
 from ..hashing import digest, hash_rank
 from ..storage import atomic_write
-from ..workers import NETWORK_THREADS, Progress, fixed_threads, prefetch_map
+from ..workers import NETWORK_THREADS, Progress, fixed_threads
 from .config import NetworkConfig
 from .crops import PictureView, augment_pictures
 from .cross_fit import CrossFit
-from .network import (
-    READERS,
-    InputStatistics,
-    Network,
-    NetworkTarget,
-    batch_slices,
-    build_network,
-    check_view,
-    input_statistics,
-)
+from .network import InputStatistics, Network, NetworkTarget, check_view, input_statistics
+from .network_weights import FINAL, NetworkInputs, NetworkProbe, WeightFiles, Weights, epoch_name, state_of
 
 if TYPE_CHECKING:
     from .probe_set import Probe
@@ -41,30 +33,6 @@ if TYPE_CHECKING:
 VERSION = 1  # to be increased when the same inputs and settings would give other logits
 MOMENTUM = 0.9  # of SGD, as in the papers
 LR_FALL = 0.1  # factor of the learning rate after lr_step epochs, as in the papers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkProbe:
-    """Stored out-of-fold outputs of n rows: of each repeat (r, n, k), and of the first by epoch (e, n, k)."""
-
-    by_repeat: NDArray[np.float32]
-    by_epoch: NDArray[np.float32]
-
-    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
-        """Return the outputs of these rows in each repeat: (r, b, k). Other `inputs` raise ConfigError."""
-        if inputs is not None:
-            raise ConfigError(
-                "a network probe cannot score masked inputs, as it only stores outputs: set probe.joint = false"
-            )
-        return self.by_repeat[:, rows]
-
-    def logits_by_epoch(self, rows: RowIndex) -> NDArray[np.float32]:
-        """Return the outputs of these rows after the recorded epochs: (e, b, k)."""
-        return self.by_epoch[:, rows]
-
-    def take(self, samples: RowIndex, inputs: Inputs) -> NetworkProbe:
-        """Return the outputs of a part of the samples (b,)."""
-        return NetworkProbe(by_repeat=self.by_repeat[:, samples], by_epoch=self.by_epoch[:, samples])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +50,10 @@ class Fold:
         """Return the file of the fold's logits."""
         return folder / f"{self.identity}-{self.repeat}-{self.fold}.npy"
 
+    def weights_path(self, folder: Path) -> Path:
+        """Return the file of the weights of the fold's network."""
+        return folder / f"{self.identity}-{self.repeat}-{self.fold}.safetensors"
+
     def is_stored(self, folder: Path | None) -> bool:
         """Return whether the network of the fold was trained before."""
         return folder is not None and self.path(folder).exists()
@@ -91,55 +63,36 @@ class Fold:
 class NetworkFit:
     """Inputs and settings that the training of all folds shares."""
 
-    inputs: Inputs
-    view: PictureView
+    inputs: NetworkInputs
     target: Target
-    config: NetworkConfig
     seed: int
-    device: str
     statistics: InputStatistics
     key: NDArray[np.uint64]  # hash of each row's id (n,)
 
     @property
-    def on_cuda(self) -> bool:
-        """Whether the networks train on a GPU."""
-        return self.device_type == "cuda"
+    def config(self) -> NetworkConfig:
+        """Settings of the networks."""
+        return self.inputs.config
 
     @property
-    def device_type(self) -> str:
-        """The type of the device: "cuda" or "cpu"."""
-        return torch.device(self.device).type
+    def view(self) -> PictureView:
+        """How rows are viewed as pictures."""
+        return self.inputs.view
+
+    @property
+    def device(self) -> str:
+        """Device of the networks."""
+        return self.inputs.device
 
     def derive_seed(self, purpose: str, fold: Fold, epoch: int = 0) -> int:
         """Derive a seed that depends only on the run's seed, the purpose, repeat, fold and epoch."""
         key = f"{fold.repeat} {fold.fold} {epoch}"
         return int(hash_rank([key], seed=self.seed, purpose=f"network {purpose}")[0])
 
-    def batches(self, rows: Sequence[RowIndex], *, crop_seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield rows and their pictures on the device, batch by batch, while threads read ahead.
-
-        With `crop_seed`, frames and crops of stored pictures are drawn by it and by the rows' ids.
-        """
-
-        def read(batch: RowIndex) -> tuple[RowIndex, Tensor, Tensor]:
-            values = torch.from_numpy(np.require(self.inputs.read(batch), requirements=("C", "W")))
-            on_host = torch.from_numpy(batch)
-            return (batch, on_host.pin_memory(), values.pin_memory()) if self.on_cuda else (batch, on_host, values)
-
-        for batch, index, values in prefetch_map(read, rows, num_threads=READERS):
-            on_device = values.to(self.device, non_blocking=True)
-            if crop_seed is None:
-                pictures = self.view.whole(on_device)
-            else:
-                min_area, flip = self.config.min_crop, self.config.flip
-                pictures = self.view.draw(on_device, self.key[batch], seed=crop_seed, min_area=min_area, flip=flip)
-            yield index.to(self.device, non_blocking=True), pictures
-
-    def autocast(self) -> torch.autocast:
-        """Return the autocast context: bfloat16 if configured, or with "auto" on CUDA."""
-        default = "bfloat16" if self.device_type == "cuda" else "float32"
-        precision = default if self.config.precision == "auto" else self.config.precision
-        return torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    def draw_crops(self, values: Tensor, rows: RowIndex, *, seed: int) -> Tensor:
+        """Draw frames and crops of stored pictures, by the seed and by the rows' ids."""
+        min_area, flip = self.config.min_crop, self.config.flip
+        return self.view.draw(values, self.key[rows], seed=seed, min_area=min_area, flip=flip)
 
 
 @fixed_threads(NETWORK_THREADS)
@@ -154,6 +107,7 @@ def fit_network(
     device: str,
     progress: Progress,
     folder: Path | None = None,
+    keep_weights: bool = False,
 ) -> Probe:
     """Train a network from scratch for each fold of each repeat, and score that fold with it in eval mode.
 
@@ -161,19 +115,18 @@ def fit_network(
     a fold trains on the rows of other folds with `fits` that have the modality, and standardises by them, unless by
     fixed numbers. Logits do not depend on the order of the rows; those of a regression are in the units of the target.
     With `folder`, the logits of each fold are written to it, and read from it instead of training if inputs and
-    settings are the same. Raises ConfigError without transformers or for rows of another shape, ScoreError if training
-    diverges or a fold leaves fewer than two training rows, DatasetError for a damaged file. On one CPU core a step
-    takes about 0.1 s per clip of three frames of 112 pixels, so that thousands of clips take days.
+    settings are the same; with `keep_weights` also the weights of its network, see network_weights.
+
+    Raises ConfigError without transformers or for rows of another shape, ScoreError if training diverges or a fold
+    leaves fewer than two training rows, DatasetError for a damaged file. On one CPU core a step takes about 0.1 s per
+    clip of three frames of 112 pixels, so that thousands of clips take days.
     """
     check_view(view, inputs.num_features)
     statistics = input_statistics(inputs, view, batch_size=config.batch_size)
     network_fit = NetworkFit(
-        inputs=inputs,
-        view=view,
+        inputs=NetworkInputs(rows=inputs, view=view, config=config, device=device),
         target=target,
-        config=config,
         seed=seed,
-        device=device,
         statistics=statistics,
         key=cross_fits[0].key,
     )
@@ -188,11 +141,21 @@ def fit_network(
         tick = partial(_tick, progress, fold, counts, config.epochs, index * config.epochs, total)
         if index == num_stored:
             tick(0)
-        outputs = _train_once(network_fit, fold, folder, tick)
+        outputs = _train_once(network_fit, fold, folder, tick, keep_weights=keep_weights)
         by_repeat[fold.repeat, fold.scored_rows] = outputs[0]
         if fold.repeat == 0:
             by_epoch[:, fold.scored_rows] = outputs[1:]
-    return NetworkProbe(by_repeat=by_repeat, by_epoch=by_epoch)
+    weights = None if folder is None or not keep_weights else _weight_files(folds, folder, num_repeats=len(cross_fits))
+    return NetworkProbe(by_repeat=by_repeat, by_epoch=by_epoch, weights=weights)
+
+
+def _weight_files(folds: Sequence[Fold], folder: Path, *, num_repeats: int) -> WeightFiles | None:
+    """Return the files of the weights; None if one is missing, as of outputs from before weights were kept."""
+    ordered = sorted(folds, key=lambda fold: fold.fold)
+    files = tuple(
+        tuple(fold.weights_path(folder) for fold in ordered if fold.repeat == repeat) for repeat in range(num_repeats)
+    )
+    return files if all(file.exists() for of_folds in files for file in of_folds) else None
 
 
 def _tick(
@@ -238,21 +201,23 @@ def _identity(network_fit: NetworkFit, cross_fit: CrossFit) -> str:
     if network_fit.view.stored is not None:
         settings += (network_fit.view.stored,)
     target = network_fit.target
-    task_settings = (network_fit.device_type, target.task, target.num_outputs, network_fit.statistics.content)
+    task_settings = (network_fit.inputs.device_type, target.task, target.num_outputs, network_fit.statistics.content)
     arrays = (target.label, target.values, cross_fit.fold, cross_fit.inner, cross_fit.fits, cross_fit.key)
     data = (b"" if array is None else array.tobytes() for array in arrays)
     return digest(repr((settings, task_settings)).encode(), *data)
 
 
 def _train_once(
-    network_fit: NetworkFit, fold: Fold, folder: Path | None, tick: Callable[[int], None]
+    network_fit: NetworkFit, fold: Fold, folder: Path | None, tick: Callable[[int], None], *, keep_weights: bool
 ) -> NDArray[np.float32]:
-    """Read the logits of a fold from its file, or train the network and write them: see `_train`."""
+    """Read the logits of a fold from its file, or train the network and write them, its weights first: see `_train`."""
     if folder is None:
-        return _train(network_fit, fold, tick)
+        return _train(network_fit, fold, tick)[0]
     path = fold.path(folder)
     if not path.exists():
-        outputs = _train(network_fit, fold, tick)
+        outputs, weights = _train(network_fit, fold, tick, keep_weights=keep_weights)
+        if weights is not None:
+            weights.write(fold.weights_path(folder))
         content = io.BytesIO()  # when writing to a file, numpy hides why a write failed
         np.save(content, outputs, allow_pickle=False)
         with atomic_write(path) as temporary:
@@ -265,9 +230,13 @@ def _train_once(
     return np.asarray(outputs, dtype=np.float32)
 
 
-def _train(network_fit: NetworkFit, fold: Fold, tick: Callable[[int], None]) -> NDArray[np.float32]:
+def _train(
+    network_fit: NetworkFit, fold: Fold, tick: Callable[[int], None], *, keep_weights: bool = False
+) -> tuple[NDArray[np.float32], Weights | None]:
     """Train one network and return the outputs of its fold (1 + e, b, k): final ones, and by epoch in repeat 0."""
-    config, by_epoch = network_fit.config, []
+    config, inputs = network_fit.config, network_fit.inputs
+    by_epoch: list[NDArray[np.float32]] = []
+    states: dict[str, dict[str, Tensor]] = {}
     network = _new_network(network_fit, fold)
     network_target = NetworkTarget.of(network_fit.target, fold.train_rows, network_fit.device)
     optimiser = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
@@ -279,24 +248,26 @@ def _train(network_fit: NetworkFit, fold: Fold, tick: Callable[[int], None]) -> 
         if len(fold.holdout_rows) and (loss := _holdout_loss(network_fit, network, network_target, fold)) < min_loss:
             min_loss, best_state = loss, {name: value.clone() for name, value in network.state_dict().items()}
         if fold.repeat == 0 and epoch in config.recorded_epochs:
-            by_epoch.append(network_target.in_units(_predict(network_fit, network, fold.scored_rows)))
+            if keep_weights:
+                states[epoch_name(len(by_epoch))] = state_of(network)
+            by_epoch.append(network_target.in_units(inputs.predict(network, fold.scored_rows)))
         tick(epoch)
     if best_state is not None:
         network.load_state_dict(best_state)
-    if by_epoch and best_state is None:
-        return np.stack([by_epoch[-1], *by_epoch])
-    return np.stack([network_target.in_units(_predict(network_fit, network, fold.scored_rows)), *by_epoch])
+    is_last = bool(by_epoch) and best_state is None  # the final network is that of the last recorded epoch
+    if keep_weights and not is_last:
+        states[FINAL] = state_of(network)
+    final = by_epoch[-1] if is_last else network_target.in_units(inputs.predict(network, fold.scored_rows))
+    weights = Weights(states=states, centre=network_target.centre, scale=network_target.scale)
+    return np.stack([final, *by_epoch]), weights if keep_weights else None
 
 
 def _new_network(network_fit: NetworkFit, fold: Fold) -> Network:
-    num_outputs, width = network_fit.target.num_outputs, network_fit.config.width
-    seed = network_fit.derive_seed("weights", fold)
-    # Any, since torch's type stubs lack the memory_format of Module.to.
-    network: Any = build_network(network_fit.view.shape, num_outputs=num_outputs, width=width, seed=seed)
+    inputs = network_fit.inputs
+    network = inputs.build(num_outputs=network_fit.target.num_outputs, seed=network_fit.derive_seed("weights", fold))
     moments = network_fit.config.fixed_moments(network_fit.view.shape)
     network.trunk.standardise_by(*(moments or network_fit.statistics.channel_moments(fold.train_rows)))
-    on_device: Network = network.to(network_fit.device, memory_format=torch.channels_last)
-    return on_device
+    return inputs.to_device(network)
 
 
 def _train_epoch(
@@ -313,10 +284,11 @@ def _train_epoch(
     config, total = network_fit.config, torch.zeros((), device=network_fit.device)
     batches = np.array_split(order, math.ceil(len(order) / config.batch_size))
     network.train()
-    for rows, pictures in network_fit.batches(batches, crop_seed=network_fit.derive_seed("crops", fold, epoch)):
+    draw = partial(network_fit.draw_crops, seed=network_fit.derive_seed("crops", fold, epoch))
+    for rows, pictures in network_fit.inputs.batches(batches, draw=draw):
         if len(network_fit.view.shape) > 2 and not network_fit.view.is_sized:
             pictures = augment_pictures(pictures, rng, min_area=config.min_crop, flip=config.flip)
-        with network_fit.autocast():
+        with network_fit.inputs.autocast():
             outputs = network(pictures)
         loss = network_target.loss(outputs, rows)
         optimiser.zero_grad()
@@ -331,16 +303,6 @@ def _train_epoch(
 
 
 @torch.no_grad()
-def _predict(network_fit: NetworkFit, network: Network, rows: RowIndex) -> Tensor:
-    """Compute a network's outputs (b, k) for these rows in eval mode."""
-    network.eval()
-    outputs = [torch.zeros(0, network_fit.target.num_outputs, device=network_fit.device)]
-    for _, pictures in network_fit.batches(batch_slices(rows, network_fit.config.batch_size)):
-        with network_fit.autocast():
-            outputs.append(network(pictures))
-    return torch.cat(outputs)
-
-
 def _holdout_loss(network_fit: NetworkFit, network: Network, network_target: NetworkTarget, fold: Fold) -> float:
-    outputs = _predict(network_fit, network, fold.holdout_rows)
+    outputs = network_fit.inputs.predict(network, fold.holdout_rows)
     return float(network_target.loss(outputs, torch.from_numpy(fold.holdout_rows).to(network_fit.device)))

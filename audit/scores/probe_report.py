@@ -17,7 +17,7 @@ from ..hashing import hash_rank
 from ..metrics import Floats, Groups, cross_entropy, mean_interval, share_interval
 from ..probes.cross_fit import CrossFit
 from ..probes.design import choose_outputs, take_outputs
-from ..probes.network_probe import NetworkProbe
+from ..probes.network_weights import NetworkProbe
 from ..probes.prediction import predict
 from ..probes.probe_set import CalibratedProbe, Calibration, Fit, ProbeSet, fit_in_parallel
 from ..workers import parallel_map

@@ -30,8 +30,8 @@ def read_report_scores(source: Path, *, max_rows: int) -> ScoreTable:
     files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not files:
         raise ScoreError(f"{source} has no Parquet files")
-    schema = read_schema(files[0], error=ScoreError)
-    provenance = parse_provenance(schema.metadata or {}, error=ScoreError, where=str(files[0]), shape=PROVENANCE)
+    schema = read_schema(files[-1], error=ScoreError)  # of parts the last one, which appends always write
+    provenance = parse_provenance(schema.metadata or {}, error=ScoreError, where=str(files[-1]), shape=PROVENANCE)
     paths = [name for name in provenance.get("paths", []) if name in schema.names]
     modalities = check_score_schema(schema, where=str(source), paths=paths)
     names = {*_COLUMNS, *paths, *(f"{kind}_{name}" for kind in _BY_MODALITY for name in modalities)}

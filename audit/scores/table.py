@@ -390,13 +390,13 @@ def scores_of_table(table: pa.Table, provenance: dict[str, Any], *, where: str) 
 
 
 def _read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """Read a file, or the parts of a table in a folder, and the metadata of the first part."""
+    """Read a file, or the parts of a table in a folder, and the metadata of the last part, which appends always write."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ScoreError(f"{path} has no Parquet files")
     parts = [read_parquet(file, error=ScoreError, shape=PROVENANCE) for file in files]
     try:
-        return pa.concat_tables([table for table, _ in parts]), parts[0][1]
+        return pa.concat_tables([table for table, _ in parts]), parts[-1][1]
     except pa.ArrowException as cause:
         raise ScoreError(f"the files of {path} have different columns: {str(cause).splitlines()[0]}") from cause
 
