@@ -19,12 +19,12 @@ from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import (
     CrossFit,
     assign_folds,
-    first_rows,
     gather_fit_rows,
     in_single_fold,
     plan_cross_fits,
     predict_out_of_fold,
 )
+from mmaudit.audit.row_arrays import smallest_rows
 
 
 def draw(num_rows: int, *, seed: int, num_folds: int = 4) -> CrossFit:
@@ -58,7 +58,7 @@ def test_subsample_has_the_smallest_keys() -> None:
     assert len(fit_rows.rows) == 20
     assert key[fit_rows.rows].max() < key[left_out].min()
     np.testing.assert_array_equal(
-        np.sort(fit_rows.rows), first_rows(np.arange(90)[CROSS_FITS[0].fits], key, max_rows=20)
+        np.sort(fit_rows.rows), smallest_rows(CROSS_FITS[0].fits, key, max_rows=20)
     )
 
 

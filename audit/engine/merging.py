@@ -56,7 +56,7 @@ class PartColumns:
 
     num_parts: int
     tables: Callable[[int], tuple[pa.Table, pa.Table]]
-    order: NDArray[np.intp]  # the samples in the order of the dataset
+    order: NDArray[np.integer[Any]]  # the samples in the order of the dataset
 
     def in_dataset_order(self, name: str) -> Floats:
         """Read a column in the order of the dataset (n,), null as NaN."""
@@ -142,7 +142,7 @@ class Audit:
     """Results of scoring, but for the score table: what run.json states. Every row is either scored or quarantined."""
 
     fingerprint: str
-    quarantined: tuple[Quarantined, ...]
+    quarantined: Sequence[Quarantined]
     num_scored: int
     num_classes: int
     num_groups: int | None

@@ -19,7 +19,7 @@ from ..probes.cross_fit import CrossFit, fold_purposes
 from .fit_results import FitResults
 from .row_data import CUT_PURPOSE, ORDER_PURPOSE, EncodedData, RowData
 from .run_state import RunState, hash_groups
-from .selection import Selection, selection_record, selection_tables
+from .selection import Selection, quarantined_tables, selection_record, selection_tables
 from .stages import ScoringJob, encode, read_rows
 
 
@@ -148,7 +148,7 @@ def select_new(
         has_probe = np.isin(data.label[rows], state.classes)
         left_out += _without_probe(data, rows[~has_probe])
         rows = rows[has_probe]
-    rows = data.canonical_order(rows)
+    rows = data.canonical_order(rows).astype(np.intp)
     words = encoded.content_word(0)[rows]
     folds, is_known, is_trained = _folds(data, rows, words, state, seed=seed)
     is_copy = _copies(encoded, rows, words, state) if copies == "known" else is_trained & (copies == "trained")
@@ -189,7 +189,6 @@ def _selection(
         ),
         classes=state.classes,
         class_names=data.class_names,
-        label=label,
         split=data.split[rows],
         group=None if data.group is None else data.group[rows],
         cross_fits=tuple(
@@ -260,7 +259,7 @@ def _copies(
     is_copy |= state.contents.find(words) >= 0
     if is_copy.any():
         copied = rows[is_copy]
-        is_copy[is_copy] = (encoded.usable[copied] & ~encoded.recurs[copied]).any(axis=1)
+        is_copy[is_copy] = encoded.is_distinctive[copied]
     return is_copy
 
 
@@ -278,5 +277,6 @@ def save_selection(job: ScoringJob, selection: Selection, state: RunState) -> Fi
     samples, rows = selection_tables(selection)
     job.store.write("halves", pa.table({}), counts={"halves": None})
     job.store.write("usable", rows)
+    job.store.write_pieces("quarantined", quarantined_tables(selection))
     job.store.write("selection", samples, counts=counts)
     return FitResults(job=job)

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from ..dataset.columns import SPLITS
 from ..dataset.dataset import Dataset
 from ..dataset.formats import Shard
-from ..dataset.labels import Labels, Target, coded_column
+from ..dataset.label_columns import ColumnParts, coded_column, coded_part
+from ..dataset.labels import Labels, Target
 from ..dataset.modalities import Modality
 from ..dataset.samples import cut_by_keys, read_labels, read_split_codes, repeated_ids, unique_columns
 from ..errors import DatasetError, Reason
+from ..features.cached_matrix import UsableRows, recurring_rows
 from ..features.encode import EncodeTask, column_of, content_of, read_arrow
 from ..features.encoded_samples import (
     DATA_CHANGED,
@@ -25,12 +27,25 @@ from ..features.encoded_samples import (
     is_null_cell,
     lengths_of,
     problems_of,
-    read_status,
     row_content,
+    scorable_rows,
 )
 from ..features.vectors import check_lengths
-from ..hashing import hash_rank
+from ..hashing import hash_ids, hash_rank
 from ..probes.cross_fit import KEY_PURPOSE, fold_purposes
+from ..row_arrays import (
+    NUM_PIECES,
+    contains,
+    gather,
+    index_type,
+    piece_of,
+    positions_of,
+    repeated_in,
+    slices,
+    sorted_pieces,
+    stable_argsort,
+    true_rows,
+)
 
 ORDER_PURPOSE, CUT_PURPOSE = "row order", "test split"
 _ROLES = ("label", "label_name", "group", "split")
@@ -104,7 +119,7 @@ def read_status_table(dataset: Dataset, tasks: Sequence[EncodeTask], rows: pa.Ta
 
 def _group_names(column: pa.ChunkedArray, ids: Sequence[str]) -> pa.Array:
     """Return groups as strings; a sample whose group is null forms its own group."""
-    values, codes = coded_column(column)
+    values, codes = coded_column(ColumnParts.of(column))
     names = [None if value is None else str(value) for value in values]
     return pa.array([ids[row] if (name := names[code]) is None else name for row, code in enumerate(codes.tolist())])
 
@@ -117,20 +132,47 @@ ReadTable = Callable[[int], pa.Table]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowData:
+class StoredRows:
+    """The row tables of all parts, read when they are needed."""
+
+    read_rows: ReadTable
+    num_parts: int
+
+    def ids_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
+        """Return the ids of some rows, in their order."""
+        return _read_cells(self.read_rows, self.num_parts, "id", rows)
+
+    def groups_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
+        """Return the names of the groups of some rows, in their order."""
+        return _read_cells(self.read_rows, self.num_parts, "group", rows)
+
+    def hash_rows(self, rows: NDArray[np.integer[Any]], *, seed: int, purpose: str) -> NDArray[np.uint64]:
+        """Return hash(seed, purpose, id) of distinct rows (b,), in their order, with 4 bytes a row besides the result.
+
+        The seed is that of the row tables.
+        """
+        num_rows = sum(self.read_rows(index).num_rows for index in range(self.num_parts))
+        hashes, position = np.zeros(len(rows), np.uint64), positions_of(rows, num_rows)
+        for part, table in _located_tables(self.read_rows, self.num_parts):
+            inside = np.flatnonzero(position[part] >= 0)
+            hashes[position[part][inside]] = table[f"hash {purpose}"].to_numpy()[inside]
+        return hashes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowData(StoredRows):
     """Columns of the n rows of a dataset, in dataset order; ids and hashes are read when they are needed.
 
-    label int32 (n,); split int8 (n,), an index in SPLITS; group int32 (n,) in [0, g), an index in `group_names`; None
-    without groups. Other fields: see Samples.
+    label int32 (n,); split int8 (n,), an index in SPLITS; group int32 (n,) in [0, g), in the order of the first rows of
+    the groups; None without groups. Other fields: see Samples. At most about 30 bytes a row are held while they are
+    read, whatever the number of groups.
     """
 
     dataset: Dataset
-    read_rows: ReadTable
-    num_parts: int
     labels: Labels
     split: NDArray[np.int8]
     group: NDArray[np.int32] | None
-    group_names: tuple[str, ...]
+    num_groups: int
 
     @classmethod
     def of(
@@ -148,21 +190,20 @@ class RowData:
         Raises:
             DatasetError: An id is null or not unique, or a label or a split cannot be read.
         """
-        _check_ids(dataset, read_rows, num_parts=num_parts)
-        column = _column_of_parts(read_rows, num_parts)
-        labels = _read_labels(dataset, column, edges)
-        group: NDArray[np.int32] | None = None
-        names: tuple[str, ...] = ()
-        if dataset.columns.group:
-            values, group = coded_column(column("group"))
-            names = tuple(map(str, values))
+        num_rows = _check_ids(dataset, read_rows, num_parts=num_parts)
+        column = _columns_of_parts(read_rows, num_parts, num_rows)
+        group, num_groups = _code_groups(column("group")) if dataset.columns.group else (None, 0)
+        names = column("label_name") if dataset.columns.label_name else None
+        labels = read_labels(dataset, column("label"), names, edges=edges)
         if dataset.columns.split:
             split = read_split_codes(column("split"), name=dataset.columns.split)
         else:
-            purpose = f"hash {CUT_PURPOSE}"
-            keys = column(purpose).to_numpy() if group is None else hash_rank(names, seed=seed, purpose=CUT_PURPOSE)
+            if group is None:
+                keys = _read_hashes(read_rows, num_parts, CUT_PURPOSE)
+            else:
+                keys = _hash_groups(read_rows, group, num_groups, seed=seed, purpose=CUT_PURPOSE)
             is_test = cut_by_keys(keys, labels.label, group, fraction=test_fraction)
-            split = np.where(is_test, SPLITS.index("test"), SPLITS.index("train")).astype(np.int8)
+            split = gather(np.array([SPLITS.index("train"), SPLITS.index("test")], np.int8), is_test.view(np.int8))
         return cls(
             dataset=dataset,
             read_rows=read_rows,
@@ -170,7 +211,7 @@ class RowData:
             labels=labels,
             split=split,
             group=group,
-            group_names=names,
+            num_groups=num_groups,
         )
 
     def __len__(self) -> int:
@@ -192,7 +233,7 @@ class RowData:
         return self.labels.names
 
     @property
-    def unknown(self) -> tuple[tuple[int, str], ...]:
+    def unknown(self) -> Sequence[tuple[int, str]]:
         """Row and label of each row whose label is not among the classes."""
         return self.labels.unknown
 
@@ -217,81 +258,189 @@ class RowData:
         """Index of each row's group (n,); None without groups."""
         return self.group
 
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Names of the groups (g,), read anew: an object per group."""
+        if self.group is None:
+            return ()
+        return tuple(name for names in _read_groups(self.read_rows, self.group, self.num_groups) for name in names)
+
     def hash_groups(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
         """Return hash(seed, purpose, name) of each group (g,)."""
-        return hash_rank(self.group_names, seed=seed, purpose=purpose)
+        if self.group is None:
+            return np.zeros(0, np.uint64)
+        return _hash_groups(self.read_rows, self.group, self.num_groups, seed=seed, purpose=purpose)
 
     def hash_ids(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
         """Return hash(seed, purpose, id) of each row (n,); the seed is that of the row tables."""
         return _read_hashes(self.read_rows, self.num_parts, purpose)
 
-    def ids_of(self, rows: NDArray[np.intp]) -> NDArray[np.object_]:
-        """Return the ids of some rows, in their order."""
-        return _ids_of(self.read_rows, self.num_parts, rows)
+    def sorted_ids(self) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
+        """Yield all rows in pieces, in the order of the hashes of their ids, with these."""
+        return _sorted_rows(self.read_rows, self.num_parts, f"hash {ORDER_PURPOSE}", len(self))
 
-    def canonical_order(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+    def canonical_order(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         """Return rows in the order of the hashes of their ids, see hashing.canonical_order."""
-        hashes = self.hash_ids(seed=0, purpose=ORDER_PURPOSE)[rows]
-        order = np.argsort(hashes, kind="stable")
-        ordered, hashes = rows[order], hashes[order]
-        for start in np.flatnonzero(np.diff(hashes) == 0).tolist():  # of 10^7 ids in one of 370,000 sets
-            same = slice(start, start + int((hashes[start:] == hashes[start]).argmin() or len(hashes) - start))
-            ordered[same] = ordered[same][np.argsort(self.ids_of(ordered[same]).astype(str))]
+        hashes = self.hash_rows(rows, seed=0, purpose=ORDER_PURPOSE)
+        ordered, start = np.empty(len(rows), index_type(len(self))), 0
+        for piece in sorted_pieces(hashes):
+            own, own_hashes = rows[piece], hashes[piece]
+            for first in np.flatnonzero(np.diff(own_hashes) == 0).tolist():  # of 10^7 ids in one of 370,000 sets
+                same = np.flatnonzero(own_hashes == own_hashes[first])
+                own[same] = own[same][np.argsort(self.ids_of(own[same]).astype(str))]
+            ordered[start : start + len(own)] = own
+            start += len(own)
         return ordered
 
 
-def _ids_of(read_rows: ReadTable, num_parts: int, rows: NDArray[np.intp]) -> NDArray[np.object_]:
-    names = np.empty(len(rows), dtype=object)
+def _located_tables(read: ReadTable, num_parts: int) -> Iterator[tuple[slice, pa.Table]]:
+    """Yield the table of each part with its rows."""
+    first = 0
+    for index in range(num_parts):
+        table = read(index)
+        yield slice(first, first + table.num_rows), table
+        first += table.num_rows
+
+
+def _read_cells(read_rows: ReadTable, num_parts: int, name: str, rows: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
+    """Return the texts of a column in some rows, in their order."""
+    cells = np.empty(len(rows), dtype=object)
+    order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
     first = 0
     for index in range(num_parts if len(rows) else 0):
-        ids = read_rows(index)["id"]
-        inside = np.flatnonzero((rows >= first) & (rows < first + len(ids)))
-        if len(inside):
-            names[inside] = ids.take(pa.array(rows[inside] - first)).to_pylist()
-        first += len(ids)
-    return names
+        if first > ordered[-1]:
+            break
+        column = read_rows(index)[name]
+        start, stop = np.searchsorted(ordered, np.array([first, first + len(column)], ordered.dtype))
+        if stop > start:
+            cells[order[start:stop]] = column.take(pa.array(ordered[start:stop] - first)).to_pylist()
+        first += len(column)
+    return cells
 
 
 def _read_hashes(read_rows: ReadTable, num_parts: int, purpose: str) -> NDArray[np.uint64]:
-    return np.concatenate([np.array(read_rows(index)[f"hash {purpose}"].to_numpy()) for index in range(num_parts)])
+    """Return the hashes of all rows (n,), a part at a time."""
+    num_rows = sum(read_rows(index).num_rows for index in range(num_parts))
+    hashes = np.empty(num_rows, np.uint64)
+    for part, table in _located_tables(read_rows, num_parts):
+        hashes[part] = table[f"hash {purpose}"].to_numpy()
+    return hashes
 
 
-def _column_of_parts(read_rows: ReadTable, num_parts: int) -> Callable[[str], pa.ChunkedArray]:
-    """Return a function that reads a column of all parts."""
+def _sorted_rows(
+    read: ReadTable, num_parts: int, name: str, num_rows: int
+) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
+    """Yield all rows in the order of a column of words, and these, in pieces; equal ones in the order of the rows."""
+    piece_of_row = np.empty(num_rows, np.uint8)
+    for part, table in _located_tables(read, num_parts):
+        piece_of_row[part] = piece_of(table[name].to_numpy(), num_rows)
+    for piece in range(NUM_PIECES):
+        rows, words = [], []
+        for part, table in _located_tables(read, num_parts):
+            inside = np.flatnonzero(piece_of_row[part] == piece)
+            words.append(table[name].to_numpy()[inside])
+            rows.append((inside + part.start).astype(index_type(num_rows)))
+        own_rows, own_words = np.concatenate(rows), np.concatenate(words)
+        if len(own_rows):
+            order = stable_argsort(own_words)
+            yield own_rows[order], own_words[order]
 
-    def column(name: str) -> pa.ChunkedArray:
-        tables = [read_rows(index).select([name]) for index in range(num_parts)]
-        return pa.concat_tables(tables, promote_options="permissive")[name]
+
+def _columns_of_parts(read_rows: ReadTable, num_parts: int, num_rows: int) -> Callable[[str], ColumnParts]:
+    """Return a function that returns a column of all parts, of the type that holds the values of all."""
+
+    def column(name: str) -> ColumnParts:
+        schemas = [read_rows(index).select([name]).schema.remove_metadata() for index in range(num_parts)]
+        empty = pa.unify_schemas(schemas, promote_options="permissive").empty_table()
+
+        def read(index: int) -> pa.ChunkedArray:
+            table = read_rows(index).select([name]).replace_schema_metadata()
+            return pa.concat_tables([empty, table], promote_options="permissive")[name]
+
+        return ColumnParts(num_rows=num_rows, num_parts=num_parts, read=read)
 
     return column
 
 
-def _read_labels(dataset: Dataset, column: Callable[[str], pa.ChunkedArray], edges: Sequence[float]) -> Labels:
-    roles = dataset.columns
-    columns = {roles.label: column("label")}
-    if roles.label_name:
-        columns[roles.label_name] = column("label_name")
-    return read_labels(dataset, pa.table(columns), edges=edges)
+def _code_groups(column: ColumnParts) -> tuple[NDArray[np.int32], int]:
+    """Return the index of each row's group (n,), in the order of the first rows of the groups, and their number.
+
+    Groups may be as many as rows: names are told apart by 128 bits of hashes, those of each part's distinct names.
+    """
+    codes = np.empty(column.num_rows, np.int32)
+    hashes: list[list[NDArray[np.uint64]]] = [[], []]
+    num_names = 0
+    for rows, part in column.located():
+        names, own = coded_part(part)
+        codes[rows] = own + num_names
+        num_names += len(names)
+        for number in (0, 1):
+            hashes[number].append(hash_ids(names, seed=number, purpose="group"))
+    high, low = (np.concatenate([np.zeros(0, np.uint64), *hashes.pop(0)]) for _ in (0, 1))
+    code_of_name = np.arange(num_names, dtype=np.int32)  # first the first name that is equal to each
+    for piece in sorted_pieces(high):
+        if not (np.diff(high[piece]) == 0).any():
+            continue
+        piece = piece[np.lexsort((piece, low[piece], high[piece]))]
+        is_first = np.r_[True, (np.diff(high[piece]) != 0) | (np.diff(low[piece]) != 0)]
+        code_of_name[piece] = piece[np.maximum.accumulate(np.where(is_first, np.arange(len(piece)), 0))]
+    del high, low
+    code_of_first, num_groups = np.empty(num_names, np.int32), 0
+    for rows in slices(num_names):
+        is_first = code_of_name[rows] == np.arange(rows.start, rows.stop)
+        code_of_first[rows] = num_groups - 1 + np.cumsum(is_first)
+        num_groups += int(is_first.sum())
+    code_of_name = gather(code_of_first, code_of_name, out=code_of_name)
+    return gather(code_of_name, codes, out=codes), num_groups
 
 
-def _check_ids(dataset: Dataset, read_rows: ReadTable, *, num_parts: int) -> None:
-    """Raise DatasetError for ids that are null or not unique."""
+def _read_groups(read_rows: ReadTable, group: NDArray[np.int32], num_groups: int) -> Iterator[list[str]]:
+    """Yield the names of the groups (g,), of each part those whose first row it has."""
+    first, num_read, index = 0, 0, 0
+    while num_read < num_groups:
+        column = read_rows(index)["group"]
+        codes = group[first : first + len(column)]
+        is_first = codes > np.maximum.accumulate(np.r_[np.int32(num_read - 1), codes])[:-1]
+        names = column.take(pa.array(np.flatnonzero(is_first))).to_pylist()
+        yield names
+        first, num_read, index = first + len(column), num_read + len(names), index + 1
+
+
+def _hash_groups(
+    read_rows: ReadTable, group: NDArray[np.int32], num_groups: int, *, seed: int, purpose: str
+) -> NDArray[np.uint64]:
+    hashes, start = np.empty(num_groups, np.uint64), 0
+    for names in _read_groups(read_rows, group, num_groups):
+        hashes[start : start + len(names)] = hash_rank(names, seed=seed, purpose=purpose)
+        start += len(names)
+    return hashes
+
+
+def _check_ids(dataset: Dataset, read_rows: ReadTable, *, num_parts: int) -> int:
+    """Raise DatasetError for ids that are null or not unique; return the number of rows."""
     for name in dataset.columns.id:
         metadata = [read_rows(index).schema.metadata or {} for index in range(num_parts)]
         if num_null := sum(int(stated.get(f"null {name}".encode(), b"0")) for stated in metadata):
             raise DatasetError(
                 f"column {name!r} has {num_null} rows without an id: give each row one, or pass --id none"
             )
-    hashes = np.sort(_read_hashes(read_rows, num_parts, ORDER_PURPOSE))
-    repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    hashes = _read_hashes(read_rows, num_parts, ORDER_PURPOSE)
+    num_rows = len(hashes)
+    hashes.sort()
+    repeated = repeated_in(hashes)
     if not len(repeated):
-        return
-    rows = np.flatnonzero(np.isin(_read_hashes(read_rows, num_parts, ORDER_PURPOSE), repeated))
-    names = [name for name, count in Counter(_ids_of(read_rows, num_parts, rows)).items() if count > 1]
+        return num_rows
+    is_repeated = np.zeros(num_rows, bool)
+    for part, table in _located_tables(read_rows, num_parts):
+        is_repeated[part] = contains(repeated, table[f"hash {ORDER_PURPOSE}"].to_numpy())
+    ids = _read_cells(read_rows, num_parts, "id", true_rows(is_repeated))
+    names = [name for name, count in Counter(ids).items() if count > 1]
     if names and dataset.columns.id:
         raise repeated_ids(names, columns=dataset.columns.id, way_out=unique_columns(dataset))
     if names:
         raise repeated_ids(names)
+    return num_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,20 +456,21 @@ class EncodedData:
         """The modalities of the dataset."""
         return self.samples.dataset.modalities
 
+    def _masks(self, kind: str) -> Iterator[tuple[slice, NDArray[np.bool_]]]:
+        """Yield the rows of each part, and a mask of them in each modality (rows, m)."""
+        names = [f"{kind} {modality.name}" for modality in self.modalities]
+        for part, table in _located_tables(self.read_status, self.samples.num_parts):
+            yield part, np.stack([table[name].to_numpy(zero_copy_only=False) for name in names], axis=1)
+
     def _read(self, kind: str) -> NDArray[np.bool_]:
-        masks = np.empty((len(self.samples), len(self.modalities)), dtype=bool)
-        start = 0
-        for index in range(self.samples.num_parts):
-            table = self.read_status(index)
-            for number, modality in enumerate(self.modalities):
-                column = table[f"{kind} {modality.name}"].to_numpy(zero_copy_only=False)
-                masks[start : start + len(table), number] = column
-            start += table.num_rows
-        return masks
+        masks = np.empty((len(self.modalities), len(self.samples)), dtype=bool)
+        for part, mask in self._masks(kind):
+            masks[:, part] = mask.T
+        return masks.T
 
     @property
     def usable(self) -> NDArray[np.bool_]:
-        """Whether each modality of each row was encoded, (n, m)."""
+        """Whether each modality of each row was encoded, (n, m); each column is contiguous."""
         return self._read("usable")
 
     @property
@@ -328,17 +478,47 @@ class EncodedData:
         """Whether the row lacks the modality in the source, (n, m)."""
         return self._read("missing")
 
-    def content_word(self, number: int) -> NDArray[np.uint64]:
-        """Return the first or the second word of the content digest of each row, (n,)."""
+    @property
+    def is_scorable(self) -> NDArray[np.bool_]:
+        """Which rows (n,) have at least two usable modalities and no damaged one."""
+        mask = np.empty(len(self.samples), dtype=bool)
+        for (part, usable), (_, missing) in zip(self._masks("usable"), self._masks("missing"), strict=True):
+            mask[part] = scorable_rows(usable, missing)
+        return mask
+
+    def sorted_contents(self) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
+        """Yield all rows in pieces, in the order of the first words of their content digests, with these."""
+        return _sorted_rows(self.read_status, self.samples.num_parts, "high", len(self.samples))
+
+    def content_word(self, number: int, rows: NDArray[np.integer[Any]] | None = None) -> NDArray[np.uint64]:
+        """Return the first or the second word of the content digest of these rows (b,), ascending; None: of all."""
         name = ("high", "low")[number]
-        tables = range(self.samples.num_parts)
-        return np.concatenate([np.array(self.read_status(index)[name].to_numpy()) for index in tables])
+        words, start = np.empty(len(self.samples) if rows is None else len(rows), np.uint64), 0
+        for part, table in _located_tables(self.read_status, self.samples.num_parts):
+            column = table[name].to_numpy()
+            if rows is not None:
+                stop = int(np.searchsorted(rows, rows.dtype.type(part.stop)))  # of another type, it would be copied
+                column = column[rows[start:stop] - part.start]
+            words[start : start + len(column)] = column
+            start += len(column)
+        return words
 
     @property
-    def recurs(self) -> NDArray[np.bool_]:
-        """Whether the content of each modality recurs by chance, (n, m); needed only where there are copies."""
-        statuses = [read_status(self.tasks, modality, None) for modality in self.modalities]
-        return np.stack([status.recurs for status in statuses], axis=1)
+    def is_distinctive(self) -> NDArray[np.bool_]:
+        """Which rows (n,) have a modality whose content does not recur by chance; needed where there are copies."""
+        is_distinctive, usable = np.zeros(len(self.samples), dtype=bool), np.empty(len(self.samples), dtype=bool)
+        for number, modality in enumerate(self.modalities):
+            for part, mask in self._masks("usable"):
+                usable[part] = mask[:, number]
+
+            def contents(index: int, modality: Modality = modality) -> NDArray[np.bytes_]:
+                return content_of(read_arrow(self.tasks[index].file(modality)))
+
+            recurs = recurring_rows(self.tasks, UsableRows(modality=modality, usable=usable), contents)
+            np.logical_not(recurs, out=recurs)
+            recurs &= usable
+            is_distinctive |= recurs
+        return is_distinctive
 
     def problems(self, rows: NDArray[np.bool_]) -> Iterator[tuple[int, str, Reason, str]]:
         """Yield row, modality, reason and detail of what is not usable in the rows of a mask (n,), by modality."""

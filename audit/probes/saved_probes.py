@@ -36,7 +36,8 @@ def save_probes(probe_set: ProbeSet, cross_fit: CrossFit, folder: Path) -> None:
     joint = () if probe_set.joint is None else (probe_set.joint,)
     for calibrated in (*probe_set.probes, *joint):
         tensors, stated = _probe_tensors(calibrated.probe)
-        scale = [calibrated.scale[int((cross_fit.fold == fold).argmax())] for fold in range(cross_fit.num_folds)]
+        first = [cross_fit.fold[int((cross_fit.fold == fold).argmax())] for fold in range(cross_fit.num_folds)]
+        scale = calibrated.fold_scale[first]  # of a fold without samples that of another
         tensors["fold_scale"] = torch.from_numpy(np.array(scale, dtype=np.float32))
         if calibrated.anchor is not None:
             tensors["anchor"] = torch.from_numpy(calibrated.anchor)
@@ -67,7 +68,7 @@ def load_probes(
     present: NDArray[np.bool_],
     target: Target,
     cross_fits: Sequence[CrossFit],
-    samples: NDArray[np.intp],
+    samples: NDArray[np.integer[Any]],
     device: str,
 ) -> ProbeSet:
     """Read the probes for n samples with these inputs.
@@ -98,10 +99,10 @@ def load_probes(
                 inputs=own_inputs,
                 present=own_present,
                 probe=_probe_of(tensors, stated, own_inputs, cross_fits, samples),
-                scale=tensors["fold_scale"].cpu().numpy()[fold],
+                fold_scale=tensors["fold_scale"].cpu().numpy(),
+                fold=fold,
                 calibration=Calibration(**stated["calibration"]),
                 anchor=None if anchor is None else anchor.cpu().numpy(),
-                fold=None if anchor is None else fold,
             )
         )
     joint = calibrated.pop() if files[-1] == _JOINT and len(files) > len(names) else None
@@ -154,7 +155,7 @@ def _probe_of(
     stated: Mapping[str, Any],
     inputs: Inputs,
     cross_fits: Sequence[CrossFit],
-    samples: NDArray[np.intp],
+    samples: NDArray[np.integer[Any]],
 ) -> Probe:
     if stated["kind"] == "network":
         outputs = (tensors[name].cpu().numpy()[:, samples] for name in ("by_repeat", "by_epoch"))
