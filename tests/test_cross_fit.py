@@ -57,9 +57,7 @@ def test_subsample_has_the_smallest_keys() -> None:
     left_out = [row for row in range(90) if row % 6 and row not in fit_rows.rows]
     assert len(fit_rows.rows) == 20
     assert key[fit_rows.rows].max() < key[left_out].min()
-    np.testing.assert_array_equal(
-        np.sort(fit_rows.rows), smallest_rows(CROSS_FITS[0].fits, key, max_rows=20)
-    )
+    np.testing.assert_array_equal(np.sort(fit_rows.rows), smallest_rows(CROSS_FITS[0].fits, key, max_rows=20))
 
 
 def test_can_choose_is_false_without_holdout_rows() -> None:

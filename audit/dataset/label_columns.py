@@ -330,17 +330,20 @@ def _number_strata(bits: NDArray[np.uint8], label: NDArray[np.int32], label_name
     Sets of more than 64 labels are told apart by a hash of 64 bits.
     """
     words = _words(bits)
-    distinct, counts = np.unique(words[label >= 0], return_counts=True)
-    is_common = counts >= MIN_STRATUM
+    ordered = words[label >= 0]
+    ordered.sort()
     # Names with a separator may make one name of different sets, which are one stratum then.
-    by_name = any("|" in name or name == NO_NAMES for name in label_names)
-    named = distinct if by_name else distinct[is_common]
+    min_rows = 1 if any("|" in name or name == NO_NAMES for name in label_names) else MIN_STRATUM
+    named = _runs_of(ordered, min_rows)
+    counts = np.searchsorted(ordered, named, side="right") - np.searchsorted(ordered, named)
+    has_other = int(counts.sum()) < len(ordered)
+    del ordered
     names = _set_names(named, words, bits, label, label_names)
     num_rows = Counter[str]()
-    for name, count in zip(names, (counts if by_name else counts[is_common]).tolist(), strict=True):
+    for name, count in zip(names, counts.tolist(), strict=True):
         num_rows[name] += count
     common = sorted(name for name, count in num_rows.items() if count >= MIN_STRATUM)
-    has_other = len(common) < len(num_rows) if by_name else not is_common.all()
+    has_other |= len(common) < len(num_rows)
     strata = [*common, *([OTHER] if has_other else [])]
     number_of = {name: number for number, name in enumerate(strata)}
     number = np.array([number_of.get(name, len(strata) - 1) for name in names], np.int32)
@@ -350,6 +353,20 @@ def _number_strata(bits: NDArray[np.uint8], label: NDArray[np.int32], label_name
         own[inside] = number[np.searchsorted(named, words[part][inside])]
         label[part] = np.where(label[part] < 0, label[part], own)
     return tuple(strata)
+
+
+def _runs_of(ordered: NDArray[np.uint64], min_rows: int) -> NDArray[np.uint64]:
+    """Return the distinct values that ascending ones have at least `min_rows` times."""
+    last = len(ordered) - min_rows + 1  # a run may start before it
+    found = [ordered[:0]]
+    for part in slices(max(0, last)):
+        own = ordered[part]
+        is_run = own == ordered[part.start + min_rows - 1 : part.stop + min_rows - 1]
+        before = ordered[max(0, part.start - 1) : part.stop - 1]
+        is_first = own[len(own) - len(before) :] != before
+        is_run[len(own) - len(before) :] &= is_first
+        found.append(own[is_run])
+    return np.concatenate(found)
 
 
 def _words(bits: NDArray[np.uint8]) -> NDArray[np.uint64]:
