@@ -178,7 +178,7 @@ def peak_of_select(stored: Stored) -> int:
     tracemalloc.start()
     try:
         run_select(stored)
-        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
+        return int(tracemalloc.get_traced_memory()[1] + pool.max_memory())
     finally:
         tracemalloc.stop()
         pa.set_memory_pool(default)
@@ -266,7 +266,7 @@ def test_selection_is_that_of_sorted_columns(name: str, tmp_path: Path) -> None:
         assert selection.target.values is not None
         np.testing.assert_array_equal(np.asarray(selection.target.values), np.asarray(data.labels.values)[row])
     groups = None
-    if case.group:
+    if data.group is not None:
         names = np.array(rows["group"].to_pylist())
         np.testing.assert_array_equal(np.array(data.group_names)[data.group], names)
         groups, group = np.unique(data.group[row], return_inverse=True)
