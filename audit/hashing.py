@@ -9,11 +9,13 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 
@@ -28,16 +30,22 @@ def hash_rank(keys: Iterable[str], *, seed: int, purpose: str) -> NDArray[np.uin
     return np.frombuffer(bytes(digests), dtype="<u8").astype(np.uint64)
 
 
-def canonical_order(ids: NDArray[np.object_]) -> NDArray[np.intp]:
+def canonical_order(ids: NDArray[np.object_] | pa.Array) -> NDArray[np.intp]:
     """Return the order (n,) of unique ids by their hashes, which does not depend on the order of the rows.
 
     Sorted by hash, not by id, so that every k-th row is a fair sample where ids follow a pattern.
     """
-    hashes = hash_rank(ids, seed=0, purpose="row order")
+    hashes = hash_rank(iterate_strings(ids) if isinstance(ids, pa.Array) else ids, seed=0, purpose="row order")
     order = np.argsort(hashes, kind="stable")
     if (np.diff(hashes[order]) == 0).any():  # two 64-bit hashes collide in one of 370,000 sets of 10^7 ids
-        order = np.array(sorted(range(len(ids)), key=lambda row: (hashes[row], ids[row])), dtype=np.intp)
+        order = np.array(sorted(range(len(ids)), key=lambda row: (hashes[row], str(ids[row]))), dtype=np.intp)
     return order
+
+
+def iterate_strings(strings: pa.Array | pa.ChunkedArray) -> Iterator[str]:
+    """Yield the strings of an Arrow column, of which few are Python objects at a time."""
+    for start in range(0, len(strings), _STRINGS):
+        yield from strings.slice(start, _STRINGS).to_pylist()
 
 
 def hash_ids(ids: pa.Array, *, seed: int, purpose: str) -> NDArray[np.uint64]:
@@ -66,6 +74,53 @@ def hash_ids(ids: pa.Array, *, seed: int, purpose: str) -> NDArray[np.uint64]:
 
 
 _ONES = np.uint64(2**64 - 1)
+_STRINGS = 1 << 14  # Python objects at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdIndex:
+    """An index of unique ids (n,), large strings: 16 bytes an id besides them.
+
+    keys (n,): their hashes with `seed`, ascending and unique; order (n,): the id of each.
+
+    Example:
+        >>> index = IdIndex.of(pa.array(["a", "b", "c"], pa.large_string()))
+        >>> index.find(pa.array(["x", "c"]))
+        (array([2]), array([1]))
+    """
+
+    ids: pa.LargeStringArray
+    keys: NDArray[np.uint64]
+    order: NDArray[np.intp]
+    seed: int
+
+    @classmethod
+    def of(cls, ids: pa.LargeStringArray) -> IdIndex:
+        """Index unique ids (n,). Raises ValueError for repeated ones and nulls."""
+        seed = 0
+        while True:
+            hashes = hash_ids(ids, seed=seed, purpose="id index")
+            order = np.argsort(hashes)
+            keys = hashes[order]
+            is_repeated = np.r_[False, keys[1:] == keys[:-1]]
+            if not is_repeated.any():
+                return cls(ids=ids, keys=keys, order=order, seed=seed)
+            same = ids.filter(pa.array(np.isin(hashes, keys[is_repeated]))).to_pylist()
+            if len(set(same)) < len(same):
+                raise ValueError(f"{len(same) - len(set(same))} ids are repeated")
+            seed += 1  # two hashes are equal in one of 370,000 sets of 10^7 ids
+
+    def find(self, names: pa.Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Return the positions in `ids` (f,) of the names that are among them, and their positions in `names` (f,)."""
+        if not len(self.ids) or not len(names):
+            return np.zeros(0, np.intp), np.zeros(0, np.intp)
+        hashes = hash_ids(names, seed=self.seed, purpose="id index")
+        place = np.minimum(np.searchsorted(self.keys, hashes), len(self.keys) - 1)
+        found = np.flatnonzero(self.keys[place] == hashes)
+        positions = self.order[place[found]]
+        same = pc.equal(self.ids.take(pa.array(positions)), names.take(pa.array(found)).cast(pa.large_string()))
+        is_same = same.to_numpy(zero_copy_only=False)
+        return positions[is_same], found[is_same]
 
 
 def splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -32,6 +32,7 @@ from unittest import mock
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -98,11 +99,11 @@ def draw(size: Size) -> Examples:
         inputs.append(MatrixInputs(matrix=means[label] + rng.standard_normal((n, size.features), dtype=np.float32)))
     split = np.array(["train"] * size.rows + ["validation"] * 512 + ["test"] * 512, dtype=object)
     return Examples(
-        sample_id=np.array([f"s{number}" for number in range(n)], dtype=object),
+        sample_id=pa.array([f"s{number}" for number in range(n)], pa.large_string()),
         inputs=tuple(inputs),
         shapes=((size.features,),) * 2,
         present=np.ones((n, 2), dtype=bool),
-        content=np.array([f"c{number}" for number in range(n)], dtype=object),
+        content=np.array([f"c{number}" for number in range(n)], dtype="S32"),
         modalities=("audio", "visual"),
         label=label,
         class_names=tuple(str(number) for number in range(NUM_CLASSES)),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,11 +38,11 @@ def draw(num_clips: int, *, size: int, mel: tuple[int, int], num_frames: int = F
     split = np.array(["train"] * (num_clips - 64) + ["validation"] * 32 + ["test"] * 32, dtype=object)
     nothing: dict[str, Any] = {name: np.zeros(num_clips) for name in ("discrepancy", "balance", "p_balanced")}
     return Examples(
-        sample_id=np.array([f"s{number}" for number in range(num_clips)], dtype=object),
+        sample_id=pa.array([f"s{number}" for number in range(num_clips)], pa.large_string()),
         inputs=(MatrixInputs(matrix=sound), MatrixInputs(matrix=frames)),
         shapes=(mel, (num_frames, size, size, 3)),
         present=np.ones((num_clips, 2), dtype=bool),
-        content=np.array([f"c{number}" for number in range(num_clips)], dtype=object),
+        content=np.array([f"c{number}" for number in range(num_clips)], dtype="S32"),
         modalities=("audio", "visual"),
         label=label,
         class_names=tuple(str(number) for number in range(CLASSES)),

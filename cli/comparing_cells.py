@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError, RunError, TrainError
@@ -24,7 +27,7 @@ from ..audit.hashing import digest
 from ..audit.parsing import RequiredKeys, plain
 from ..audit.storage import atomic_folder, read_json, write_json
 from ..audit.workers import Progress, no_progress
-from ..rebalance.manifest import read_dropped
+from ..rebalance.manifest import read_dropped_batches
 from ..rebalance.score_tables import check_same_dataset
 from ..train.balancing import BALANCERS
 from ..train.comparison_cells import (
@@ -196,7 +199,7 @@ def _load(loading: Loading, progress: Progress) -> LoadedManifests:
 
 def _with_common_test(examples: Mapping[str, Examples]) -> tuple[dict[str, Examples], NDArray[np.object_]]:
     """Restrict the test samples to those of all manifests; the others are left out."""
-    test_ids = {name: set(entry.sample_id[entry.rows("test")]) for name, entry in examples.items()}
+    test_ids = {name: set(entry.ids(entry.rows("test"))) for name, entry in examples.items()}
     common = set.intersection(*test_ids.values())
     if not common:
         raise ManifestError(
@@ -205,7 +208,7 @@ def _with_common_test(examples: Mapping[str, Examples]) -> tuple[dict[str, Examp
         )
     first = next(iter(examples.values()))
     for name, entry in examples.items():
-        learned = set(entry.sample_id[np.isin(entry.split.astype(str), ("train", "validation"))])
+        learned = set(entry.ids(np.flatnonzero(np.isin(entry.split.astype(str), ("train", "validation")))))
         if leaked := learned & set.union(*test_ids.values()):
             raise ManifestError(
                 f"{name} trains on test samples of another manifest (the first: {min(leaked)}): compare manifests of "
@@ -219,10 +222,10 @@ def _with_common_test(examples: Mapping[str, Examples]) -> tuple[dict[str, Examp
             )
     restricted = {}
     for name, entry in examples.items():
-        is_common = np.isin(entry.sample_id.astype(str), np.array(sorted(common), dtype=str))
+        is_common = pc.is_in(entry.sample_id, value_set=pa.array(sorted(common), pa.large_string())).to_numpy(False)
         restricted[name] = replace(entry, split=np.where((entry.split == "test") & ~is_common, "unused", entry.split))
     example = restricted[next(iter(restricted))]
-    return restricted, example.sample_id[example.rows("test")]
+    return restricted, example.ids(example.rows("test"))
 
 
 def _in_memory(examples: Examples, num_manifests: int) -> Examples:
@@ -230,18 +233,18 @@ def _in_memory(examples: Examples, num_manifests: int) -> Examples:
     size = sum(4 * matrix.num_rows * matrix.num_features for matrix in examples.inputs)
     if size * num_manifests > _MAX_RESIDENT:
         return examples
-    rows = np.arange(len(examples.sample_id))
+    rows = np.arange(len(examples))
     return replace(examples, inputs=tuple(MatrixInputs(matrix=matrix.read(rows)) for matrix in examples.inputs))
 
 
 def _groups(source: ManifestSource, test_ids: NDArray[np.object_]) -> list[str] | None:
     """Return the group of each test sample; None without groups."""
-    tables = [source.manifest.table, read_dropped(source.path, source.manifest)]
+    columns = ["sample_id", "group"]
+    dropped = read_dropped_batches(source.path, source.manifest, columns=columns)
     group_of = {
         sample_id: group
-        for table in tables
-        if table is not None and "group" in table.column_names
-        for sample_id, group in zip(table["sample_id"].to_pylist(), table["group"].to_pylist(), strict=True)
+        for batch in chain(source.manifest.batches(columns), dropped or ())
+        for sample_id, group in zip(batch["sample_id"].to_pylist(), batch["group"].to_pylist(), strict=True)
     }
     groups = [group_of.get(sample_id) for sample_id in test_ids]
     return None if any(group is None for group in groups) else [str(group) for group in groups]
@@ -258,7 +261,7 @@ def made_by(cell: Cell, loaded: LoadedManifests) -> dict[str, str]:
     """Return digests of what a cell depends on: code, data, settings."""
     examples = loaded.examples[cell.manifest]
     scores = loaded.sources[cell.manifest].manifest.provenance.get("scores", {})
-    texts = [examples.sample_id, examples.content, examples.split, examples.label]
+    texts = [examples.ids(), examples.content.astype(str), examples.split, examples.label]
     preprocessing = json.dumps([scores.get("fingerprint"), scores.get("modalities")], sort_keys=True, default=str)
     settings = decisive_settings(plain(cell.config.training()))
     shuffled, finetune = cell.method.shuffled, cell.config.finetune

@@ -25,7 +25,7 @@ def write_predictions(result: Finetuned, examples: Examples, folder: Path) -> di
     label, predicted = examples.label[test], result.predictions.argmax(axis=1)
     table = pa.table(
         {
-            "sample_id": examples.sample_id[test],
+            "sample_id": pa.array(examples.ids(test), pa.string()),
             "label": label,
             "predicted": predicted,
             "correct": predicted == label,

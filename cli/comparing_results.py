@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..audit.storage import write_json, write_parquet, write_text
-from ..rebalance.manifest import read_dropped
+from ..rebalance.manifest import dropped_path, read_num_rows
 from ..train.comparison import Comparison, build_comparison
 from ..train.comparison_findings import Filtering, StudyDesign
 from ..train.difference import Condition
@@ -92,8 +92,8 @@ def study_design(cells: Sequence[Cell], loaded: LoadedManifests) -> StudyDesign:
 
 def _recipe(source: ManifestSource) -> dict[str, Any]:
     """Return the recipe of a manifest, and whether it leaves samples out (`drops`)."""
-    dropped = read_dropped(source.path, source.manifest)
-    drops = dropped is not None and dropped.num_rows > 0
+    dropped = dropped_path(source.path)
+    drops = dropped.exists() and read_num_rows(dropped) > 0
     return {**source.manifest.provenance.get("recipe", {}), "drops": drops}
 
 

@@ -13,7 +13,7 @@ from ..audit.features.encoders import ENCODERS, is_network, is_pretrained
 from ..audit.media.files import MediaConfig
 from ..audit.parsing import build_config, plain, provenance_section
 from ..rebalance.curriculum import OrderConfig
-from ..rebalance.manifest import Manifest
+from ..rebalance.manifest import Manifest, ManifestFile, states_split
 from ..train.examples import Examples
 from ..train.sampling import SAMPLERS
 from .config import NETWORK_FIELDS, Given, RunConfig, without_none
@@ -118,7 +118,7 @@ def _order_fields(order: OrderConfig) -> tuple[str, ...]:
 
 
 def effects_in_training(
-    config: RunConfig, manifest: Manifest, examples: Examples, *, modalities: Sequence[Modality] = ()
+    config: RunConfig, manifest: Manifest | ManifestFile, examples: Examples, *, modalities: Sequence[Modality] = ()
 ) -> HasEffect:
     """Return whether a setting has an effect in `finetune`; the methods of the config are resolved.
 
@@ -137,7 +137,7 @@ def effects_in_training(
     used |= {f"optim.{field.name}" for field in fields(optim)}
     masks = {f"augment.{name}" for name in ("time_masks", "time_share", "band_masks", "band_share")}
     for keys, has_effect in (
-        ({"finetune.validation_fraction"}, "validation" not in manifest.strings("split")),
+        ({"finetune.validation_fraction"}, not states_split(manifest, "validation")),
         ({"optim.momentum"}, optim.optimizer == "sgd"),
         ({"optim.lr_step", "optim.lr_fall"}, optim.schedule == "step"),
         ({"augment.pictures", "network.normalise_pictures"}, pictures),
@@ -171,7 +171,7 @@ def scored_settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return provenance_section(provenance_section(dict(provenance), "scores"), "config")
 
 
-def check_media_settings(given: Given, manifest: Manifest) -> None:
+def check_media_settings(given: Given, manifest: Manifest | ManifestFile) -> None:
     """Raise ConfigError for a media setting other than that of the scores, by which the features were encoded.
 
     A setting that no modality of the scores depends on is not refused: it has no effect, see `warn_without_effect`.

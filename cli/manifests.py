@@ -395,13 +395,7 @@ def _contents_of_source(
 
 def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.dtype[np.intp]]:
     """Return the rows that fine-tuning trains on: without validation rows and those that keep_posterior excludes."""
-    split = with_validation(
-        manifest.table,
-        manifest.strings("sample_id"),
-        np.asarray(manifest.numbers("label"), dtype=np.int32),
-        fraction=config.finetune.validation_fraction,
-        seed=config.seed,
-    )
+    split = with_validation(manifest.table, fraction=config.finetune.validation_fraction, seed=config.seed)
     rows = training_rows(split, manifest.numbers("p_balanced"), keep_posterior=config.finetune.keep_posterior)
     if len(rows) == 0:
         raise ManifestError("the manifest holds no rows of the training split: nothing to order")

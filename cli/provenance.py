@@ -22,7 +22,7 @@ from ..audit.parsing import build_config, provenance_section
 from ..audit.remote.paths import is_url, source_path
 from ..audit.scores.table import RANGES, SCHEMA_VERSION
 from ..audit.storage import read_json, write_json
-from ..rebalance.manifest import Digests, Manifest, balance_path, read_stated_digests
+from ..rebalance.manifest import Digests, Manifest, ManifestFile, balance_path, read_stated_digests
 from .config import RunConfig, without_none
 from .run import RUN_SCHEMA, Run
 
@@ -412,7 +412,7 @@ def _doubt(encoder: str, origin: Origin) -> str:
     return f"{encoder} was {scored_location} when the run was scored and is {current_location} now"
 
 
-def saw_test_labels(manifest: Manifest) -> bool:
+def saw_test_labels(manifest: Manifest | ManifestFile) -> bool:
     """Return whether the probes behind a manifest's scores were fitted on test samples too."""
     config = manifest.provenance.get("scores", {}).get("config", {})
     return bool(config.get("probe", {}).get("learn_from") != "train")

@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ..audit.engine.executors import choose_engine
 from ..audit.errors import ConfigError, ManifestError, RunError, choices, quarantine_table
 from ..audit.features.encoders import function_file, function_version
+from ..audit.hashing import IdIndex
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parsing import build_config
 from ..audit.storage import write_json, write_parquet, write_text
 from ..audit.workers import Progress, default_workers, no_progress
-from ..rebalance.manifest import read_manifest
+from ..rebalance.manifest import ManifestFile
 from ..train.backbones import check_lora
 from ..train.evaluate import check_model_name, evaluate_file
 from ..train.examples import Examples
@@ -376,7 +380,9 @@ def evaluate(
     names = ["evaluation", *([] if own else [split]), *([] if manifest is None or not source.name else [source.name])]
     file = folder / f"{'-'.join(names)}.json"
     with progress_bars(progress) as report_progress, _evaluation_lock(run_dir, file):
-        loaded = source.load(config, num_workers=workers, progress=report_progress)
+        # Whether numbers have two signs is a matter of all samples.
+        only_test = split == "test" and source.task(config) != "regression"
+        loaded = source.load(config, num_workers=workers, progress=report_progress, only_test=only_test)
         examples = loaded.examples
         if manifest is None and loaded.digest != metrics["manifest_digest"]:
             raise RunError(
@@ -396,7 +402,9 @@ def evaluate(
         )
         result = {"name": folder.name, "manifest": source.name, "split": split, **measured}
         if manifest is not None:
-            result["num_trained_on"] = _count_learned(run_dir, metrics, examples.sample_id[examples.rows(split)])
+            result["num_trained_on"] = _count_learned(
+                run_dir, metrics, examples.sample_id.take(pa.array(examples.rows(split)))
+            )
         write_json(result, file)
     return EvaluationResult(name=folder.name, file=file, metrics=result, **_main_values(result))
 
@@ -478,18 +486,21 @@ def _first_rank_first(distributed: DistributedContext) -> Iterator[None]:
         distributed.wait()
 
 
-def _count_learned(run_dir: Run, metrics: dict[str, Any], sample_ids: Iterable[str]) -> int | None:
+def _count_learned(run_dir: Run, metrics: dict[str, Any], ids: pa.LargeStringArray) -> int | None:
     """Count samples used in training or validation; None if it had no manifest, or that has changed."""
     if metrics["manifest"] is None:
         return None
     try:
-        own = read_manifest(run_dir.own_manifest(metrics["manifest"]))
+        own = ManifestFile.open(run_dir.own_manifest(metrics["manifest"]))
     except (RunError, ManifestError):
         return None
     if own.digest() != metrics["manifest_digest"]:
         return None
-    splits = zip(own.table["sample_id"].to_pylist(), own.table["split"].to_pylist(), strict=True)
-    return len({name for name, split in splits if split != "test"}.intersection(sample_ids))
+    index, number = IdIndex.of(ids), 0
+    for batch in own.batches(["sample_id", "split"]):
+        learned = batch["sample_id"].filter(pc.not_equal(batch["split"], "test"))
+        number += len(index.find(learned.combine_chunks())[0])
+    return number
 
 
 def _finetune_name(manifest: str, config: RunConfig, preset: str | None) -> str:

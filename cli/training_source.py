@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.formats import READERS
 from ..audit.dataset.modalities import Modality
-from ..audit.dataset.samples import Samples, read_samples
+from ..audit.dataset.samples import read_samples
 from ..audit.errors import Quarantined, RunError, printable
 from ..audit.features.backbone_inputs import with_backbone_inputs
 from ..audit.features.encode import EncodeTask, encode_dataset
-from ..audit.features.encoded_samples import EncodedSamples, Status, collect_encoded
+from ..audit.features.encoded_samples import collect_encoded
 from ..audit.features.encoders import ENCODERS
 from ..audit.parsing import build_config, plain
 from ..audit.workers import Progress
-from ..rebalance.manifest import Manifest, read_dropped, read_manifest
-from ..train.examples import Examples, load_examples
+from ..rebalance.manifest import Manifest, ManifestFile, read_dropped_batches
+from ..train.examples import DROPPED_ROWS, Examples, load_examples
 from ..train.methods import resolve
 from ..train.unscored import unscored_manifest
 from .config import NETWORK_FIELDS, TRAINING_SECTIONS, Given, RunConfig, preset_content, preset_record
@@ -49,7 +50,7 @@ class LoadedSource:
     """
 
     examples: Examples
-    manifest: Manifest
+    manifest: Manifest | ManifestFile
     between: str
     made_from: dict[str, Any]
     saw_test_labels: bool = False
@@ -64,10 +65,9 @@ class LoadedSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedSource:
-    """The samples of a dataset with their features, as manifests made from it are joined with."""
+    """A dataset and its encoded shards, as manifests made from it are joined with."""
 
-    samples: Samples
-    statuses: tuple[Status, ...]
+    dataset: Dataset
     tasks: list[EncodeTask]
 
 
@@ -76,14 +76,14 @@ class ManifestSource:
     """A manifest of a run, or a manifest file."""
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest | ManifestFile
     run_dir: Run
     options: SourceOptions
 
     @classmethod
     def open(cls, path: Path, run_dir: Run, options: SourceOptions) -> ManifestSource:
-        """Read the manifest; its data are opened by `load`."""
-        return cls(path=path, manifest=read_manifest(path), run_dir=run_dir, options=options)
+        """Open the manifest; its rows and its data are read by `load`."""
+        return cls(path=path, manifest=ManifestFile.open(path), run_dir=run_dir, options=options)
 
     @property
     def name(self) -> str | None:
@@ -112,12 +112,14 @@ class ManifestSource:
         """Return the digest of the samples, without opening the data."""
         return self.manifest.digest()
 
-    def load(self, config: RunConfig, *, num_workers: int, progress: Progress) -> LoadedSource:
+    def load(self, config: RunConfig, *, num_workers: int, progress: Progress, only_test: bool = False) -> LoadedSource:
         """Open the manifest's source, encode what the run's cache lacks, and load the training and test samples.
 
         Media that are unchanged since the run cached their vectors, by path, size and times, are not opened.
+        only_test: Load the test samples alone.
         """
-        return self.join(self.read(config, num_workers=num_workers, progress=progress), config)
+        source = self.read(config, num_workers=num_workers, progress=progress)
+        return self.join(source, config, only_test=only_test)
 
     def read(self, config: RunConfig, *, num_workers: int, progress: Progress) -> EncodedSource:
         """Open the manifest's source and encode what the run's cache lacks."""
@@ -133,12 +135,11 @@ class ManifestSource:
             # Others could have planted vectors in the cache.
             trust_unchanged=own_record(self.run_dir.folder)[0] is not None,
         )
-        samples = read_samples(dataset, seed=scored_config.seed, test_fraction=scored_config.data.test_fraction)
-        return EncodedSource(samples=samples, statuses=collect_encoded(dataset, samples, tasks).statuses, tasks=tasks)
+        return EncodedSource(dataset=dataset, tasks=tasks)
 
-    def join(self, source: EncodedSource, config: RunConfig) -> LoadedSource:
+    def join(self, source: EncodedSource, config: RunConfig, *, only_test: bool = False) -> LoadedSource:
         """Load the training and test samples of the manifest from its source."""
-        dropped = read_dropped(self.path, self.manifest)
+        dropped = read_dropped_batches(self.path, self.manifest, columns=DROPPED_ROWS)
         if dropped is None:
             log.info(
                 "no dropped rows of %s found: test metrics are on the manifest's own test samples only", self.path.name
@@ -146,11 +147,11 @@ class ManifestSource:
         examples = load_examples(
             self.manifest,
             dropped,
-            samples=source.samples,
-            statuses=source.statuses,
+            dataset=source.dataset,
             tasks=source.tasks,
             validation_fraction=config.finetune.validation_fraction,
             seed=config.seed,
+            only_test=only_test,
         )
         provenance = self.manifest.provenance
         return LoadedSource(
@@ -191,8 +192,8 @@ class UnscoredSource:
         """Return the digest of the samples, which reads them all."""
         return self.load(config, num_workers=num_workers, progress=progress).digest
 
-    def load(self, config: RunConfig, *, num_workers: int, progress: Progress) -> LoadedSource:
-        """Open the data, encode what the run's cache lacks, and load all usable samples."""
+    def load(self, config: RunConfig, *, num_workers: int, progress: Progress, only_test: bool = False) -> LoadedSource:
+        """Open the data, encode what the run's cache lacks, and load all usable samples, or the test samples alone."""
         dataset = open_encodable(self.data, config.data)
         trained = with_backbone_inputs(dataset, config.finetune.end_to_end)
         tasks = encode_dataset(
@@ -212,7 +213,15 @@ class UnscoredSource:
         num_quarantined = len({row.sample_id for row in quarantined})
         if num_quarantined:
             log.warning("%d of %d samples cannot be used: see quarantine.parquet", num_quarantined, len(samples))
-        examples = _load_unscored(manifest, samples, encoded, tasks, config)
+        examples = load_examples(
+            manifest,
+            None,
+            dataset=trained,
+            tasks=tasks,
+            validation_fraction=config.finetune.validation_fraction,
+            seed=config.seed,
+            only_test=only_test,
+        )
         made_from = {
             "source": absolute_source(dataset.source),
             "fingerprint": encoded.fingerprint,
@@ -229,20 +238,6 @@ class UnscoredSource:
             quarantined=quarantined,
             modalities=dataset.modalities,
         )
-
-
-def _load_unscored(
-    manifest: Manifest, samples: Samples, encoded: EncodedSamples, tasks: list[EncodeTask], config: RunConfig
-) -> Examples:
-    return load_examples(
-        manifest,
-        None,
-        samples=samples,
-        statuses=encoded.statuses,
-        tasks=tasks,
-        validation_fraction=config.finetune.validation_fraction,
-        seed=config.seed,
-    )
 
 
 def reopened_config(

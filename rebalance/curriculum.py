@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.dataset.columns import SPLITS
-from ..audit.dataset.samples import stratified_cut
+from ..audit.dataset.samples import cut_by_keys
 from ..audit.errors import ConfigError, ManifestError, choices
-from ..audit.hashing import hash_ids, hash_rank, splitmix64
+from ..audit.hashing import hash_ids, hash_rank, iterate_strings, splitmix64
 from ..audit.parsing import check_choices, check_ranges
 
 log = logging.getLogger("mmaudit")
@@ -170,36 +170,60 @@ class _Epoch:
         return WEIGHTS[self.config.weight](balance)
 
 
-def with_validation(
-    table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
+def with_validation(table: pa.Table, *, fraction: float, seed: int) -> NDArray[np.object_]:
+    """Return the split of each row of a manifest (n,), with a validation split cut from train where there is none."""
+    column = table["split"].dictionary_encode(null_encoding="encode").combine_chunks()
+    names, code = np.array(column.dictionary.to_pylist(), dtype=object), column.indices.to_numpy()
+    split = names[code] if len(names) else np.zeros(0, dtype=object)
+    group = table["group"] if "group" in table.column_names else None
+    label = np.asarray(table["label"].to_numpy(), dtype=np.int32)
+    return cut_validation(split, table["sample_id"], label, group, fraction=fraction, seed=seed)
+
+
+def cut_validation(
+    split: NDArray[np.object_],
+    ids: pa.Array | pa.ChunkedArray,
+    label: NDArray[np.int32],
+    group: pa.Array | pa.ChunkedArray | None,
+    *,
+    fraction: float,
+    seed: int,
 ) -> NDArray[np.object_]:
-    """Return the split of each row (n,), with a validation split cut from the training rows where there is none.
+    """Return splits (n,) with a validation split cut from the training rows, by hash(seed, group or id), unless stated.
 
     It takes no more than `fraction` of the training rows, in whole groups; 0 cuts none. Where every group is larger it
     is cut within groups, which a warning states: the validation loss then also measures what is learned of a group.
+    group: of each row (n,); as good as None where one is null.
     """
-    split = np.array(table["split"].to_pylist(), dtype=object)
-    unknown = {str(name) for name in split} - set(SPLITS)
+    unknown = {str(name) for name in set(split)} - set(SPLITS)
     if unknown:
         raise ManifestError(
             f"column split of the manifest has {sorted(unknown)[0]!r}, must be one of train, validation, test"
         )
-    if "validation" in split or fraction == 0:
+    is_train = split == "train"
+    if fraction == 0 or not is_train.any() or (split == "validation").any():
         return split
-    train = np.flatnonzero(split == "train")
-    groups = table["group"].to_pylist() if "group" in table.column_names else [None]
-    group = None if None in groups else np.array(groups, dtype=object)[train]
-    options: dict[str, Any] = {"fraction": fraction, "seed": seed, "purpose": "validation split"}
-    selected = stratified_cut(ids[train], label[train], group, **options, at_most=True)
-    if group is not None and not selected.any():
-        selected = stratified_cut(ids[train], label[train], None, **options)
-        log.warning(
-            "no group has as few as %d training samples (finetune.validation_fraction %g of %d): the validation split "
-            "is cut within groups",
-            int(selected.sum()),
-            fraction,
-            len(train),
-        )
+    train, label, of_train = np.flatnonzero(is_train), label[is_train], pa.array(is_train)
+    selected = np.zeros(len(train), dtype=bool)
+    if group is not None and group.null_count:
+        group = None
+    if group is not None:
+        coded = group.filter(of_train).dictionary_encode()
+        coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
+        keys = hash_rank(iterate_strings(coded.dictionary), seed=seed, purpose="validation split")
+        selected = cut_by_keys(keys, label, coded.indices.to_numpy(), fraction=fraction, at_most=True)
+    if not selected.any():
+        keys = hash_rank(iterate_strings(ids.filter(of_train)), seed=seed, purpose="validation split")
+        selected = cut_by_keys(keys, label, None, fraction=fraction)
+        if group is not None:
+            log.warning(
+                "no group has as few as %d training samples (finetune.validation_fraction %g of %d): the validation "
+                "split is cut within groups",
+                int(selected.sum()),
+                fraction,
+                len(train),
+            )
+    split = split.copy()
     split[train[selected]] = "validation"
     return split
 
@@ -218,8 +242,7 @@ def split_rows(table: pa.Table, split: str | Sequence[str], *, validation_fracti
     column = table["split"]
     has_validation = bool(pc.any(pc.equal(column, "validation")).as_py())
     if not has_validation and validation_fraction > 0 and {"train", "validation"} & {*names}:
-        ids, label = np.array(table["sample_id"].to_pylist(), dtype=object), table["label"].to_numpy().astype(np.int32)
-        cut = with_validation(table, ids, label, fraction=validation_fraction, seed=seed)
+        cut = with_validation(table, fraction=validation_fraction, seed=seed)
         num_cut, num_train = int((cut == "validation").sum()), pc.sum(pc.equal(column, "train")).as_py()
         log.warning(
             "the manifest has no validation split: %d of its %d training rows are cut as one, as in finetune "
@@ -306,9 +329,10 @@ def draw_rows(weight: NDArray[np.float64], *, key: Keys, draw: str, seed: int, e
     return DRAWS[draw](weight, key, seed, epoch)
 
 
-def id_keys(sample_id: Iterable[str]) -> Keys:
+def id_keys(sample_id: Iterable[str] | pa.Array) -> Keys:
     """Hash sample ids to the keys (n,) of `order_of`; seed and epoch are mixed in there."""
-    return hash_ids(pa.array(sample_id, pa.string()), seed=0, purpose="order")
+    ids = sample_id if isinstance(sample_id, pa.Array) else pa.array(sample_id, pa.string())
+    return hash_ids(ids, seed=0, purpose="order")
 
 
 def num_steps(order: RowIndex, *, batch_size: int) -> int:

@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
@@ -151,6 +153,12 @@ class Manifest:
         """Digests of the rows and of the metadata."""
         return Digests(rows=table_digest(self.table), metadata=metadata_digest(self.table.schema.metadata or {}))
 
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield the rows in batches, with these columns."""
+        table = self.table.select(list(columns))
+        for start in range(0, len(table), GROUP_ROWS):
+            yield table.slice(start, GROUP_ROWS)
+
     def strings(self, name: str) -> NDArray[np.object_]:
         """Return a column of strings, (n,), null as None."""
         return np.array(self.table[name].to_pylist(), dtype=object)
@@ -210,6 +218,50 @@ class Manifest:
         )
 
 
+@dataclass(frozen=True, kw_only=True)  # no slots, so that digests can be cached
+class ManifestFile:
+    """A manifest file whose rows are read in batches: what a Manifest has, without holding its rows.
+
+    Args:
+        path: The file.
+        provenance: See Manifest.
+
+    Example:
+        >>> manifest = ManifestFile.open(Path("mmaudit-run/manifests/balanced.parquet"))
+        >>> sum(len(batch) for batch in manifest.batches(["sample_id"]))
+        4012
+    """
+
+    path: Path
+    provenance: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> ManifestFile:
+        """Open a file. Raises ManifestError where it is not a manifest, or one of another version."""
+        provenance = read_provenance(path)
+        _check_version(provenance, where=str(path))
+        check_types(manifest_schema(path), where=str(path))
+        return cls(path=path, provenance=provenance)
+
+    def digest(self) -> str:
+        """Return the digest of the rows: all columns, in row order."""
+        return self.digests.rows
+
+    @cached_property
+    def digests(self) -> Digests:
+        """Digests of the rows and of the metadata."""
+        return compute_digests(self.path)
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield the rows in batches, with these columns."""
+        return read_batches_of_manifest(self.path, columns=list(columns))
+
+
+def states_split(manifest: Manifest | ManifestFile, split: str) -> bool:
+    """Return whether a row of a manifest states this split."""
+    return any(bool(pc.any(pc.equal(batch["split"], split)).as_py()) for batch in manifest.batches(["split"]))
+
+
 def _check_unique(ids: pa.ChunkedArray) -> None:
     """Raise ManifestError for repeated ids; only ids whose hashes are repeated are compared."""
     keys = hash_ids(ids.combine_chunks(), seed=0, purpose="unique")
@@ -251,18 +303,28 @@ def _check_version(provenance: Mapping[str, Any], *, where: str) -> None:
         )
 
 
-def read_dropped(path: Path, manifest: Manifest) -> pa.Table | None:
+def read_dropped(path: Path, manifest: Manifest | ManifestFile) -> pa.Table | None:
     """Read the rows that were dropped from the manifest in `path`; None if there is no such file in its folder.
 
     Raises ManifestError for rows of another manifest, as an interrupted split leaves them.
     """
+    batches = read_dropped_batches(path, manifest)
+    return None if batches is None else pa.concat_tables(batches)
+
+
+def read_dropped_batches(
+    path: Path, manifest: Manifest | ManifestFile, *, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table] | None:
+    """Read what `read_dropped` reads in batches, with these columns; an empty file has one batch of no rows."""
     file = dropped_path(path)
     if not file.exists():
         return None
-    table, _ = read_parquet(file, error=ManifestError, shape=PROVENANCE)
     check_dropped_from(file, manifest.digest())
-    check_types(table.schema, where=str(file), columns=DROPPED_COLUMNS)
-    return cast_columns(table, where=str(file))
+    schema = manifest_schema(file)
+    check_types(schema, where=str(file), columns=DROPPED_COLUMNS)
+    names = list(schema.names if columns is None else columns)
+    empty = cast_columns(schema.empty_table().select(names), where=str(file))
+    return chain([empty], read_batches_of_manifest(file, columns=names))
 
 
 def check_dropped_from(dropped_file: Path, digest: object) -> None:

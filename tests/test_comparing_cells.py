@@ -32,9 +32,9 @@ def test_test_samples_are_those_of_all_manifests(caplog: pytest.LogCaptureFixtur
     split[test[:5]] = "unused"
     with caplog.at_level(logging.WARNING):
         restricted, test_ids = _with_common_test({"a": examples, "b": replace(examples, split=split)})
-    assert test_ids.tolist() == examples.sample_id[test[5:]].tolist()
+    assert test_ids.tolist() == examples.ids(test[5:]).tolist()
     for entry in restricted.values():
-        assert entry.sample_id[entry.rows("test")].tolist() == test_ids.tolist()
+        assert entry.ids(entry.rows("test")).tolist() == test_ids.tolist()
         assert entry.rows("train").tolist() == examples.rows("train").tolist()
     assert "5 test samples of a are not in all manifests" in caplog.text
 
@@ -62,7 +62,7 @@ def loaded_examples(tmp_path: Path, **changes: Any) -> LoadedManifests:
         sources={"a": source},
         between="audio:visual",
         subsets={},
-        test_ids=examples.sample_id[examples.rows("test")],
+        test_ids=examples.ids(examples.rows("test")),
         group=None,
         saw_test_labels=(),
     )

@@ -53,7 +53,7 @@ def load(examples: Examples, folder: Path) -> Loading:
         sources={"a": source},
         between="audio:visual",
         subsets={"all": np.ones(len(examples.rows("test")), dtype=bool)},
-        test_ids=examples.sample_id[examples.rows("test")],
+        test_ids=examples.ids(examples.rows("test")),
         group=None,
         saw_test_labels=(),
     )

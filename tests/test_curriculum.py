@@ -390,17 +390,17 @@ def test_other_pacings_match_hand_calculation(pacing: str, shares: list[float]) 
     )
 
 
-def split_table(group: Sequence[str | None]) -> tuple[pa.Table, NDArray[np.object_], NDArray[np.int32]]:
-    names = np.array([f"s{number:03d}" for number in range(len(group))], dtype=object)
+def split_table(group: Sequence[str | None]) -> pa.Table:
+    names = [f"s{number:03d}" for number in range(len(group))]
     split = ["test"] * 20 + ["train"] * (len(group) - 20)
-    return pa.table({"split": split, "group": group}), names, np.zeros(len(group), dtype=np.int32)
+    return pa.table({"sample_id": names, "label": np.zeros(len(group), np.int32), "split": split, "group": group})
 
 
 def test_validation_split_takes_whole_groups_and_no_more_rows_than_asked_for() -> None:
     group = [f"g{number}" for number in range(20)] + ["large"] * 60 + [f"s{n // 3}" for n in range(40)]
-    table, names, label = split_table(group)
+    table = split_table(group)
     for seed in range(10):
-        split = with_validation(table, names, label, fraction=0.1, seed=seed)
+        split = with_validation(table, fraction=0.1, seed=seed)
         drawn = split == "validation"
         assert 8 <= drawn.sum() <= 10
         assert not drawn[:80].any()
@@ -408,7 +408,7 @@ def test_validation_split_takes_whole_groups_and_no_more_rows_than_asked_for() -
 
 
 def test_validation_split_is_cut_within_groups_where_every_group_is_too_large(caplog: pytest.LogCaptureFixture) -> None:
-    table, names, label = split_table([f"g{number % 2}" for number in range(120)])
-    split = with_validation(table, names, label, fraction=0.1, seed=0)
+    table = split_table([f"g{number % 2}" for number in range(120)])
+    split = with_validation(table, fraction=0.1, seed=0)
     assert (split == "validation").sum() == 10
     assert "no group has as few as 10 training samples (finetune.validation_fraction 0.1 of 100)" in caplog.text

@@ -114,18 +114,18 @@ def test_finetune_names_settings_of_methods_and_inputs_that_it_does_not_use(
 
 def test_finetune_records_the_network_that_it_trains_and_refuses_other_media(clips: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    small = ["--set", "media.network_size=16", "--set", "network.width=0.02", "--set", "network.epochs=1"]
+    small = ["--set", "media.network_size=16", "--set", "network.width=0.0625", "--set", "network.epochs=1"]
     networks = ["--encoder", "audio=resnet18", "--encoder", "image=resnet18", "--set", "probe.control=false"]
     assert unused_of("score", clips, "--run", run, *networks, *small, *FEW, "--set", "data.test_fraction=0.25") == ""
     assert unused_of("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run) == ""
     assert unused_of(*TUNE, "--run", run, "--name", "scored", "--set", "media.network_size=16") == ""
     assert Run(run).finetune("scored")
     recorded = read_json(run / "finetune" / "scored" / "metrics.json", error=RunError)["config"]["network"]
-    assert recorded == {"width": 0.02, "normalise_pictures": "data", "normalise_sound": "data"}
-    words = ["--set", "network.width=0.03", "--set", "network.normalise_pictures=imagenet", "--set", "network.lr=0.1"]
+    assert recorded == {"width": 0.0625, "normalise_pictures": "data", "normalise_sound": "data"}
+    words = ["--set", "network.width=0.125", "--set", "network.normalise_pictures=imagenet", "--set", "network.lr=0.1"]
     assert unused_of(*TUNE, "--run", run, "--name", "own", *words) == "network.lr (--set)"
     metrics = read_json(run / "finetune" / "own" / "metrics.json", error=RunError)
-    assert metrics["config"]["network"] == {"width": 0.03, "normalise_pictures": "imagenet", "normalise_sound": "data"}
+    assert metrics["config"]["network"] == {"width": 0.125, "normalise_pictures": "imagenet", "normalise_sound": "data"}
     result = CliRunner().invoke(
         app, [*map(str, TUNE), "--run", str(run), "--name", "no", "--set", "media.network_seconds=2.0"]
     )

@@ -119,9 +119,8 @@ def make_manifest(scores: ScoreTable, keep: Any = None) -> tuple[Manifest, pa.Ta
 
 def load(source: Source, manifest: Manifest, dropped: pa.Table | None, **options: Any) -> Examples:
     settings = {"validation_fraction": 0.2, "seed": 0, **options}
-    samples = read_samples(source.dataset, seed=0, test_fraction=0.2)
-    statuses = collect_encoded(source.dataset, samples, source.tasks).statuses
-    return load_examples(manifest, dropped, samples=samples, statuses=statuses, tasks=source.tasks, **settings)
+    batches = None if dropped is None else [dropped]
+    return load_examples(manifest, batches, dataset=source.dataset, tasks=source.tasks, **settings)
 
 
 def read_all(inputs: Inputs) -> NDArray[Any]:
@@ -129,7 +128,7 @@ def read_all(inputs: Inputs) -> NDArray[Any]:
 
 
 def ids(examples: Examples, split: str) -> set[str]:
-    return set(examples.sample_id[examples.rows(split)])
+    return set(examples.ids(examples.rows(split)))
 
 
 def assert_equal(first: Examples, second: Examples) -> None:
@@ -137,6 +136,8 @@ def assert_equal(first: Examples, second: Examples) -> None:
         if field.name == "inputs":
             for a, b in zip(first.inputs, second.inputs, strict=True):
                 np.testing.assert_array_equal(read_all(a), read_all(b))
+        elif field.name == "sample_id":
+            assert first.sample_id.equals(second.sample_id)
         else:
             np.testing.assert_array_equal(getattr(first, field.name), getattr(second, field.name))
 
@@ -150,7 +151,7 @@ def test_rows_are_joined_by_id(write: Write) -> None:
     assert len(examples.sample_id) == 40 + 4  # two of three, and the dropped ones of twelve test samples
     assert examples.shapes == ((4,), (2,))
     audio, visual = (read_all(inputs) for inputs in examples.inputs)
-    for row, name in enumerate(examples.sample_id):
+    for row, name in enumerate(examples.ids()):
         number = int(name[1:])
         np.testing.assert_array_equal(audio[row], np.float32(columns["audio"][number]))
         np.testing.assert_array_equal(visual[row], np.float32(columns["visual"][number]))
@@ -204,12 +205,12 @@ def test_every_manifest_has_the_same_test_set(write: Write) -> None:
         examples = load(source, manifest, dropped)
         assert ids(examples, "test") == test_ids
         kept_ids = set(scores.sample_id[keep])
-        assert set(examples.sample_id[examples.in_manifest]) == kept_ids
-        assert set(examples.sample_id[~examples.in_manifest]) == test_ids - kept_ids
+        assert set(examples.ids(np.flatnonzero(examples.in_manifest))) == kept_ids
+        assert set(examples.ids(np.flatnonzero(~examples.in_manifest))) == test_ids - kept_ids
         assert (ids(examples, "train") | ids(examples, "validation")) == kept_ids - test_ids
         assert sorted(examples.rank[examples.in_manifest]) == list(range(len(kept_ids)))
         assert set(examples.rank[~examples.in_manifest]) == {-1}
-        assert examples.discrepancy.tolist() == [discrepancy[name] for name in examples.sample_id]
+        assert examples.discrepancy.tolist() == [discrepancy[name] for name in examples.ids()]
         assert set(examples.weight.tolist()) == {1.0}
 
 
@@ -218,7 +219,7 @@ def test_without_dropped_rows_the_test_set_is_that_of_the_manifest(write: Write)
     manifest, dropped = make_manifest(make_scores(source))
     with_dropped, without_dropped = load(source, manifest, dropped), load(source, manifest, None)
     assert ids(without_dropped, "test") == set(
-        with_dropped.sample_id[with_dropped.in_manifest & (with_dropped.split == "test")]
+        with_dropped.ids(np.flatnonzero(with_dropped.in_manifest & (with_dropped.split == "test")))
     )
     assert ids(without_dropped, "test") < ids(with_dropped, "test")
     for split in ("train", "validation"):
@@ -251,7 +252,7 @@ def test_table_without_contents_is_not_checked(write: Write) -> None:
     manifest, dropped = make_manifest(make_scores(write(columns), content=None))
     columns["visual"][7] = [0.5, -0.5]
     examples = load(write(columns), manifest, dropped)
-    assert read_all(examples.inputs[1])[examples.sample_id == "s007"].tolist() == [[0.5, -0.5]]
+    assert read_all(examples.inputs[1])[examples.ids() == "s007"].tolist() == [[0.5, -0.5]]
 
 
 def test_missing_samples_raise(write: Write) -> None:
@@ -278,7 +279,7 @@ def test_missing_modality_is_nan(write: Write) -> None:
     columns["audio"][25] = None
     source = write(columns)
     examples = load(source, *make_manifest(make_scores(source)))
-    row_of_id = {name: row for row, name in enumerate(examples.sample_id)}
+    row_of_id = {name: row for row, name in enumerate(examples.ids())}
     assert {"s007", "s008", "s025", "s030"} <= row_of_id.keys()
     for matrix, column in zip(map(read_all, examples.inputs), ("audio", "visual"), strict=True):
         assert matrix.dtype == np.float32
@@ -298,13 +299,11 @@ def test_validation_is_cut_from_train_only(write: Write, grouped: bool) -> None:
         examples = load(source, manifest, dropped, seed=seed)
         train, validation = ids(examples, "train"), ids(examples, "validation")
         train_ids = {f"s{number:03d}" for number in range(N) if SPLITS[number] == "train"}
-        assert train | validation == train_ids & set(examples.sample_id)
+        assert train | validation == train_ids & set(examples.ids())
         assert not train & validation
-        assert len(validation) == pytest.approx(
-            0.2 * len(train_ids & set(examples.sample_id)), abs=4 if grouped else 0.5
-        )
+        assert len(validation) == pytest.approx(0.2 * len(train_ids & set(examples.ids())), abs=4 if grouped else 0.5)
         if grouped:
-            group = {name: groups[int(name[1:])] for name in examples.sample_id}
+            group = {name: groups[int(name[1:])] for name in examples.ids()}
             assert not {group[name] for name in train} & {group[name] for name in validation}
         cuts.add(frozenset(validation))
         assert_equal(load(source, manifest, dropped, seed=seed), examples)
@@ -316,7 +315,7 @@ def test_validation_split_of_the_source_is_kept(write: Write) -> None:
     source = write(make_columns(split=names))
     manifest, dropped = make_manifest(make_scores(source))
     examples = load(source, manifest, dropped)
-    for name, split in zip(examples.sample_id, examples.split, strict=True):
+    for name, split in zip(examples.ids(), examples.split, strict=True):
         assert split == names[int(name[1:])]
 
 

@@ -331,7 +331,7 @@ def test_evaluate_refuses_changed_manifest_and_model(run: Path) -> None:
 def test_networks_are_trained_end_to_end(clips: Path, tmp_path: Path) -> None:
     """Sound and images through two small ResNets, with masked spectrograms and cropped images, then evaluated again."""
     run = tmp_path / "run"
-    small = ["--set", "media.network_size=16", "--set", "network.width=0.02", "--set", "network.epochs=1"]
+    small = ["--set", "media.network_size=16", "--set", "network.width=0.0625", "--set", "network.epochs=1"]
     few = ["--set", "probe.folds=2", "--repeats", "1", "--num-workers", "0", "--set", "data.test_fraction=0.25"]
     run_json("score", clips, "--run", run, "--encoder", "audio=resnet18", "--encoder", "image=resnet18", *small, *few)
     run_json("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)

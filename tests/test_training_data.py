@@ -147,7 +147,7 @@ def test_pictures_are_standardised_by_channel_over_available_rows() -> None:
         inputs=(MatrixInputs(matrix=sound), MatrixInputs(matrix=frames)),
         shapes=((5, 6), (2, 4, 4, 3)),
     )
-    training_data, net = build_training_data(examples, replace(QUICK, width=0.02))
+    training_data, net = build_training_data(examples, replace(QUICK, width=0.0625))
     train = training_data.train
     state = net.state_dict()
     available = frames[train][~np.isnan(frames[train]).any(axis=1)].reshape(-1, 3)
@@ -331,7 +331,7 @@ def test_stored_pictures_are_the_same_after_a_resume_and_with_any_number_of_read
         shapes=(make_examples(80).shapes[0], view.shape),
         views=(None, view),
     )
-    training_data, net = build_training_data(examples, replace(QUICK, width=0.02))
+    training_data, net = build_training_data(examples, replace(QUICK, width=0.0625))
     steps = split_order(np.arange(len(training_data.train)), batch_size=8)
     batches = [batch.inputs[1] for batch in training_data.batches(steps, epoch=2)]
     assert batches[0].shape == (8, 1, 3, 4, 4)
@@ -353,6 +353,6 @@ def test_fixed_normalisation_is_that_of_the_settings() -> None:
     examples = replace(
         examples, inputs=(examples.inputs[0], MatrixInputs(matrix=pictures)), shapes=(examples.shapes[0], (4, 4, 3))
     )
-    _, net = build_training_data(examples, replace(QUICK, width=0.02, normalise_pictures="imagenet"))
+    _, net = build_training_data(examples, replace(QUICK, width=0.0625, normalise_pictures="imagenet"))
     mean = net.state_dict()["encoders.1.trunk.mean"].flatten()
     torch.testing.assert_close(mean, 255 * torch.tensor([0.485, 0.456, 0.406]))

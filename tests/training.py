@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -51,11 +52,11 @@ def make_examples(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modali
         for side in range(num_modalities)
     )
     return Examples(
-        sample_id=np.array([f"s{number}" for number in range(n)], dtype=object),
+        sample_id=pa.array([f"s{number}" for number in range(n)], pa.large_string()),
         inputs=inputs,
         present=np.ones((n, num_modalities), dtype=bool),
         shapes=((3,),) * num_modalities,
-        content=np.array([f"c{number}" for number in range(n)], dtype=object),
+        content=np.array([f"c{number}" for number in range(n)], dtype="S32"),
         modalities=("audio", "visual", "text", "touch")[:num_modalities],
         label=label,
         class_names=("a", "b", "c", "d"),

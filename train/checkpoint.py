@@ -140,7 +140,7 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     is, without the modules that it imports.
     """
     train, train_and_validation = training_data.train, np.r_[training_data.train, training_data.validation]
-    ids = ["\0".join(examples.sample_id[rows]) for rows in (train, training_data.validation)]
+    ids = ["\0".join(examples.ids(rows)) for rows in (train, training_data.validation)]
     arrays: list[NDArray[Any]] = [
         getattr(training_data.pool, name) for name in ("rank", "discrepancy", "balance", "p_balanced")
     ]
@@ -148,7 +148,7 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     resident = [
         _RowBytes(matrix, train_and_validation) for matrix in training_data.store.resident if matrix is not None
     ]
-    content = "\0".join(examples.content[train_and_validation])
+    content = b"\0".join(examples.content[train_and_validation].tolist())
     config = asdict(training_data.config)
     for name in ("report_to", "resident_mib", "read_ahead_mib", "save_steps", "gradient_checkpointing"):
         del config["finetune"][name]
@@ -157,7 +157,7 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     source = b"" if model is None else function_version(model).encode()
     inputs = (examples.class_names, examples.modalities, examples.shapes, examples.views, examples.backbones)
     settings = repr((_STATE_VERSION, config, *inputs, training_data.seed))
-    texts = (settings.encode(), content.encode(), *(text.encode() for text in ids))
+    texts = (settings.encode(), content, *(text.encode() for text in ids))
     return digest(*texts, *(np.ascontiguousarray(array).tobytes() for array in arrays), *resident, weights, source)
 
 

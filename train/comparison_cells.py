@@ -166,6 +166,6 @@ def shuffle_labels(examples: Examples, *, seed: int) -> Examples:
     label = examples.label.copy()
     for split in ("train", "validation"):
         rows = examples.rows(split)
-        order = np.argsort(hash_rank(examples.sample_id[rows], seed=seed, purpose="shuffled labels"), kind="stable")
+        order = np.argsort(hash_rank(examples.ids(rows), seed=seed, purpose="shuffled labels"), kind="stable")
         label[rows] = label[rows][order]
     return replace(examples, label=label)

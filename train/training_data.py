@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -76,7 +77,7 @@ class TrainingData:
     ) -> TrainingData:
         """Build the data of a training on some of the training rows."""
         pool = Pool(
-            key=id_keys(examples.sample_id[train]),
+            key=id_keys(examples.sample_id.take(pa.array(train))),
             rank=examples.rank[train],
             discrepancy=examples.discrepancy[train],
             balance=examples.balance[train],

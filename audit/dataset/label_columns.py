@@ -24,18 +24,18 @@ from .labels import (
     NUM_DECILES,
     OTHER,
     UNKNOWN_LABEL,
+    ClassReader,
     Labels,
     PackedSets,
     UnknownLabels,
     check_class_cells,
+    coded_part,
     label_set_error,
     number_classes,
     parse_label_set,
     parse_number,
     read_classes,
-    read_coded_classes,
     warn_of_counts,
-    with_names,
 )
 
 log = logging.getLogger("mmaudit")
@@ -97,25 +97,14 @@ def read_class_column(
         for part in column:
             check_class_cells(part.to_pylist())  # refused, unless all are null
         return read_classes([None] * column.num_rows, None, declared=declared, classes=classes)
-    values, code = coded_column(column)
-    check_class_cells(values)
-    labels = read_coded_classes(values, code, declared=declared, classes=classes)
-    return labels if names is None or declared else with_names(labels, _last_names(labels.label, names))
+    reader, code = ClassReader(), np.empty(column.num_rows, np.int32)
+    named = None if declared or names is None else names
+    for index, (rows, part) in enumerate(column.located()):
+        code[rows] = reader.add(part, None if named is None else named.read(index))
+    return reader.labels(code, declared=declared, classes=classes)
 
 
-def _last_names(label: NDArray[np.int32], names: ColumnParts) -> dict[int, str]:
-    """Return the name of each class in the last row of it that has one."""
-    last: dict[int, str] = {}
-    for rows, column in names.located():
-        values, code = coded_column(ColumnParts.of(column))
-        is_named = np.array([value is not None for value in values], dtype=bool)[code]
-        last_row = np.full(int(label.max(initial=0)) + 3, -1, dtype=np.intp)  # negative labels index the last two
-        np.maximum.at(last_row, label[rows][is_named], np.flatnonzero(is_named))
-        last |= {index: str(values[code[row]]) for index, row in enumerate(last_row[:-2].tolist()) if row >= 0}
-    return last
-
-
-def coded_column(column: ColumnParts) -> tuple[list[Any], NDArray[np.int32]]:
+def coded_parts(column: ColumnParts) -> tuple[list[Any], NDArray[np.int32]]:
     """Return the distinct values of a column of scalars, in order of occurrence, and the index of each row's (n,).
 
     Null is the last of the values.
@@ -137,20 +126,6 @@ def coded_column(column: ColumnParts) -> tuple[list[Any], NDArray[np.int32]]:
             gather(number, codes[rows], out=codes[rows])
     has_null = any((codes[part] == len(values)).any() for part in slices(len(codes)))
     return [*values.to_pylist(), *([None] if has_null else [])], codes
-
-
-def coded_part(column: pa.ChunkedArray) -> tuple[pa.Array, NDArray[np.int32]]:
-    """Return the distinct values of a column, and the index of each row's (n,): of null, their number."""
-    if pa.types.is_null(column.type):
-        return pa.nulls(0), np.zeros(len(column), dtype=np.int32)
-    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    coded = coded.unify_dictionaries()
-    if not coded.num_chunks:
-        type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        return pa.nulls(0, type_), np.zeros(0, np.int32)
-    values = coded.chunk(0).dictionary
-    indices = [chunk.indices.fill_null(len(values)).to_numpy().astype(np.int32, copy=False) for chunk in coded.chunks]
-    return values, np.concatenate(indices)
 
 
 def read_regression_targets(cells: Sequence[object], *, name: str, edges: Sequence[float] = ()) -> Labels:

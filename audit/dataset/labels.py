@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from operator import eq
 from typing import Any, overload
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import DatasetError
 from ..parsing import fold_text, parse_data_json
-from ..row_arrays import count_codes, gather, slices, true_rows
+from ..row_arrays import gather, slices, true_rows
 
 _KIND_OF_FEATURE = {"Audio": "audio", "Image": "image", "Video": "video"}
 
@@ -211,13 +211,102 @@ def read_classes(
     DatasetError for lists, structs and fractions.
     """
     check_class_cells(cells)
-    codes: dict[tuple[type, object], int] = {}  # 1, 1.0 and True are equal, but different labels
-    code = np.array([codes.setdefault((type(cell), cell), len(codes)) for cell in cells], dtype=np.int32)
-    labels = read_coded_classes([cell for _, cell in codes], code, declared=declared, classes=classes)
-    if names is None or declared:
-        return labels
-    last = {index: str(name) for index, name in zip(labels.label.tolist(), names, strict=True) if name is not None}
-    return with_names(labels, last)
+    reader = ClassReader()
+    code = reader.add_values(cells, np.arange(len(cells)))
+    if names is not None and not declared:
+        for row, name in enumerate(names):
+            if name is not None:
+                reader.names[int(code[row])] = (row, str(name))
+    return reader.labels(code, declared=declared, classes=classes)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassReader:
+    """Class labels of a column that is read in parts: its distinct values, with the count and the name of each.
+
+    index_of: index of each value. counts: rows with each value. names: row and name of the last row of a value that
+    has a name.
+
+    Example:
+        >>> reader = ClassReader()
+        >>> codes = [reader.add(table["label"], None) for table in tables]
+        >>> reader.labels(codes[0], declared=(), classes=()).names
+        ('cat', 'dog')
+    """
+
+    index_of: dict[tuple[type, object], int] = field(default_factory=dict)  # 1, 1.0 and True are equal, but different
+    counts: list[int] = field(default_factory=list)
+    names: dict[int, tuple[int, str]] = field(default_factory=dict)
+
+    def add(self, column: pa.ChunkedArray, names: pa.ChunkedArray | None) -> NDArray[np.int32]:
+        """Add the next rows, and the column of their names if there is one; return the index of each one's value."""
+        values, code = coded_column(column)
+        check_class_cells(values)
+        first = sum(self.counts)
+        indices = self.add_values(values, code)
+        if names is not None:
+            name_values, name_code = coded_column(names)
+            is_named = np.array([value is not None for value in name_values], dtype=bool)[name_code]
+            last_row = np.full(len(self.counts), -1, dtype=np.intp)
+            np.maximum.at(last_row, indices[is_named], np.flatnonzero(is_named))
+            for index in np.flatnonzero(last_row >= 0).tolist():
+                row = int(last_row[index])
+                self.names[index] = (first + row, str(name_values[name_code[row]]))
+        return indices
+
+    def add_values(self, values: Sequence[object], code: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """Add rows by their distinct values and the position (n,) of each one's; return the index of its value."""
+        cells = [None if value != value else value for value in values]  # pandas writes NaN for a missing label
+        indices = [self.index_of.setdefault((type(cell), cell), len(self.index_of)) for cell in cells]
+        self.counts.extend([0] * (len(self.index_of) - len(self.counts)))
+        for index, count in zip(indices, np.bincount(code, minlength=len(cells)).tolist(), strict=True):
+            self.counts[index] += count
+        return np.asarray(np.array(indices, dtype=np.int32)[code])
+
+    def labels(self, code: NDArray[np.integer[Any]], *, declared: Sequence[str], classes: Sequence[str]) -> Labels:
+        """Return the labels of some rows (n,) by the indices of their values; the classes are those of all rows."""
+        cells = [cell for _, cell in self.index_of]
+        texts = [None if cell is None else _label_text(cell) for cell in cells]
+        if not declared and not classes:
+            _check_not_numbers(texts)
+            counter: Counter[str] = Counter()  # two values may have one text
+            for text, count in zip(texts, self.counts, strict=True):
+                if text is not None:
+                    counter[text] += count
+            warn_of_counts(counter)
+        class_names, class_of_text = number_classes(texts, cells, declared=declared, classes=classes)
+        class_of_value = [None if text is None else class_of_text.get(text) for text in texts]
+        numbers = [
+            NO_LABEL if text is None else UNKNOWN_LABEL if number is None else number
+            for text, number in zip(texts, class_of_value, strict=True)
+        ]
+        number_of = np.array(numbers, dtype=np.int32)
+        unknown = _unknown_rows(code, number_of == UNKNOWN_LABEL, [str(text) for text in texts])
+        label = gather(number_of, code)
+        named = sorted((row, numbers[index], name) for index, (row, name) in self.names.items())
+        name_of_class = {number: name for _, number, name in named}
+        names = tuple(name_of_class.get(number, name) for number, name in enumerate(class_names))
+        return Labels(label=label, names=names, outputs=names, unknown=unknown, texts=tuple(class_names))
+
+
+def coded_column(column: pa.ChunkedArray) -> tuple[list[Any], NDArray[np.int32]]:
+    """Return the distinct values of a column of scalars, in order of occurrence, and the index of each row's (n,)."""
+    values, code = coded_part(column)
+    return [*values.to_pylist(), *([None] if (code == len(values)).any() else [])], code
+
+
+def coded_part(column: pa.ChunkedArray) -> tuple[pa.Array, NDArray[np.int32]]:
+    """Return the distinct values of a column, and the index of each row's (n,): of null, their number."""
+    if pa.types.is_null(column.type):
+        return pa.nulls(0), np.zeros(len(column), dtype=np.int32)
+    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    coded = coded.unify_dictionaries()
+    if not coded.num_chunks:
+        type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        return pa.nulls(0, type_), np.zeros(0, np.int32)
+    values = coded.chunk(0).dictionary
+    indices = [chunk.indices.fill_null(len(values)).to_numpy().astype(np.int32, copy=False) for chunk in coded.chunks]
+    return values, np.concatenate(indices)
 
 
 def check_class_cells(cells: Sequence[object]) -> None:
@@ -230,45 +319,12 @@ def check_class_cells(cells: Sequence[object]) -> None:
         raise DatasetError(f"the labels are fractions: {_CLASS_HINT}, or pass --task regression")
 
 
-def read_coded_classes(
-    values: Sequence[object], code: NDArray[np.int32], *, declared: Sequence[str], classes: Sequence[str]
-) -> Labels:
-    """Read the classes of n rows from the distinct values and the index (n,) of each row's, in place of which it puts
-    the class."""
-    cells = [None if value != value else value for value in values]  # pandas writes NaN for a missing label
-    texts = [None if cell is None else _label_text(cell) for cell in cells]
-    if not declared and not classes:
-        _check_not_numbers(texts)
-        counts = count_codes(code, len(texts)).tolist()
-        counter: Counter[str] = Counter()  # two values may have one text
-        for text, count in zip(texts, counts, strict=True):
-            if text is not None:
-                counter[text] += count
-        warn_of_counts(counter)
-    class_names, class_of_text = number_classes(texts, cells, declared=declared, classes=classes)
-    class_of_value = [None if text is None else class_of_text.get(text) for text in texts]
-    numbers = [
-        NO_LABEL if text is None else UNKNOWN_LABEL if index is None else index
-        for text, index in zip(texts, class_of_value, strict=True)
-    ]
-    number = np.array(numbers, dtype=np.int32)
-    unknown = _unknown_rows(code, number == UNKNOWN_LABEL, [str(text) for text in texts])
-    names = tuple(class_names)
-    return Labels(label=gather(number, code, out=code), names=names, outputs=names, unknown=unknown, texts=names)
-
-
-def _unknown_rows(code: NDArray[np.int32], is_unknown: NDArray[np.bool_], texts: Sequence[str]) -> UnknownLabels:
+def _unknown_rows(code: NDArray[np.integer[Any]], is_unknown: NDArray[np.bool_], texts: Sequence[str]) -> UnknownLabels:
     """Return the rows whose code (n,) is one of an unknown label."""
     if not is_unknown.any():
         return UnknownLabels(code[:0], code[:0], ())
     rows = true_rows(gather(is_unknown, code))
     return UnknownLabels(rows, gather(code, rows), texts)
-
-
-def with_names(labels: Labels, name_of_class: dict[int, str]) -> Labels:
-    """Return labels whose classes have other names, by number."""
-    names = tuple(name_of_class.get(index, name) for index, name in enumerate(labels.names))
-    return replace(labels, names=names, outputs=names)
 
 
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")

@@ -16,7 +16,7 @@ from ..hashing import hash_rank
 from ..row_arrays import count_codes, gather, slices, sorted_pieces, stable_order
 from .columns import SPLIT_NAMES, SPLITS, compose_ids
 from .dataset import Dataset
-from .label_columns import ColumnParts, coded_column, read_class_column, read_number_column, read_set_column
+from .label_columns import ColumnParts, coded_parts, read_class_column, read_number_column, read_set_column
 from .labels import Labels, Target, declared_classes
 from .modalities import is_text
 
@@ -106,8 +106,7 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     if columns.id and len(set(sample_id)) < len(sample_id):
         repeated = [name for name, count in Counter(sample_id).items() if count > 1]
         raise repeated_ids(repeated, columns=columns.id, way_out=unique_columns(dataset))
-    names = ColumnParts.of(rows[columns.label_name]) if columns.label_name else None
-    labels = read_labels(dataset, ColumnParts.of(rows[columns.label]), names)
+    labels = read_labels(dataset, rows)
     group = _read_group(rows[columns.group].to_pylist(), sample_id) if columns.group else None
     if columns.split:
         split = np.array(SPLITS, dtype=object)[
@@ -260,7 +259,14 @@ def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDA
     return np.array(groups, dtype=object)
 
 
-def read_labels(
+def read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
+    """Read the labels of rows in memory, with the columns of the label and its name."""
+    columns = dataset.columns
+    names = ColumnParts.of(rows[columns.label_name]) if columns.label_name else None
+    return read_label_parts(dataset, ColumnParts.of(rows[columns.label]), names)
+
+
+def read_label_parts(
     dataset: Dataset, column: ColumnParts, names: ColumnParts | None, *, edges: Sequence[float] = ()
 ) -> Labels:
     """Read the labels of rows, and the names of classes; `edges`: those of a regression's strata."""
@@ -274,7 +280,7 @@ def read_labels(
 
 def read_split_codes(column: ColumnParts, *, name: str) -> NDArray[np.int8]:
     """Return the split of each row (n,) of a column as its index in SPLITS; raise DatasetError for other names."""
-    values, code = coded_column(column)
+    values, code = coded_parts(column)
     names = [str(value).strip().lower() for value in values]
     unknown = sorted({str(value) for value, text in zip(values, names, strict=True) if text not in SPLIT_NAMES})
     if unknown:

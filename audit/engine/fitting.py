@@ -47,8 +47,8 @@ from ..scores.stability import (
     check_modalities,
 )
 from ..workers import Progress, parallel_map
-from .row_data import StoredRows
 from .selection import Selection
+from .stored_rows import StoredRows
 
 log = logging.getLogger("mmaudit")
 

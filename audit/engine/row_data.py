@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from ..dataset.columns import SPLITS
 from ..dataset.dataset import Dataset
 from ..dataset.formats import Shard
-from ..dataset.label_columns import ColumnParts, coded_column, coded_part
-from ..dataset.labels import Labels, Target
+from ..dataset.labels import Labels, Target, coded_column
 from ..dataset.modalities import Modality
-from ..dataset.samples import cut_by_keys, read_labels, read_split_codes, repeated_ids, unique_columns
+from ..dataset.samples import cut_by_keys, read_label_parts, read_split_codes, repeated_ids, unique_columns
 from ..errors import DatasetError, Reason
 from ..features.cached_matrix import UsableRows, recurring_rows
 from ..features.encode import EncodeTask, column_of, content_of, read_arrow
@@ -31,20 +30,20 @@ from ..features.encoded_samples import (
     scorable_rows,
 )
 from ..features.vectors import check_lengths
-from ..hashing import hash_ids, hash_rank
+from ..hashing import hash_rank
 from ..probes.cross_fit import KEY_PURPOSE, fold_purposes
-from ..row_arrays import (
-    NUM_PIECES,
-    contains,
-    gather,
-    index_type,
-    piece_of,
-    positions_of,
-    repeated_in,
-    slices,
-    sorted_pieces,
-    stable_argsort,
-    true_rows,
+from ..row_arrays import contains, gather, index_type, repeated_in, sorted_pieces, true_rows
+from .stored_rows import (
+    ReadTable,
+    StoredRows,
+    code_groups,
+    columns_of_parts,
+    hash_groups,
+    located_tables,
+    read_cells,
+    read_groups,
+    read_hashes,
+    sorted_rows,
 )
 
 ORDER_PURPOSE, CUT_PURPOSE = "row order", "test split"
@@ -119,44 +118,13 @@ def read_status_table(dataset: Dataset, tasks: Sequence[EncodeTask], rows: pa.Ta
 
 def _group_names(column: pa.ChunkedArray, ids: Sequence[str]) -> pa.Array:
     """Return groups as strings; a sample whose group is null forms its own group."""
-    values, codes = coded_column(ColumnParts.of(column))
+    values, codes = coded_column(column)
     names = [None if value is None else str(value) for value in values]
     return pa.array([ids[row] if (name := names[code]) is None else name for row, code in enumerate(codes.tolist())])
 
 
 def _is_text(type_: pa.DataType) -> bool:
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
-
-
-ReadTable = Callable[[int], pa.Table]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRows:
-    """The row tables of all parts, read when they are needed."""
-
-    read_rows: ReadTable
-    num_parts: int
-
-    def ids_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
-        """Return the ids of some rows, in their order."""
-        return _read_cells(self.read_rows, self.num_parts, "id", rows)
-
-    def groups_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
-        """Return the names of the groups of some rows, in their order."""
-        return _read_cells(self.read_rows, self.num_parts, "group", rows)
-
-    def hash_rows(self, rows: NDArray[np.integer[Any]], *, seed: int, purpose: str) -> NDArray[np.uint64]:
-        """Return hash(seed, purpose, id) of distinct rows (b,), in their order, with 4 bytes a row besides the result.
-
-        The seed is that of the row tables.
-        """
-        num_rows = sum(self.read_rows(index).num_rows for index in range(self.num_parts))
-        hashes, position = np.zeros(len(rows), np.uint64), positions_of(rows, num_rows)
-        for part, table in _located_tables(self.read_rows, self.num_parts):
-            inside = np.flatnonzero(position[part] >= 0)
-            hashes[position[part][inside]] = table[f"hash {purpose}"].to_numpy()[inside]
-        return hashes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,17 +159,17 @@ class RowData(StoredRows):
             DatasetError: An id is null or not unique, or a label or a split cannot be read.
         """
         num_rows = _check_ids(dataset, read_rows, num_parts=num_parts)
-        column = _columns_of_parts(read_rows, num_parts, num_rows)
-        group, num_groups = _code_groups(column("group")) if dataset.columns.group else (None, 0)
+        column = columns_of_parts(read_rows, num_parts, num_rows)
+        group, num_groups = code_groups(column("group")) if dataset.columns.group else (None, 0)
         names = column("label_name") if dataset.columns.label_name else None
-        labels = read_labels(dataset, column("label"), names, edges=edges)
+        labels = read_label_parts(dataset, column("label"), names, edges=edges)
         if dataset.columns.split:
             split = read_split_codes(column("split"), name=dataset.columns.split)
         else:
             if group is None:
-                keys = _read_hashes(read_rows, num_parts, CUT_PURPOSE)
+                keys = read_hashes(read_rows, num_parts, CUT_PURPOSE)
             else:
-                keys = _hash_groups(read_rows, group, num_groups, seed=seed, purpose=CUT_PURPOSE)
+                keys = hash_groups(read_rows, group, num_groups, seed=seed, purpose=CUT_PURPOSE)
             is_test = cut_by_keys(keys, labels.label, group, fraction=test_fraction)
             split = gather(np.array([SPLITS.index("train"), SPLITS.index("test")], np.int8), is_test.view(np.int8))
         return cls(
@@ -263,21 +231,21 @@ class RowData(StoredRows):
         """Names of the groups (g,), read anew: an object per group."""
         if self.group is None:
             return ()
-        return tuple(name for names in _read_groups(self.read_rows, self.group, self.num_groups) for name in names)
+        return tuple(name for names in read_groups(self.read_rows, self.group, self.num_groups) for name in names)
 
     def hash_groups(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
         """Return hash(seed, purpose, name) of each group (g,)."""
         if self.group is None:
             return np.zeros(0, np.uint64)
-        return _hash_groups(self.read_rows, self.group, self.num_groups, seed=seed, purpose=purpose)
+        return hash_groups(self.read_rows, self.group, self.num_groups, seed=seed, purpose=purpose)
 
     def hash_ids(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
         """Return hash(seed, purpose, id) of each row (n,); the seed is that of the row tables."""
-        return _read_hashes(self.read_rows, self.num_parts, purpose)
+        return read_hashes(self.read_rows, self.num_parts, purpose)
 
     def sorted_ids(self) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
         """Yield all rows in pieces, in the order of the hashes of their ids, with these."""
-        return _sorted_rows(self.read_rows, self.num_parts, f"hash {ORDER_PURPOSE}", len(self))
+        return sorted_rows(self.read_rows, self.num_parts, f"hash {ORDER_PURPOSE}", len(self))
 
     def canonical_order(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         """Return rows in the order of the hashes of their ids, see hashing.canonical_order."""
@@ -293,130 +261,6 @@ class RowData(StoredRows):
         return ordered
 
 
-def _located_tables(read: ReadTable, num_parts: int) -> Iterator[tuple[slice, pa.Table]]:
-    """Yield the table of each part with its rows."""
-    first = 0
-    for index in range(num_parts):
-        table = read(index)
-        yield slice(first, first + table.num_rows), table
-        first += table.num_rows
-
-
-def _read_cells(read_rows: ReadTable, num_parts: int, name: str, rows: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
-    """Return the texts of a column in some rows, in their order."""
-    cells = np.empty(len(rows), dtype=object)
-    order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    first = 0
-    for index in range(num_parts if len(rows) else 0):
-        if first > ordered[-1]:
-            break
-        column = read_rows(index)[name]
-        start, stop = np.searchsorted(ordered, np.array([first, first + len(column)], ordered.dtype))
-        if stop > start:
-            cells[order[start:stop]] = column.take(pa.array(ordered[start:stop] - first)).to_pylist()
-        first += len(column)
-    return cells
-
-
-def _read_hashes(read_rows: ReadTable, num_parts: int, purpose: str) -> NDArray[np.uint64]:
-    """Return the hashes of all rows (n,), a part at a time."""
-    num_rows = sum(read_rows(index).num_rows for index in range(num_parts))
-    hashes = np.empty(num_rows, np.uint64)
-    for part, table in _located_tables(read_rows, num_parts):
-        hashes[part] = table[f"hash {purpose}"].to_numpy()
-    return hashes
-
-
-def _sorted_rows(
-    read: ReadTable, num_parts: int, name: str, num_rows: int
-) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
-    """Yield all rows in the order of a column of words, and these, in pieces; equal ones in the order of the rows."""
-    piece_of_row = np.empty(num_rows, np.uint8)
-    for part, table in _located_tables(read, num_parts):
-        piece_of_row[part] = piece_of(table[name].to_numpy(), num_rows)
-    for piece in range(NUM_PIECES):
-        rows, words = [], []
-        for part, table in _located_tables(read, num_parts):
-            inside = np.flatnonzero(piece_of_row[part] == piece)
-            words.append(table[name].to_numpy()[inside])
-            rows.append((inside + part.start).astype(index_type(num_rows)))
-        own_rows, own_words = np.concatenate(rows), np.concatenate(words)
-        if len(own_rows):
-            order = stable_argsort(own_words)
-            yield own_rows[order], own_words[order]
-
-
-def _columns_of_parts(read_rows: ReadTable, num_parts: int, num_rows: int) -> Callable[[str], ColumnParts]:
-    """Return a function that returns a column of all parts, of the type that holds the values of all."""
-
-    def column(name: str) -> ColumnParts:
-        schemas = [read_rows(index).select([name]).schema.remove_metadata() for index in range(num_parts)]
-        empty = pa.unify_schemas(schemas, promote_options="permissive").empty_table()
-
-        def read(index: int) -> pa.ChunkedArray:
-            table = read_rows(index).select([name]).replace_schema_metadata()
-            return pa.concat_tables([empty, table], promote_options="permissive")[name]
-
-        return ColumnParts(num_rows=num_rows, num_parts=num_parts, read=read)
-
-    return column
-
-
-def _code_groups(column: ColumnParts) -> tuple[NDArray[np.int32], int]:
-    """Return the index of each row's group (n,), in the order of the first rows of the groups, and their number.
-
-    Groups may be as many as rows: names are told apart by 128 bits of hashes, those of each part's distinct names.
-    """
-    codes = np.empty(column.num_rows, np.int32)
-    hashes: list[list[NDArray[np.uint64]]] = [[], []]
-    num_names = 0
-    for rows, part in column.located():
-        names, own = coded_part(part)
-        codes[rows] = own + num_names
-        num_names += len(names)
-        for number in (0, 1):
-            hashes[number].append(hash_ids(names, seed=number, purpose="group"))
-    high, low = (np.concatenate([np.zeros(0, np.uint64), *hashes.pop(0)]) for _ in (0, 1))
-    code_of_name = np.arange(num_names, dtype=np.int32)  # first the first name that is equal to each
-    for piece in sorted_pieces(high):
-        if not (np.diff(high[piece]) == 0).any():
-            continue
-        piece = piece[np.lexsort((piece, low[piece], high[piece]))]
-        is_first = np.r_[True, (np.diff(high[piece]) != 0) | (np.diff(low[piece]) != 0)]
-        code_of_name[piece] = piece[np.maximum.accumulate(np.where(is_first, np.arange(len(piece)), 0))]
-    del high, low
-    code_of_first, num_groups = np.empty(num_names, np.int32), 0
-    for rows in slices(num_names):
-        is_first = code_of_name[rows] == np.arange(rows.start, rows.stop)
-        code_of_first[rows] = num_groups - 1 + np.cumsum(is_first)
-        num_groups += int(is_first.sum())
-    code_of_name = gather(code_of_first, code_of_name, out=code_of_name)
-    return gather(code_of_name, codes, out=codes), num_groups
-
-
-def _read_groups(read_rows: ReadTable, group: NDArray[np.int32], num_groups: int) -> Iterator[list[str]]:
-    """Yield the names of the groups (g,), of each part those whose first row it has."""
-    first, num_read, index = 0, 0, 0
-    while num_read < num_groups:
-        column = read_rows(index)["group"]
-        codes = group[first : first + len(column)]
-        is_first = codes > np.maximum.accumulate(np.r_[np.int32(num_read - 1), codes])[:-1]
-        names = column.take(pa.array(np.flatnonzero(is_first))).to_pylist()
-        yield names
-        first, num_read, index = first + len(column), num_read + len(names), index + 1
-
-
-def _hash_groups(
-    read_rows: ReadTable, group: NDArray[np.int32], num_groups: int, *, seed: int, purpose: str
-) -> NDArray[np.uint64]:
-    hashes, start = np.empty(num_groups, np.uint64), 0
-    for names in _read_groups(read_rows, group, num_groups):
-        hashes[start : start + len(names)] = hash_rank(names, seed=seed, purpose=purpose)
-        start += len(names)
-    return hashes
-
-
 def _check_ids(dataset: Dataset, read_rows: ReadTable, *, num_parts: int) -> int:
     """Raise DatasetError for ids that are null or not unique; return the number of rows."""
     for name in dataset.columns.id:
@@ -425,16 +269,16 @@ def _check_ids(dataset: Dataset, read_rows: ReadTable, *, num_parts: int) -> int
             raise DatasetError(
                 f"column {name!r} has {num_null} rows without an id: give each row one, or pass --id none"
             )
-    hashes = _read_hashes(read_rows, num_parts, ORDER_PURPOSE)
+    hashes = read_hashes(read_rows, num_parts, ORDER_PURPOSE)
     num_rows = len(hashes)
     hashes.sort()
     repeated = repeated_in(hashes)
     if not len(repeated):
         return num_rows
     is_repeated = np.zeros(num_rows, bool)
-    for part, table in _located_tables(read_rows, num_parts):
+    for part, table in located_tables(read_rows, num_parts):
         is_repeated[part] = contains(repeated, table[f"hash {ORDER_PURPOSE}"].to_numpy())
-    ids = _read_cells(read_rows, num_parts, "id", true_rows(is_repeated))
+    ids = read_cells(read_rows, num_parts, "id", true_rows(is_repeated))
     names = [name for name, count in Counter(ids).items() if count > 1]
     if names and dataset.columns.id:
         raise repeated_ids(names, columns=dataset.columns.id, way_out=unique_columns(dataset))
@@ -459,7 +303,7 @@ class EncodedData:
     def _masks(self, kind: str) -> Iterator[tuple[slice, NDArray[np.bool_]]]:
         """Yield the rows of each part, and a mask of them in each modality (rows, m)."""
         names = [f"{kind} {modality.name}" for modality in self.modalities]
-        for part, table in _located_tables(self.read_status, self.samples.num_parts):
+        for part, table in located_tables(self.read_status, self.samples.num_parts):
             yield part, np.stack([table[name].to_numpy(zero_copy_only=False) for name in names], axis=1)
 
     def _read(self, kind: str) -> NDArray[np.bool_]:
@@ -488,13 +332,13 @@ class EncodedData:
 
     def sorted_contents(self) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
         """Yield all rows in pieces, in the order of the first words of their content digests, with these."""
-        return _sorted_rows(self.read_status, self.samples.num_parts, "high", len(self.samples))
+        return sorted_rows(self.read_status, self.samples.num_parts, "high", len(self.samples))
 
     def content_word(self, number: int, rows: NDArray[np.integer[Any]] | None = None) -> NDArray[np.uint64]:
         """Return the first or the second word of the content digest of these rows (b,), ascending; None: of all."""
         name = ("high", "low")[number]
         words, start = np.empty(len(self.samples) if rows is None else len(rows), np.uint64), 0
-        for part, table in _located_tables(self.read_status, self.samples.num_parts):
+        for part, table in located_tables(self.read_status, self.samples.num_parts):
             column = table[name].to_numpy()
             if rows is not None:
                 stop = int(np.searchsorted(rows, rows.dtype.type(part.stop)))  # of another type, it would be copied

@@ -18,7 +18,8 @@ from ..features.left_out import LeftOut, QuarantineTable
 from ..probes.config import ProbeConfig
 from ..probes.cross_fit import CrossFit, no_keys, plan_cross_fits
 from ..row_arrays import count_codes, gather, positions_of
-from .row_data import EncodedData, RowData, StoredRows
+from .row_data import EncodedData, RowData
+from .stored_rows import StoredRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,10 +24,11 @@ from .fitting import Fitted, NetworkSettings, fit_probes
 from .merging import Merged, PartColumns, merge
 from .part_store import MemoryStore, Store
 from .plan import Part, ShardPlan
-from .row_data import EncodedData, RowData, StoredRows, read_row_table, read_status_table
+from .row_data import EncodedData, RowData, read_row_table, read_status_table
 from .run_state import describe_labels, tables_of_contents, tables_of_keys
 from .scoring import PartRows, Whole, finish_part, score_part
 from .selection import Selection, choose_rows, describe_chosen, fingerprint
+from .stored_rows import StoredRows
 
 log = logging.getLogger("mmaudit")
 
