@@ -176,6 +176,9 @@ def quarantine_table(rows: Iterable[Quarantined]) -> pa.Table:
     """Return the content of quarantine.parquet: one row for each reason, so that a sample may have several rows."""
     import pyarrow as pa  # takes 0.1 s, and most users of this module need no table
 
+    table = getattr(rows, "table", None)  # of rows that are columns, see features.left_out
+    if isinstance(table, pa.Table):
+        return table
     schema = pa.schema([(name, pa.string()) for name in ("sample_id", "modality", "reason", "detail")])
     return pa.Table.from_pylist([{**asdict(row), "reason": row.reason.value} for row in rows], schema)
 

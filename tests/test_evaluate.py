@@ -34,7 +34,6 @@ from mmaudit.train.evaluate import (
     evaluate_file,
     evaluate_network,
     measure_contribution,
-    predict,
     sets_without,
     subsets,
     values_by_set,
@@ -43,6 +42,7 @@ from mmaudit.train.examples import Examples
 from mmaudit.train.methods import resolve
 from mmaudit.train.network import FusionNet, ModelConfig, correct_by_set, shapley_sets
 from mmaudit.train.optimizer import SINGLE_PROCESS
+from mmaudit.train.predictions import predict
 from mmaudit.train.training_data import NetworkReader, set_up
 
 

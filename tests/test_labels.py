@@ -15,6 +15,7 @@ from datasets import Sequence as SequenceOf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.label_columns import read_label_sets, read_regression_targets
 from mmaudit.audit.dataset.labels import (
     NO_LABEL,
     TASKS,
@@ -24,8 +25,6 @@ from mmaudit.audit.dataset.labels import (
     declared_classes,
     declared_kind,
     read_classes,
-    read_label_sets,
-    read_regression_targets,
 )
 from mmaudit.audit.errors import DatasetError
 

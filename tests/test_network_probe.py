@@ -284,10 +284,10 @@ class Watched:
     def num_features(self) -> int:
         return int(self.matrix.shape[1])
 
-    def read(self, rows: NDArray[np.intp]) -> Bytes:
+    def read(self, rows: NDArray[np.integer[Any]]) -> Bytes:
         self.batches.append(frozenset(rows.tolist()))
         self.threads.add(threading.get_ident())
-        values = self.matrix[rows]
+        values: Bytes = self.matrix[rows]
         values.setflags(write=False)
         return values
 

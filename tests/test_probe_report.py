@@ -77,7 +77,8 @@ def probe_set_of(target: Target, *outputs: Floats, scale: float = 1.0) -> ProbeS
             inputs=MatrixInputs(matrix=np.zeros((len(target), 2), np.float32)),
             present=np.ones(len(target), bool),
             probe=StoredProbe(by_repeat=logits[None]),
-            scale=np.full(len(target), scale, np.float32),
+            fold_scale=np.full(1, scale, np.float32),
+            fold=np.zeros(len(target), np.int8),
             calibration=FREE,
         )
         for index, logits in enumerate(outputs)

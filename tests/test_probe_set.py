@@ -129,7 +129,7 @@ def test_calibration_never_raises_the_loss(task: str, seed: int) -> None:
     sharpness = np.random.default_rng(seed).choice([0.4, 1.0, 2.5], FOLDS)
     for factor in (1.0, sharpness[CROSS_FITS[0].fold][:, None]):
         calibrated = calibrated_probe(target, (factor * logits).astype(np.float32))
-        plain = replace(calibrated, scale=np.ones(N, np.float32), anchor=None)
+        plain = replace(calibrated, fold_scale=np.ones(FOLDS, np.float32), anchor=None)
         rows = np.arange(N)
         before, after = (float(-np.log(probe.predict(rows, target).confidence).mean()) for probe in (plain, calibrated))
         assert after <= before

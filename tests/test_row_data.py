@@ -18,6 +18,7 @@ from mmaudit.audit.engine.row_data import EncodedData, RowData, read_row_table, 
 from mmaudit.audit.engine.selection import (
     fingerprint,
     number_by_occurrence,
+    quarantined_tables,
     read_selection,
     select,
     selection_record,
@@ -120,7 +121,8 @@ def test_selection_is_written_and_read(tmp_path: Path) -> None:
     for name in ("plain", "group", "regression"):
         columnar = both(open_case(name, tmp_path), tmp_path / name, part_rows=20)[1]
         selection = select(columnar, probe=ProbeConfig(folds=2, repeats=2), seed=3, keep_duplicates=False)
-        again = read_selection(*selection_tables(selection), selection_record(selection))
+        quarantined = pa.concat_tables(quarantined_tables(selection))
+        again = read_selection(*selection_tables(selection), quarantined, selection_record(selection))
         for field in selection.__dataclass_fields__:
             if field not in ("target", "cross_fits"):
                 np.testing.assert_array_equal(getattr(again, field), getattr(selection, field))

@@ -59,7 +59,8 @@ def calibrated(
         inputs=MatrixInputs(matrix=np.zeros((N, width), np.float32)),
         present=np.ones(N, bool) if present is None else present,
         probe=probe,
-        scale=np.full(N, scale, np.float32),
+        fold_scale=np.full(1, scale, np.float32),
+        fold=np.zeros(N, np.int8),
         calibration=CALIBRATION,
     )
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL
-from mmaudit.audit.dataset.samples import Samples, read_samples, stratified_cut, stratify
+from mmaudit.audit.dataset.samples import Samples, cut_by_keys, read_samples, stratified_cut
 from mmaudit.audit.errors import DatasetError
 
 Read = Callable[..., Samples]
@@ -210,14 +210,29 @@ def test_seed_and_purpose_change_the_draw() -> None:
     assert 60 < (first & other_purpose).sum() + (~first & ~other_purpose).sum() < 140
 
 
-@given(LABELS)
-def test_stratify_is_uniform_within_every_class(label: NDArray[np.int32]) -> None:
-    keys = np.random.default_rng(0).permutation(len(label)).astype(np.uint64)
-    position = stratify(keys, label)
-    for stratum in np.unique(label):
-        count = int((label == stratum).sum())
-        np.testing.assert_allclose(np.sort(position[label == stratum]), (np.arange(count) + 0.5) / count)
-        assert (np.argsort(position[label == stratum]) == np.argsort(keys[label == stratum])).all()
+def draw_plainly(keys: NDArray[np.uint64], label: NDArray[np.int32], fraction: float) -> NDArray[np.bool_]:
+    """Draw the rows with the smallest (rank + 1/2) / size within their class, ties by key, from sorted columns."""
+    order = np.lexsort((keys, label))
+    starts = np.flatnonzero(np.r_[True, label[order][1:] != label[order][:-1]])
+    sizes = np.diff(np.r_[starts, len(label)])
+    position = np.empty(len(label))
+    position[order] = (np.arange(len(label)) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)
+    drawn = np.zeros(len(label), bool)
+    drawn[np.lexsort((keys, position))[: max(1, round(fraction * len(label)))]] = True
+    return drawn
+
+
+@given(LABELS, st.floats(0, 1), st.sampled_from([2**64 - 1, 3]))
+def test_cut_is_that_of_sorted_columns(label: NDArray[np.int32], fraction: float, largest_key: int) -> None:
+    keys = np.random.default_rng(0).integers(0, largest_key, len(label), dtype=np.uint64)
+    expected = draw_plainly(keys, label, fraction)
+    np.testing.assert_array_equal(cut_by_keys(keys, label, None, fraction=fraction), expected)
+
+
+def test_cut_of_many_rows_is_that_of_sorted_columns() -> None:
+    rng = np.random.default_rng(0)
+    keys, label = rng.integers(0, 2**64, 70_000, dtype=np.uint64), rng.integers(-1, 900, 70_000).astype(np.int32)
+    np.testing.assert_array_equal(cut_by_keys(keys, label, None, fraction=0.2), draw_plainly(keys, label, 0.2))
 
 
 def test_missing_split_is_drawn_by_class_or_group(read: Read) -> None:

@@ -15,7 +15,9 @@ from training import QUICK, make_examples, with_options
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.features.encoders import StoredPictures
 from mmaudit.audit.features.matrix import MatrixInputs
+from mmaudit.audit.hashing import digest
 from mmaudit.audit.probes.crops import PictureView
+from mmaudit.train import checkpoint
 from mmaudit.train.batches import Batch, Step, split_order
 from mmaudit.train.checkpoint import run_identity
 from mmaudit.train.config import TrainConfig
@@ -225,6 +227,16 @@ def identity_of(examples: Examples, config: TrainConfig = QUICK, *, seed: int = 
 )
 def test_reporting_and_saving_do_not_change_the_identity(options: dict[str, Any]) -> None:
     assert identity_of(make_examples(), with_options(**options)) == identity_of(make_examples())
+
+
+def test_identity_of_resident_matrices_is_that_of_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = identity_of(make_examples())
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 64)
+    assert identity_of(make_examples()) == whole
+    matrix, rows = torch.arange(60.0).reshape(20, 3), np.array([7, 3, 19, 0, 3])
+    blocks = checkpoint._RowBytes(matrix, rows)
+    assert digest(blocks) == digest(matrix[rows].numpy().tobytes())
+    assert len(list(blocks.digest_blocks())) == 1
 
 
 def test_number_of_processes_does_not_change_the_identity() -> None:

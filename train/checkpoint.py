@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..audit.errors import RunError, TrainError
 from ..audit.features.encoders import function_version
 from ..audit.hashing import digest
+from ..audit.row_arrays import slices
 from ..audit.storage import atomic_write
 from .examples import Examples
 from .network import FusionNet, ModelConfig
@@ -28,6 +30,7 @@ from .training_data import TrainingData
 
 log = logging.getLogger("mmaudit")
 
+_BLOCK_BYTES = 8 << 20  # of a matrix that are copied at a time
 _STATE_VERSION = 6  # raised when the contents of a state change: an older state is not resumed
 
 
@@ -142,11 +145,9 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
         getattr(training_data.pool, name) for name in ("rank", "discrepancy", "balance", "p_balanced")
     ]
     arrays += [examples.weight[train], examples.target[train_and_validation]]
-    for matrix in training_data.store.resident:
-        if matrix is not None:
-            arrays.append(
-                matrix.index_select(0, torch.from_numpy(train_and_validation).to(matrix.device)).cpu().numpy()
-            )
+    resident = [
+        _RowBytes(matrix, train_and_validation) for matrix in training_data.store.resident if matrix is not None
+    ]
     content = b"\0".join(examples.content[train_and_validation].tolist())
     config = asdict(training_data.config)
     for name in ("report_to", "resident_mib", "read_ahead_mib", "save_steps", "gradient_checkpointing"):
@@ -157,7 +158,23 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     inputs = (examples.class_names, examples.modalities, examples.shapes, examples.views, examples.backbones)
     settings = repr((_STATE_VERSION, config, *inputs, training_data.seed))
     texts = (settings.encode(), content, *(text.encode() for text in ids))
-    return digest(*texts, *(np.ascontiguousarray(array).tobytes() for array in arrays), weights, source)
+    return digest(*texts, *(np.ascontiguousarray(array).tobytes() for array in arrays), *resident, weights, source)
+
+
+class _RowBytes:
+    """The bytes of rows of a matrix, of which some megabytes at a time are copied."""
+
+    def __init__(self, matrix: torch.Tensor, rows: NDArray[np.integer[Any]]) -> None:
+        self.matrix, self.rows = matrix, rows
+        self.row_bytes = matrix[:1].numel() * matrix.element_size()
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.row_bytes
+
+    def digest_blocks(self) -> Iterator[bytes]:
+        for part in slices(len(self.rows), max(1, _BLOCK_BYTES // max(1, self.row_bytes))):
+            rows = torch.from_numpy(self.rows[part]).to(self.matrix.device)
+            yield self.matrix.index_select(0, rows).cpu().numpy().tobytes()
 
 
 def resume(path: Path, identity: str, *, device: str) -> dict[str, Any] | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import re
+from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from operator import eq
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import DatasetError
 from ..parsing import fold_text, parse_data_json
+from ..row_arrays import gather, slices, true_rows
 
 _KIND_OF_FEATURE = {"Audio": "audio", "Image": "image", "Video": "video"}
 
@@ -55,8 +57,8 @@ NO_LABEL = -1  # null
 UNKNOWN_LABEL = -2  # not among the classes
 OTHER = "other"  # the stratum of rare label sets
 NO_NAMES = "(none)"  # the stratum of samples with an empty label set
-_MIN_STRATUM = 10  # samples: fewer cannot be divided evenly into five folds with training rows in each
-_NUM_DECILES = 10
+MIN_STRATUM = 10  # samples: fewer cannot be divided evenly into five folds with training rows in each
+NUM_DECILES = 10
 MAX_NUMBER = 1e15  # largest regression target: sums of squares still fit into float32, which ends at 3e38
 _MAX_WARNINGS = 5
 _SEPARATORS = re.compile(r"[|;,]")
@@ -67,8 +69,9 @@ _CLASS_HINT = "a class label is an integer or a string; choose the column with -
 class Target:
     """Prediction target of n samples.
 
-    classification: label (n,) in [0, k), values None. multilabel: values (n, k) of 0 and 1, one column per label.
-    regression: values (n, 1). For multilabel and regression, label (n,) is the stratum used to assign folds.
+    classification: label (n,) in [0, k), values None. multilabel: values (n, k) of 0 and 1, one column per label, which
+    may be packed. regression: values (n, 1). For multilabel and regression, label (n,) is the stratum used to assign
+    folds.
     """
 
     task: str
@@ -79,10 +82,104 @@ class Target:
     def __len__(self) -> int:
         return len(self.label)
 
-    def take(self, rows: NDArray[np.intp]) -> Target:
+    def take(self, rows: NDArray[np.integer[Any]]) -> Target:
         """Return the targets of these rows."""
         values = None if self.values is None else self.values[rows]
         return Target(task=self.task, label=self.label[rows], num_outputs=self.num_outputs, values=values)
+
+
+class PackedSets:
+    """Label sets of n rows in k / 8 bytes each, which read as a matrix (n, k) of 0 and 1, NaN in rows without a label.
+
+    bits (n, ceil(k / 8)): one bit per label, the first in the highest bit. label (n,): negative in rows without one;
+    None: all have one.
+    """
+
+    __slots__ = ("bits", "label", "num_labels")
+    dtype, ndim = np.dtype(np.float32), 2
+
+    def __init__(self, bits: NDArray[np.uint8], num_labels: int, label: NDArray[np.int32] | None = None) -> None:
+        self.bits, self.num_labels, self.label = bits, num_labels, label
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of rows and labels."""
+        return len(self.bits), self.num_labels
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def __getitem__(self, key: Any) -> NDArray[np.float32]:
+        if isinstance(key, tuple):
+            return np.asarray(self[key[0]])[(..., *key[1:])]
+        values = np.unpackbits(self.bits[key], axis=-1, count=self.num_labels).astype(np.float32)
+        if self.label is not None:
+            values[self.label[key] < 0] = np.nan
+        return values
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self[:].astype(np.float32 if dtype is None else dtype, copy=False)
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> PackedSets:
+        """Return the sets of these rows, packed; each must have a label."""
+        return PackedSets(gather(self.bits, rows), self.num_labels)
+
+    def counts(self) -> NDArray[np.int64]:
+        """Count the rows that have each label (k,)."""
+        total = np.zeros(self.num_labels, np.int64)
+        for part in slices(len(self)):
+            total += np.unpackbits(self.bits[part], axis=1, count=self.num_labels).sum(axis=0, dtype=np.int64)
+        return total
+
+
+class UnknownLabels(Sequence[tuple[int, str]]):
+    """Rows whose label is not among the classes, ascending, and these labels, without an object per row.
+
+    rows (u,); code (u,): the label of each, an index in `texts`.
+    """
+
+    __slots__ = ("code", "rows", "texts")
+
+    def __init__(self, rows: NDArray[np.integer[Any]], code: NDArray[np.integer[Any]], texts: Sequence[str]) -> None:
+        self.rows, self.code, self.texts = rows, code, tuple(texts)
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[int, str]]) -> UnknownLabels:
+        """Return pairs of row and label."""
+        rows, texts = array("q"), []
+        number: dict[str, int] = {}
+        code = array("l")
+        for row, text in pairs:
+            rows.append(row)
+            code.append(number.setdefault(text, len(number)))
+        texts = list(number)
+        return cls(np.array(rows, np.int64), np.array(code, np.int32), texts)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, key: int) -> tuple[int, str]: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> UnknownLabels: ...
+
+    def __getitem__(self, key: int | slice) -> tuple[int, str] | UnknownLabels:
+        if isinstance(key, slice):
+            return UnknownLabels(self.rows[key], self.code[key], self.texts)
+        return int(self.rows[key]), self.texts[int(self.code[key])]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for row, code in zip(self.rows, self.code, strict=True):
+            yield int(row), self.texts[code]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]  # as of a list
+
+    def __repr__(self) -> str:
+        return f"UnknownLabels({[*self[:3]]}{', ...' if len(self) > 3 else ''})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +197,7 @@ class Labels:
     names: tuple[str, ...]
     outputs: tuple[str, ...]
     values: NDArray[np.float32] | None = None
-    unknown: tuple[tuple[int, str], ...] = ()
+    unknown: Sequence[tuple[int, str]] = ()
     texts: tuple[str, ...] = ()
     edges: tuple[float, ...] = ()
 
@@ -113,22 +210,13 @@ def read_classes(
     `declared` are the source's names of 0 .. k-1; `classes` lists the allowed classes by number or name. Raises
     DatasetError for lists, structs and fractions.
     """
-    _check_class_cells(cells)
+    check_class_cells(cells)
     reader = ClassReader()
     code = reader.add_values(cells, np.arange(len(cells)))
     if names is not None and not declared:
         for row, name in enumerate(names):
             if name is not None:
                 reader.names[int(code[row])] = (row, str(name))
-    return reader.labels(code, declared=declared, classes=classes)
-
-
-def read_class_column(
-    column: pa.ChunkedArray, names: pa.ChunkedArray | None, *, declared: Sequence[str], classes: Sequence[str]
-) -> Labels:
-    """Read class labels as `read_classes` does, from a column of strings or numbers, without an object per row."""
-    reader = ClassReader()
-    code = reader.add(column, None if declared else names)
     return reader.labels(code, declared=declared, classes=classes)
 
 
@@ -153,7 +241,7 @@ class ClassReader:
     def add(self, column: pa.ChunkedArray, names: pa.ChunkedArray | None) -> NDArray[np.int32]:
         """Add the next rows, and the column of their names if there is one; return the index of each one's value."""
         values, code = coded_column(column)
-        _check_class_cells(values)
+        check_class_cells(values)
         first = sum(self.counts)
         indices = self.add_values(values, code)
         if names is not None:
@@ -185,15 +273,16 @@ class ClassReader:
             for text, count in zip(texts, self.counts, strict=True):
                 if text is not None:
                     counter[text] += count
-            _warn_of_similar(counter)
-        class_names, class_of_text = _number_classes(texts, cells, declared=declared, classes=classes)
+            warn_of_counts(counter)
+        class_names, class_of_text = number_classes(texts, cells, declared=declared, classes=classes)
         class_of_value = [None if text is None else class_of_text.get(text) for text in texts]
         numbers = [
             NO_LABEL if text is None else UNKNOWN_LABEL if number is None else number
             for text, number in zip(texts, class_of_value, strict=True)
         ]
-        label = np.array(numbers, dtype=np.int32)[code]
-        unknown = tuple((row, str(texts[code[row]])) for row in np.flatnonzero(label == UNKNOWN_LABEL).tolist())
+        number_of = np.array(numbers, dtype=np.int32)
+        unknown = _unknown_rows(code, number_of == UNKNOWN_LABEL, [str(text) for text in texts])
+        label = gather(number_of, code)
         named = sorted((row, numbers[index], name) for index, (row, name) in self.names.items())
         name_of_class = {number: name for _, number, name in named}
         names = tuple(name_of_class.get(number, name) for number, name in enumerate(class_names))
@@ -202,17 +291,26 @@ class ClassReader:
 
 def coded_column(column: pa.ChunkedArray) -> tuple[list[Any], NDArray[np.int32]]:
     """Return the distinct values of a column of scalars, in order of occurrence, and the index of each row's (n,)."""
+    values, code = coded_part(column)
+    return [*values.to_pylist(), *([None] if (code == len(values)).any() else [])], code
+
+
+def coded_part(column: pa.ChunkedArray) -> tuple[pa.Array, NDArray[np.int32]]:
+    """Return the distinct values of a column, and the index of each row's (n,): of null, their number."""
     if pa.types.is_null(column.type):
-        return [None], np.zeros(len(column), dtype=np.int32)
+        return pa.nulls(0), np.zeros(len(column), dtype=np.int32)
     coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
     coded = coded.unify_dictionaries()
-    values = coded.chunk(0).dictionary.to_pylist() if coded.num_chunks else []
+    if not coded.num_chunks:
+        type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        return pa.nulls(0, type_), np.zeros(0, np.int32)
+    values = coded.chunk(0).dictionary
     indices = [chunk.indices.fill_null(len(values)).to_numpy().astype(np.int32, copy=False) for chunk in coded.chunks]
-    codes = np.concatenate([np.zeros(0, np.int32), *indices])
-    return ([*values, None] if len(codes) and codes.max() == len(values) else values), codes
+    return values, np.concatenate(indices)
 
 
-def _check_class_cells(cells: Sequence[object]) -> None:
+def check_class_cells(cells: Sequence[object]) -> None:
+    """Raise DatasetError for cells that are no class labels: structs, lists and fractions."""
     if any(isinstance(cell, dict) for cell in cells):
         raise DatasetError(f"the labels are structs of several fields: {_CLASS_HINT}")
     if any(isinstance(cell, list) for cell in cells):
@@ -221,72 +319,12 @@ def _check_class_cells(cells: Sequence[object]) -> None:
         raise DatasetError(f"the labels are fractions: {_CLASS_HINT}, or pass --task regression")
 
 
-def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes: Sequence[str]) -> Labels:
-    """Read label sets: lists, or strings split at | ; or , (an empty list is an empty set, null is a missing label).
-
-    The strata are the distinct sets; all sets of fewer than 10 samples form one stratum.
-    """
-    for cell in cells:
-        if isinstance(cell, dict) or (isinstance(cell, list) and any(isinstance(part, (dict, list)) for part in cell)):
-            raise _label_set_error(cell)
-    sets = _parse_indicator_vectors(cells, declared or classes) or [_parse_label_set(cell) for cell in cells]
-    present = [text for labels in sets if labels is not None for text in labels]
-    if not declared and not classes:
-        warn_of_similar(present)
-    label_names, column_of_text = _number_classes(present, present, declared=declared, classes=classes)
-    unknown: list[tuple[int, str]] = []
-    values = np.full((len(sets), len(label_names)), np.nan, dtype=np.float32)
-    keys: list[str | None] = [None] * len(sets)
-    for row, labels in enumerate(sets):
-        unknown_labels = [text for text in labels or [] if text not in column_of_text]
-        if unknown_labels:
-            unknown.append((row, unknown_labels[0]))
-        elif labels is not None:
-            columns = sorted({column_of_text[text] for text in labels})
-            values[row] = 0
-            values[row, columns] = 1
-            keys[row] = "|".join(label_names[column] for column in columns) or NO_NAMES
-    if not label_names:
-        raise DatasetError("no sample has any label: a label set is a list, or a string such as dog|cat")
-    label, strata = _number_strata(keys)
-    label[[row for row, _ in unknown]] = UNKNOWN_LABEL
-    return Labels(label=label, names=strata, outputs=tuple(label_names), values=values, unknown=tuple(unknown))
-
-
-def read_regression_targets(cells: Sequence[object], *, name: str, edges: Sequence[float] = ()) -> Labels:
-    """Read regression targets (n, 1); infinite ones and ones above MAX_NUMBER are `unknown`, NaN is a missing label.
-
-    The strata are deciles, fewer if values repeat, or have these `edges`. Raises DatasetError for a cell that is not a
-    number.
-    """
-    numbers = np.array([_parse_number(cell, name=name) for cell in cells], dtype=np.float64)
-    return _read_numbers(numbers, cells.__getitem__, name=name, edges=edges)
-
-
-def read_number_column(column: pa.ChunkedArray, *, name: str, edges: Sequence[float] = ()) -> Labels:
-    """Read regression targets as `read_regression_targets` does, of numbers without an object per row."""
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        return read_regression_targets(column.to_pylist(), name=name, edges=edges)
-    numbers = column.cast(pa.float64(), safe=False).to_numpy()  # null is NaN
-    return _read_numbers(numbers, lambda row: column[row].as_py(), name=name, edges=edges)
-
-
-def _read_numbers(
-    numbers: NDArray[np.float64], cell_of_row: Callable[[int], object], *, name: str, edges: Sequence[float]
-) -> Labels:
-    valid = np.abs(numbers) <= MAX_NUMBER
-    if not valid.any():
-        raise DatasetError(f"no sample has a number in column {name!r}: choose another column with --label")
-    unknown = tuple((row, str(cell_of_row(row))) for row in np.flatnonzero(~valid & ~np.isnan(numbers)).tolist())
-    quantiles = np.unique(np.quantile(numbers[valid], np.linspace(0, 1, _NUM_DECILES + 1)))
-    edges = tuple(edges) or tuple(quantiles.tolist())
-    label = np.full(len(numbers), NO_LABEL, dtype=np.int32)
-    label[valid] = np.searchsorted(edges[1:-1], numbers[valid], side="right")
-    label[[row for row, _ in unknown]] = UNKNOWN_LABEL
-    bounds = list(pairwise(edges)) or [(edges[0], edges[0])]
-    strata = [f"[{low:g}, {high:g})" for low, high in bounds[:-1]] + [f"[{bounds[-1][0]:g}, {bounds[-1][1]:g}]"]
-    values = np.where(valid, numbers, np.nan).astype(np.float32)[:, None]
-    return Labels(label=label, names=tuple(strata), outputs=(name,), values=values, unknown=unknown, edges=edges)
+def _unknown_rows(code: NDArray[np.integer[Any]], is_unknown: NDArray[np.bool_], texts: Sequence[str]) -> UnknownLabels:
+    """Return the rows whose code (n,) is one of an unknown label."""
+    if not is_unknown.any():
+        return UnknownLabels(code[:0], code[:0], ())
+    rows = true_rows(gather(is_unknown, code))
+    return UnknownLabels(rows, gather(code, rows), texts)
 
 
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -306,10 +344,11 @@ def _check_not_numbers(texts: Sequence[str | None]) -> None:
 
 def warn_of_similar(texts: Sequence[str | None]) -> None:
     """Log a warning of labels that differ only by case, blanks or Unicode form, with each spelling and its count."""
-    _warn_of_similar(Counter(text for text in texts if text is not None))
+    warn_of_counts(Counter(text for text in texts if text is not None))
 
 
-def _warn_of_similar(counts: Mapping[str, int]) -> None:
+def warn_of_counts(counts: Mapping[str, int]) -> None:
+    """Log the warning of `warn_of_similar` of labels and their counts."""
     spellings: dict[str, list[str]] = {}
     for text in sorted(counts):
         spellings.setdefault(fold_text(text), []).append(text)
@@ -321,7 +360,7 @@ def _warn_of_similar(counts: Mapping[str, int]) -> None:
         log.warning("%d more labels have several spellings", len(similar) - _MAX_WARNINGS)
 
 
-def _number_classes(
+def number_classes(
     texts: Sequence[str | None], cells: Sequence[object], *, declared: Sequence[str], classes: Sequence[str]
 ) -> tuple[list[str], dict[str, int]]:
     """Return the class names in order, and the class number of each label text."""
@@ -349,7 +388,8 @@ def _label_text(cell: object) -> str:
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
-def _parse_label_set(cell: object) -> list[str] | None:
+def parse_label_set(cell: object) -> list[str] | None:
+    """Return the labels of a cell, None if it has none; raise DatasetError for what is no label set."""
     if cell is None or cell != cell:
         return None
     if isinstance(cell, str):
@@ -358,46 +398,20 @@ def _parse_label_set(cell: object) -> list[str] | None:
         return None if any(element is None for element in cell) else [_label_text(element) for element in cell]
     if isinstance(cell, (int, float)):
         return [_label_text(cell)]
-    raise _label_set_error(cell)
+    raise label_set_error(cell)
 
 
-def _label_set_error(cell: object) -> DatasetError:
+def label_set_error(cell: object) -> DatasetError:
+    """Return the error of a cell that is no label set."""
     form = "neither a list of labels nor a string such as dog|cat"
     return DatasetError(f"the label {repr(cell)[:60]} is {form}: choose the column with --label")
 
 
-def _parse_indicator_vectors(cells: Sequence[object], names: Sequence[str]) -> list[list[str] | None] | None:
-    """Read 0/1 vectors, one entry per label; None if no list repeats an element, that is if they are label lists."""
-    lists = [cell for cell in cells if isinstance(cell, list)]
-    width = len(lists[0]) if lists else 0
-    if not any(len(set(values)) < len(values) for values in lists):
-        return None
-    if any(len(values) != width or any(value not in (0, 1) for value in values) for values in lists):
-        raise DatasetError("a list of labels repeats a label: list each once, or use 0/1 vectors of equal length")
-    if names and len(names) != width:
-        raise DatasetError(f"the labels are vectors of length {width}, but there are {len(names)} classes")
-    log.info("labels: read as 0/1 vectors of length %d", width)
-    return [
-        [names[position] if names else str(position) for position, value in enumerate(cell) if value == 1]
-        if isinstance(cell, list)
-        else None
-        for cell in cells
-    ]
-
-
-def _parse_number(cell: object, *, name: str) -> float:
+def parse_number(cell: object, *, name: str) -> float:
+    """Return the number of a cell, NaN if it has none; raise DatasetError for what is no number."""
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         return math.nan
     if isinstance(cell, (int, float, str)):
         with suppress(ValueError):
             return float(cell)
     raise DatasetError(f"column {name!r} holds {cell!r}, which is not a number: pass --task classification, or --label")
-
-
-def _number_strata(keys: Sequence[str | None]) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-    counts = Counter(key for key in keys if key is not None)
-    common = [key for key, count in counts.items() if count >= _MIN_STRATUM]
-    names = sorted(common) + ([OTHER] if len(common) < len(counts) else [])
-    index_of_name = {name: index for index, name in enumerate(names)}
-    strata = [NO_LABEL if key is None else index_of_name.get(key, len(names) - 1) for key in keys]
-    return np.array(strata, dtype=np.int32), tuple(names)

@@ -13,18 +13,11 @@ from numpy.typing import NDArray
 
 from ..errors import DatasetError
 from ..hashing import hash_rank
+from ..row_arrays import count_codes, gather, slices, sorted_pieces, stable_order
 from .columns import SPLIT_NAMES, SPLITS, compose_ids
 from .dataset import Dataset
-from .labels import (
-    Labels,
-    Target,
-    coded_column,
-    declared_classes,
-    read_class_column,
-    read_classes,
-    read_label_sets,
-    read_number_column,
-)
+from .label_columns import ColumnParts, coded_parts, read_class_column, read_number_column, read_set_column
+from .labels import Labels, Target, declared_classes
 from .modalities import is_text
 
 
@@ -56,7 +49,7 @@ class Samples:
     task: str = "classification"
     values: NDArray[np.float32] | None = None
     outputs: tuple[str, ...] = ()
-    unknown: tuple[tuple[int, str], ...] = ()
+    unknown: Sequence[tuple[int, str]] = ()
 
     def __post_init__(self) -> None:
         repeated = [name for name, count in Counter(self.sample_id).items() if count > 1]
@@ -71,13 +64,17 @@ class Samples:
         """Mask (n,) of the test split."""
         return np.asarray(self.split == "test")
 
-    def ids_of(self, rows: NDArray[np.intp]) -> NDArray[np.object_]:
+    def ids_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
         """Return the ids of these rows."""
-        return self.sample_id[rows]
+        return np.asarray(self.sample_id[rows])
 
     def hash_ids(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
         """Return hash(seed, purpose, id) of each sample (n,)."""
         return hash_rank(self.sample_id, seed=seed, purpose=purpose)
+
+    def hash_rows(self, rows: NDArray[np.integer[Any]], *, seed: int, purpose: str) -> NDArray[np.uint64]:
+        """Return hash(seed, purpose, id) of some samples (b,)."""
+        return hash_rank(self.sample_id[rows], seed=seed, purpose=purpose)
 
     @property
     def group_codes(self) -> NDArray[np.intp] | None:
@@ -112,7 +109,9 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     labels = read_labels(dataset, rows)
     group = _read_group(rows[columns.group].to_pylist(), sample_id) if columns.group else None
     if columns.split:
-        split = np.array(SPLITS, dtype=object)[read_split_codes(rows[columns.split], name=columns.split)]
+        split = np.array(SPLITS, dtype=object)[
+            read_split_codes(ColumnParts.of(rows[columns.split]), name=columns.split)
+        ]
     else:
         is_test = stratified_cut(
             sample_id, labels.label, group, fraction=test_fraction, seed=seed, purpose="test split"
@@ -156,17 +155,6 @@ def unique_columns(dataset: Dataset) -> str | None:
     return None
 
 
-def stratify(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Return (rank + 1/2) / size in (0, 1) of each row within its class, ordered by key: uniform in every class."""
-    position = np.empty(len(label))
-    order = np.lexsort((keys, label))
-    sorted_label = label[order]
-    starts = np.flatnonzero(np.r_[True, sorted_label[1:] != sorted_label[:-1]])
-    sizes = np.diff(np.r_[starts, len(label)])
-    position[order] = (np.arange(len(label)) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)
-    return position
-
-
 def stratified_cut(
     sample_id: NDArray[np.object_],
     label: NDArray[np.int32],
@@ -204,22 +192,65 @@ def cut_by_keys(
     keys: of the rows (n,), or of the groups (g,), of which each row has one, group (n,).
     """
     if group is None:
-        drawn_rows = np.lexsort((keys, stratify(keys, label)))[: max(1, round(fraction * len(label)))]
-        is_drawn = np.zeros(len(label), dtype=bool)
-        is_drawn[drawn_rows] = True
-        return is_drawn
-    sizes, order, drawn = np.bincount(group), np.argsort(keys, kind="stable"), np.zeros(len(keys), dtype=bool)
+        return _draw_rows(keys, label, num_drawn=max(1, round(fraction * len(label))))
+    sizes, order, drawn = count_codes(group, len(keys)), stable_order(keys), np.zeros(len(keys), dtype=bool)
     if at_most:
         rows_left = max(1, round(fraction * len(label)))
         for index in order.tolist():
             if sizes[index] <= rows_left and drawn.sum() < len(keys) - 1:
                 drawn[index] = True
                 rows_left -= int(sizes[index])
-        return np.asarray(drawn[group])
-    group_middle = np.cumsum(sizes[order]) - sizes[order] / 2  # a group is drawn if its middle lies below the fraction
-    num_groups = max(1, int((group_middle < fraction * sizes.sum()).sum()))
-    drawn[order[: min(num_groups, len(keys) - 1)]] = True  # at least one group is not drawn
-    return np.asarray(drawn[group])
+        return gather(drawn, group)
+    total, num_before, num_groups = len(label), 0, 0  # a group is drawn if its middle lies below the fraction
+    for part in slices(len(order)):
+        own = sizes[order[part]]
+        num_groups += int((num_before + np.cumsum(own) - own / 2 < fraction * total).sum())
+        num_before += int(own.sum())
+    drawn[order[: min(max(1, num_groups), len(keys) - 1)]] = True  # at least one group is not drawn
+    return gather(drawn, group)
+
+
+def _draw_rows(keys: NDArray[np.uint64], label: NDArray[np.int32], *, num_drawn: int) -> NDArray[np.bool_]:
+    """Return a mask (n,) of the rows that come first by (rank + 1/2) / size within their class, ties by key.
+
+    The rank is that by key (n,) within the class, so that the share is the same in every class.
+    """
+    classes = label - label.min(initial=0) if label.min(initial=0) < 0 else label
+    sizes = count_codes(classes, int(classes.max(initial=0)) + 1)
+    taken, tied = _drawn_of_classes(sizes, num_drawn)
+    is_drawn = np.zeros(len(label), dtype=bool)
+    num_before = np.zeros(len(sizes), np.int64)
+    ties: list[tuple[int, int]] = []
+    for rows in sorted_pieces(keys):
+        own = classes[rows]
+        order = np.argsort(own, kind="stable")
+        counts = np.bincount(own, minlength=len(sizes))
+        rank = np.empty(len(rows), np.int64)
+        rank[order] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rank += num_before[own]
+        is_drawn[rows[rank < taken[own]]] = True
+        ties += [(int(keys[row]), int(row)) for row in rows[(rank == taken[own]) & tied[own]]]
+        num_before += counts
+    for _, row in sorted(ties)[: num_drawn - int(taken.sum())]:
+        is_drawn[row] = True
+    return is_drawn
+
+
+def _drawn_of_classes(sizes: NDArray[np.int64], num_drawn: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return how many rows of each class (k,) have one of the smallest values of (rank + 1/2) / size, and where the
+    next one has the same value as the last that is drawn, of which only some are."""
+    total, present = int(sizes.sum()), np.flatnonzero(sizes)
+    width = np.ceil(sizes * (1.5 * len(present) + 2) / total).astype(np.int64) + 2  # rounding moves a share by k / n
+    first = np.clip(np.floor(sizes * (num_drawn / total) - 0.5).astype(np.int64) - width, 0, sizes)
+    stop = np.minimum(first + 2 * width + 2, sizes)
+    number = np.repeat(np.arange(len(sizes)), stop - first)
+    rank = np.arange(len(number)) - np.repeat(np.cumsum(stop - first) - (stop - first) - first, stop - first)
+    value = (rank + 0.5) / sizes[number]
+    last = np.sort(value)[num_drawn - int(first.sum()) - 1]
+    taken = first + np.bincount(number[value < last], minlength=len(sizes))
+    tied = np.zeros(len(sizes), bool)
+    tied[number[value == last]] = True
+    return taken, tied
 
 
 def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDArray[np.object_]:
@@ -228,23 +259,28 @@ def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDA
     return np.array(groups, dtype=object)
 
 
-def read_labels(dataset: Dataset, rows: pa.Table, *, edges: Sequence[float] = ()) -> Labels:
-    """Read the labels of rows with the columns of the label and its name; `edges`: those of a regression's strata."""
-    column = rows[dataset.columns.label]
+def read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
+    """Read the labels of rows in memory, with the columns of the label and its name."""
+    columns = dataset.columns
+    names = ColumnParts.of(rows[columns.label_name]) if columns.label_name else None
+    return read_label_parts(dataset, ColumnParts.of(rows[columns.label]), names)
+
+
+def read_label_parts(
+    dataset: Dataset, column: ColumnParts, names: ColumnParts | None, *, edges: Sequence[float] = ()
+) -> Labels:
+    """Read the labels of rows, and the names of classes; `edges`: those of a regression's strata."""
     if dataset.task == "regression":
         return read_number_column(column, name=dataset.columns.label, edges=edges)
     declared = declared_classes(dataset.schema, dataset.columns.label)
     if dataset.task == "multilabel":
-        return read_label_sets(column.to_pylist(), declared=declared, classes=dataset.classes)
-    names = rows[dataset.columns.label_name] if dataset.columns.label_name else None
-    if pa.types.is_nested(column.type):
-        return read_classes(column.to_pylist(), None, declared=declared, classes=dataset.classes)  # refused
+        return read_set_column(column, declared=declared, classes=dataset.classes)
     return read_class_column(column, names, declared=declared, classes=dataset.classes)
 
 
-def read_split_codes(column: pa.ChunkedArray, *, name: str) -> NDArray[np.int8]:
+def read_split_codes(column: ColumnParts, *, name: str) -> NDArray[np.int8]:
     """Return the split of each row (n,) of a column as its index in SPLITS; raise DatasetError for other names."""
-    values, code = coded_column(column)
+    values, code = coded_parts(column)
     names = [str(value).strip().lower() for value in values]
     unknown = sorted({str(value) for value, text in zip(values, names, strict=True) if text not in SPLIT_NAMES})
     if unknown:
@@ -252,4 +288,4 @@ def read_split_codes(column: pa.ChunkedArray, *, name: str) -> NDArray[np.int8]:
             f"column {name!r} holds {', '.join(unknown[:3])}; a split is train, validation or test: "
             "rename them, or pass --split none to have a test split cut"
         )
-    return np.array([SPLITS.index(SPLIT_NAMES[text]) for text in names], dtype=np.int8)[code]
+    return gather(np.array([SPLITS.index(SPLIT_NAMES[text]) for text in names], dtype=np.int8), code)

@@ -18,7 +18,7 @@ from ..scores.stability import BisectionAudit, HalfAudit, LeanError, Reliability
 from .fitting import Fitted, picture_view
 from .plan import Part
 from .scoring import PartRows, part_inputs, take_probes
-from .selection import Selection, read_selection, selection_record, selection_tables
+from .selection import Selection, quarantined_tables, read_selection, selection_record, selection_tables
 
 if TYPE_CHECKING:
     from .stages import ScoringJob
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def is_fitted(job: ScoringJob) -> bool:
     """Return whether all that the stage `fit` writes is there, complete: its tables, and the probes."""
-    if not all(job.store.has(name) for name in ("keys", "contents", "halves", "usable", "selection")):
+    if not all(job.store.has(name) for name in ("keys", "contents", "quarantined", "halves", "usable", "selection")):
         return False
     return bool(_probe_digests(job) == job.store.counts("selection").get("probes"))
 
@@ -48,6 +48,7 @@ def save_fit(job: ScoringJob, selection: Selection, fitted: Fitted) -> None:
         }
     job.store.write("halves", pa.table(columns), counts={"halves": None if halves is None else halves.to_json()})
     job.store.write("usable", rows)
+    job.store.write_pieces("quarantined", quarantined_tables(selection))
     counts = {
         "selection": selection_record(selection),
         "controls": [control.to_json() for control in fitted.controls],
@@ -72,7 +73,7 @@ class FitResults:
             return self.kept[0]
         store = self.job.store
         record = store.counts("selection")["selection"]
-        return read_selection(store.read("selection"), store.read("usable"), record)
+        return read_selection(store.read("selection"), store.read("usable"), store.read("quarantined"), record)
 
     @cached_property
     def halves(self) -> HalfAudit | None:

@@ -23,7 +23,7 @@ from ..features.matrix import Inputs, RowIndex
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
 from ..probes.crops import PictureView
-from ..probes.cross_fit import CrossFit
+from ..probes.cross_fit import KEY_PURPOSE, CrossFit
 from ..probes.network import describe_cost, seconds_per_row
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (
@@ -47,8 +47,8 @@ from ..scores.stability import (
     check_modalities,
 )
 from ..workers import Progress, parallel_map
-from .row_data import RowData
 from .selection import Selection
+from .stored_rows import StoredRows
 
 log = logging.getLogger("mmaudit")
 
@@ -69,7 +69,7 @@ class Fitted:
 def fit_probes(
     selection: Selection,
     inputs: Sequence[FeatureMatrix],
-    data: RowData,
+    data: StoredRows,
     *,
     probe: ProbeConfig,
     networks: NetworkSettings,
@@ -82,7 +82,9 @@ def fit_probes(
     With `probe.learn_from = "train"` no probe trains on a test sample, so that no later choice by the scores depends on
     test labels; with "all" each probe has a quarter more training rows on a usual split.
     """
-    first, target, cross_fits = selection.cross_fits[0], selection.target, selection.cross_fits
+    key = data.hash_rows(selection.row, seed=seed, purpose=KEY_PURPOSE)
+    cross_fits, target = [replace(item, key=key) for item in selection.cross_fits], selection.target
+    first = cross_fits[0]
     check_modalities(selection.group, inputs, first)
     total = _num_fits([matrix.status.modality for matrix in inputs], probe)
     fit = _ProbeFitter(probe, networks, target, seed=seed, device=device, progress=progress, total=total)
@@ -104,26 +106,25 @@ def fit_probes(
 def _audit_data(
     selection: Selection,
     inputs: Sequence[FeatureMatrix],
-    data: RowData,
+    data: StoredRows,
     *,
     config: ProbeConfig,
     fit: _ProbeFitter,
     seed: int,
 ) -> AuditData:
     """Return the first samples, at most AUDIT_ROWS, with their ids and groups as strings."""
-    rows = selection.row[:AUDIT_ROWS]
-    group = None if data.group is None else np.array(data.group_names, dtype=object)[data.group[rows]]
-    values = data.labels.values
+    rows, own = selection.row[:AUDIT_ROWS], slice(0, AUDIT_ROWS)
+    values = selection.target.values
     samples = Samples(
         sample_id=data.ids_of(rows),
-        label=data.label[rows],
-        class_names=data.class_names,
-        split=np.array(SPLITS, dtype=object)[data.split[rows]],
-        group=group,
+        label=selection.label_of(selection.target.label[own]),
+        class_names=selection.class_names,
+        split=np.array(SPLITS, dtype=object)[selection.split[own]],
+        group=None if selection.group is None else data.groups_of(rows),
         paths=pa.table({}),
-        task=data.task,
-        values=None if values is None else values[rows],
-        outputs=data.outputs,
+        task=selection.target.task,
+        values=None if values is None else values[own],
+        outputs=tuple(map(str, range(selection.target.num_outputs))),  # their names are not used
     )
     positions = np.arange(len(rows))
     taken = tuple(matrix.take(positions) for matrix in inputs)

@@ -16,6 +16,7 @@ from ..errors import Quarantined
 from ..label_leaks import LabelLeak, LeakColumns, find_label_leaks
 from ..metrics import Floats, value_range
 from ..probes.probe_set import Calibration
+from ..row_arrays import gather, scatter
 from ..scores.gap_checks import (
     PERMUTED_ROWS,
     ClassCheck,
@@ -56,7 +57,7 @@ class PartColumns:
 
     num_parts: int
     tables: Callable[[int], tuple[pa.Table, pa.Table]]
-    order: NDArray[np.intp]  # the samples in the order of the dataset
+    order: NDArray[np.integer[Any]]  # the samples in the order of the dataset
 
     def in_dataset_order(self, name: str) -> Floats:
         """Read a column in the order of the dataset (n,), null as NaN."""
@@ -74,8 +75,7 @@ class PartColumns:
     def read(self, name: str) -> Floats:
         """Read a column in the order of the selection (n,), null as NaN."""
         values = np.empty(len(self.order), dtype=np.float32)
-        values[self.order] = self.in_dataset_order(name)
-        return values
+        return scatter(self.in_dataset_order(name), self.order, values)
 
 
 def merge(
@@ -119,7 +119,7 @@ def merge(
 def _label_leaks(selection: Selection, columns: PartColumns, modalities: Sequence[Modality]) -> tuple[LabelLeak, ...]:
     """Find label leaks; the samples are in the order of the dataset."""
     order, names = columns.order, [modality.name for modality in modalities]
-    split, is_class = selection.split[order], selection.target.task == "classification"
+    split, is_class = gather(selection.split, order), selection.target.task == "classification"
 
     def values(index: int) -> NDArray[np.float64]:
         kind = "correct" if is_class else "confidence"
@@ -128,7 +128,7 @@ def _label_leaks(selection: Selection, columns: PartColumns, modalities: Sequenc
     leak_columns = LeakColumns(
         modalities=tuple(names),
         is_class=is_class,
-        label=selection.label[order],
+        label=gather(selection.label, order),
         train=split == SPLITS.index("train"),
         test=split == SPLITS.index("test"),
         groups=None if selection.group is None else number_by_occurrence(selection.group[order]),
@@ -142,7 +142,7 @@ class Audit:
     """Results of scoring, but for the score table: what run.json states. Every row is either scored or quarantined."""
 
     fingerprint: str
-    quarantined: tuple[Quarantined, ...]
+    quarantined: Sequence[Quarantined]
     num_scored: int
     num_classes: int
     num_groups: int | None

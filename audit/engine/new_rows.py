@@ -20,7 +20,7 @@ from .fit_results import FitResults
 from .plan import Part
 from .row_data import CUT_PURPOSE, ORDER_PURPOSE, EncodedData, RowData
 from .run_state import RunState, hash_groups
-from .selection import Selection, selection_record, selection_tables
+from .selection import Selection, quarantined_tables, selection_record, selection_tables
 from .stages import ScoringJob, encode, read_rows
 
 
@@ -164,7 +164,7 @@ def select_new(
         has_probe = np.isin(data.label[rows], state.classes)
         left_out += _without_probe(data, rows[~has_probe])
         rows = rows[has_probe]
-    rows = data.canonical_order(rows)
+    rows = data.canonical_order(rows).astype(np.intp)
     words = encoded.content_word(0)[rows]
     folds, is_known, is_trained = _folds(data, rows, words, state, seed=seed)
     is_copy = (
@@ -212,7 +212,6 @@ def _selection(
         ),
         classes=state.classes,
         class_names=data.class_names,
-        label=label,
         split=data.split[rows],
         group=None if data.group is None else data.group[rows],
         cross_fits=tuple(
@@ -287,7 +286,7 @@ def _copies(
         has_vectors = any(modality.kind == "features" for modality in encoded.modalities)
         if not is_whole and has_vectors and not encoded.usable[copied][:, is_media].any(axis=1).all():
             raise OtherRowsNeeded  # whether vectors recur by chance is decided on all of them
-        is_copy[is_copy] = (encoded.usable[copied] & ~encoded.recurs[copied]).any(axis=1)
+        is_copy[is_copy] = encoded.is_distinctive[copied]
     return is_copy
 
 
@@ -309,6 +308,7 @@ def save_selection(
     samples, rows = selection_tables(selection)
     job.store.write("halves", pa.table({}), counts={"halves": None})
     job.store.write("usable", rows)
+    job.store.write_pieces("quarantined", quarantined_tables(selection))
     job.store.write("selection", samples, counts=counts)
     return FitResults(job=job)
 

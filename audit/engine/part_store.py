@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from ..errors import RunError
-from ..features.encode import read_arrow, write_arrow
+from ..features.encode import read_arrow, write_pieces
 from ..hashing import file_digest
 from ..parsing import RequiredKeys, Shape
 from ..storage import read_json, write_json
@@ -26,6 +26,9 @@ class Store(Protocol):
 
     def write(self, name: str, table: pa.Table, *, part: int = 0, counts: Mapping[str, Any] | None = None) -> None:
         """Write a table with its record."""
+
+    def write_pieces(self, name: str, pieces: Iterable[pa.Table], *, counts: Mapping[str, Any] | None = None) -> None:
+        """Write a table of which a piece at a time is in memory, with its record; there must be one."""
 
     def read(self, name: str, part: int = 0) -> pa.Table:
         """Read a table; raise RunError if it is not there."""
@@ -47,6 +50,10 @@ class MemoryStore:
     def write(self, name: str, table: pa.Table, *, part: int = 0, counts: Mapping[str, Any] | None = None) -> None:
         """Keep a table."""
         self.tables[name, part] = table, dict(counts or {})
+
+    def write_pieces(self, name: str, pieces: Iterable[pa.Table], *, counts: Mapping[str, Any] | None = None) -> None:
+        """Keep a table, which is put together."""
+        self.write(name, pa.concat_tables(pieces).combine_chunks(), counts=counts)
 
     def read(self, name: str, part: int = 0) -> pa.Table:
         """Return a table."""
@@ -97,10 +104,17 @@ class FolderStore:
 
     def write(self, name: str, table: pa.Table, *, part: int = 0, counts: Mapping[str, Any] | None = None) -> None:
         """Write a table and then its record, each whole or not at all."""
+        self._write(name, [table], part, counts)
+
+    def write_pieces(self, name: str, pieces: Iterable[pa.Table], *, counts: Mapping[str, Any] | None = None) -> None:
+        """Write a table of which a piece at a time is in memory, and then its record, each whole or not at all."""
+        self._write(name, pieces, 0, counts)
+
+    def _write(self, name: str, pieces: Iterable[pa.Table], part: int, counts: Mapping[str, Any] | None) -> None:
         file = self.file(name, part)
         file.with_suffix(".json").unlink(missing_ok=True)
-        write_arrow(table, file)
-        record = {"config": self.config, "rows": table.num_rows, "size": file.stat().st_size}
+        num_rows = write_pieces(pieces, file)
+        record = {"config": self.config, "rows": num_rows, "size": file.stat().st_size}
         write_json({**record, "sha256": file_digest(file), "counts": dict(counts or {})}, file.with_suffix(".json"))
         self.verified[file] = file.stat().st_mtime_ns
 
@@ -129,6 +143,7 @@ STAGE_OF = {
     "selection": "fit",
     "keys": "fit",
     "contents": "fit",
+    "quarantined": "fit",
     "usable": "fit",
     "halves": "fit",
     "old rows": "fit",

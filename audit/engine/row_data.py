@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from ..dataset.dataset import Dataset
 from ..dataset.formats import Shard
 from ..dataset.labels import Labels, Target, coded_column
 from ..dataset.modalities import Modality
-from ..dataset.samples import cut_by_keys, read_labels, read_split_codes, repeated_ids, unique_columns
+from ..dataset.samples import cut_by_keys, read_label_parts, read_split_codes, repeated_ids, unique_columns
 from ..errors import DatasetError, Reason
+from ..features.cached_matrix import UsableRows, recurring_rows
 from ..features.encode import EncodeTask, column_of, content_of, read_arrow
 from ..features.encoded_samples import (
     DATA_CHANGED,
@@ -25,12 +26,25 @@ from ..features.encoded_samples import (
     is_null_cell,
     lengths_of,
     problems_of,
-    read_status,
     row_content,
+    scorable_rows,
 )
 from ..features.vectors import check_lengths
 from ..hashing import hash_rank
 from ..probes.cross_fit import KEY_PURPOSE, fold_purposes
+from ..row_arrays import contains, gather, index_type, repeated_in, sorted_pieces, true_rows
+from .stored_rows import (
+    ReadTable,
+    StoredRows,
+    code_groups,
+    columns_of_parts,
+    hash_groups,
+    located_tables,
+    read_cells,
+    read_groups,
+    read_hashes,
+    sorted_rows,
+)
 
 ORDER_PURPOSE, CUT_PURPOSE = "row order", "test split"
 _ROLES = ("label", "label_name", "group", "split")
@@ -113,24 +127,20 @@ def _is_text(type_: pa.DataType) -> bool:
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
-ReadTable = Callable[[int], pa.Table]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowData:
+class RowData(StoredRows):
     """Columns of the n rows of a dataset, in dataset order; ids and hashes are read when they are needed.
 
-    label int32 (n,); split int8 (n,), an index in SPLITS; group int32 (n,) in [0, g), an index in `group_names`; None
-    without groups. Other fields: see Samples.
+    label int32 (n,); split int8 (n,), an index in SPLITS; group int32 (n,) in [0, g), in the order of the first rows of
+    the groups; None without groups. Other fields: see Samples. At most about 30 bytes a row are held while they are
+    read, whatever the number of groups.
     """
 
     dataset: Dataset
-    read_rows: ReadTable
-    num_parts: int
     labels: Labels
     split: NDArray[np.int8]
     group: NDArray[np.int32] | None
-    group_names: tuple[str, ...]
+    num_groups: int
 
     @classmethod
     def of(
@@ -148,21 +158,20 @@ class RowData:
         Raises:
             DatasetError: An id is null or not unique, or a label or a split cannot be read.
         """
-        _check_ids(dataset, read_rows, num_parts=num_parts)
-        column = _column_of_parts(read_rows, num_parts)
-        labels = _read_labels(dataset, column, edges)
-        group: NDArray[np.int32] | None = None
-        names: tuple[str, ...] = ()
-        if dataset.columns.group:
-            values, group = coded_column(column("group"))
-            names = tuple(map(str, values))
+        num_rows = _check_ids(dataset, read_rows, num_parts=num_parts)
+        column = columns_of_parts(read_rows, num_parts, num_rows)
+        group, num_groups = code_groups(column("group")) if dataset.columns.group else (None, 0)
+        names = column("label_name") if dataset.columns.label_name else None
+        labels = read_label_parts(dataset, column("label"), names, edges=edges)
         if dataset.columns.split:
             split = read_split_codes(column("split"), name=dataset.columns.split)
         else:
-            purpose = f"hash {CUT_PURPOSE}"
-            keys = column(purpose).to_numpy() if group is None else hash_rank(names, seed=seed, purpose=CUT_PURPOSE)
+            if group is None:
+                keys = read_hashes(read_rows, num_parts, CUT_PURPOSE)
+            else:
+                keys = hash_groups(read_rows, group, num_groups, seed=seed, purpose=CUT_PURPOSE)
             is_test = cut_by_keys(keys, labels.label, group, fraction=test_fraction)
-            split = np.where(is_test, SPLITS.index("test"), SPLITS.index("train")).astype(np.int8)
+            split = gather(np.array([SPLITS.index("train"), SPLITS.index("test")], np.int8), is_test.view(np.int8))
         return cls(
             dataset=dataset,
             read_rows=read_rows,
@@ -170,7 +179,7 @@ class RowData:
             labels=labels,
             split=split,
             group=group,
-            group_names=names,
+            num_groups=num_groups,
         )
 
     def __len__(self) -> int:
@@ -192,7 +201,7 @@ class RowData:
         return self.labels.names
 
     @property
-    def unknown(self) -> tuple[tuple[int, str], ...]:
+    def unknown(self) -> Sequence[tuple[int, str]]:
         """Row and label of each row whose label is not among the classes."""
         return self.labels.unknown
 
@@ -217,81 +226,65 @@ class RowData:
         """Index of each row's group (n,); None without groups."""
         return self.group
 
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Names of the groups (g,), read anew: an object per group."""
+        if self.group is None:
+            return ()
+        return tuple(name for names in read_groups(self.read_rows, self.group, self.num_groups) for name in names)
+
     def hash_groups(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
         """Return hash(seed, purpose, name) of each group (g,)."""
-        return hash_rank(self.group_names, seed=seed, purpose=purpose)
+        if self.group is None:
+            return np.zeros(0, np.uint64)
+        return hash_groups(self.read_rows, self.group, self.num_groups, seed=seed, purpose=purpose)
 
     def hash_ids(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
         """Return hash(seed, purpose, id) of each row (n,); the seed is that of the row tables."""
-        return _read_hashes(self.read_rows, self.num_parts, purpose)
+        return read_hashes(self.read_rows, self.num_parts, purpose)
 
-    def ids_of(self, rows: NDArray[np.intp]) -> NDArray[np.object_]:
-        """Return the ids of some rows, in their order."""
-        return _ids_of(self.read_rows, self.num_parts, rows)
+    def sorted_ids(self) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
+        """Yield all rows in pieces, in the order of the hashes of their ids, with these."""
+        return sorted_rows(self.read_rows, self.num_parts, f"hash {ORDER_PURPOSE}", len(self))
 
-    def canonical_order(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+    def canonical_order(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         """Return rows in the order of the hashes of their ids, see hashing.canonical_order."""
-        hashes = self.hash_ids(seed=0, purpose=ORDER_PURPOSE)[rows]
-        order = np.argsort(hashes, kind="stable")
-        ordered, hashes = rows[order], hashes[order]
-        for start in np.flatnonzero(np.diff(hashes) == 0).tolist():  # of 10^7 ids in one of 370,000 sets
-            same = slice(start, start + int((hashes[start:] == hashes[start]).argmin() or len(hashes) - start))
-            ordered[same] = ordered[same][np.argsort(self.ids_of(ordered[same]).astype(str))]
+        hashes = self.hash_rows(rows, seed=0, purpose=ORDER_PURPOSE)
+        ordered, start = np.empty(len(rows), index_type(len(self))), 0
+        for piece in sorted_pieces(hashes):
+            own, own_hashes = rows[piece], hashes[piece]
+            for first in np.flatnonzero(np.diff(own_hashes) == 0).tolist():  # of 10^7 ids in one of 370,000 sets
+                same = np.flatnonzero(own_hashes == own_hashes[first])
+                own[same] = own[same][np.argsort(self.ids_of(own[same]).astype(str))]
+            ordered[start : start + len(own)] = own
+            start += len(own)
         return ordered
 
 
-def _ids_of(read_rows: ReadTable, num_parts: int, rows: NDArray[np.intp]) -> NDArray[np.object_]:
-    names = np.empty(len(rows), dtype=object)
-    first = 0
-    for index in range(num_parts if len(rows) else 0):
-        ids = read_rows(index)["id"]
-        inside = np.flatnonzero((rows >= first) & (rows < first + len(ids)))
-        if len(inside):
-            names[inside] = ids.take(pa.array(rows[inside] - first)).to_pylist()
-        first += len(ids)
-    return names
-
-
-def _read_hashes(read_rows: ReadTable, num_parts: int, purpose: str) -> NDArray[np.uint64]:
-    return np.concatenate([np.array(read_rows(index)[f"hash {purpose}"].to_numpy()) for index in range(num_parts)])
-
-
-def _column_of_parts(read_rows: ReadTable, num_parts: int) -> Callable[[str], pa.ChunkedArray]:
-    """Return a function that reads a column of all parts."""
-
-    def column(name: str) -> pa.ChunkedArray:
-        tables = [read_rows(index).select([name]) for index in range(num_parts)]
-        return pa.concat_tables(tables, promote_options="permissive")[name]
-
-    return column
-
-
-def _read_labels(dataset: Dataset, column: Callable[[str], pa.ChunkedArray], edges: Sequence[float]) -> Labels:
-    roles = dataset.columns
-    columns = {roles.label: column("label")}
-    if roles.label_name:
-        columns[roles.label_name] = column("label_name")
-    return read_labels(dataset, pa.table(columns), edges=edges)
-
-
-def _check_ids(dataset: Dataset, read_rows: ReadTable, *, num_parts: int) -> None:
-    """Raise DatasetError for ids that are null or not unique."""
+def _check_ids(dataset: Dataset, read_rows: ReadTable, *, num_parts: int) -> int:
+    """Raise DatasetError for ids that are null or not unique; return the number of rows."""
     for name in dataset.columns.id:
         metadata = [read_rows(index).schema.metadata or {} for index in range(num_parts)]
         if num_null := sum(int(stated.get(f"null {name}".encode(), b"0")) for stated in metadata):
             raise DatasetError(
                 f"column {name!r} has {num_null} rows without an id: give each row one, or pass --id none"
             )
-    hashes = np.sort(_read_hashes(read_rows, num_parts, ORDER_PURPOSE))
-    repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    hashes = read_hashes(read_rows, num_parts, ORDER_PURPOSE)
+    num_rows = len(hashes)
+    hashes.sort()
+    repeated = repeated_in(hashes)
     if not len(repeated):
-        return
-    rows = np.flatnonzero(np.isin(_read_hashes(read_rows, num_parts, ORDER_PURPOSE), repeated))
-    names = [name for name, count in Counter(_ids_of(read_rows, num_parts, rows)).items() if count > 1]
+        return num_rows
+    is_repeated = np.zeros(num_rows, bool)
+    for part, table in located_tables(read_rows, num_parts):
+        is_repeated[part] = contains(repeated, table[f"hash {ORDER_PURPOSE}"].to_numpy())
+    ids = read_cells(read_rows, num_parts, "id", true_rows(is_repeated))
+    names = [name for name, count in Counter(ids).items() if count > 1]
     if names and dataset.columns.id:
         raise repeated_ids(names, columns=dataset.columns.id, way_out=unique_columns(dataset))
     if names:
         raise repeated_ids(names)
+    return num_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,20 +300,21 @@ class EncodedData:
         """The modalities of the dataset."""
         return self.samples.dataset.modalities
 
+    def _masks(self, kind: str) -> Iterator[tuple[slice, NDArray[np.bool_]]]:
+        """Yield the rows of each part, and a mask of them in each modality (rows, m)."""
+        names = [f"{kind} {modality.name}" for modality in self.modalities]
+        for part, table in located_tables(self.read_status, self.samples.num_parts):
+            yield part, np.stack([table[name].to_numpy(zero_copy_only=False) for name in names], axis=1)
+
     def _read(self, kind: str) -> NDArray[np.bool_]:
-        masks = np.empty((len(self.samples), len(self.modalities)), dtype=bool)
-        start = 0
-        for index in range(self.samples.num_parts):
-            table = self.read_status(index)
-            for number, modality in enumerate(self.modalities):
-                column = table[f"{kind} {modality.name}"].to_numpy(zero_copy_only=False)
-                masks[start : start + len(table), number] = column
-            start += table.num_rows
-        return masks
+        masks = np.empty((len(self.modalities), len(self.samples)), dtype=bool)
+        for part, mask in self._masks(kind):
+            masks[:, part] = mask.T
+        return masks.T
 
     @property
     def usable(self) -> NDArray[np.bool_]:
-        """Whether each modality of each row was encoded, (n, m)."""
+        """Whether each modality of each row was encoded, (n, m); each column is contiguous."""
         return self._read("usable")
 
     @property
@@ -328,17 +322,47 @@ class EncodedData:
         """Whether the row lacks the modality in the source, (n, m)."""
         return self._read("missing")
 
-    def content_word(self, number: int) -> NDArray[np.uint64]:
-        """Return the first or the second word of the content digest of each row, (n,)."""
+    @property
+    def is_scorable(self) -> NDArray[np.bool_]:
+        """Which rows (n,) have at least two usable modalities and no damaged one."""
+        mask = np.empty(len(self.samples), dtype=bool)
+        for (part, usable), (_, missing) in zip(self._masks("usable"), self._masks("missing"), strict=True):
+            mask[part] = scorable_rows(usable, missing)
+        return mask
+
+    def sorted_contents(self) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
+        """Yield all rows in pieces, in the order of the first words of their content digests, with these."""
+        return sorted_rows(self.read_status, self.samples.num_parts, "high", len(self.samples))
+
+    def content_word(self, number: int, rows: NDArray[np.integer[Any]] | None = None) -> NDArray[np.uint64]:
+        """Return the first or the second word of the content digest of these rows (b,), ascending; None: of all."""
         name = ("high", "low")[number]
-        tables = range(self.samples.num_parts)
-        return np.concatenate([np.array(self.read_status(index)[name].to_numpy()) for index in tables])
+        words, start = np.empty(len(self.samples) if rows is None else len(rows), np.uint64), 0
+        for part, table in located_tables(self.read_status, self.samples.num_parts):
+            column = table[name].to_numpy()
+            if rows is not None:
+                stop = int(np.searchsorted(rows, rows.dtype.type(part.stop)))  # of another type, it would be copied
+                column = column[rows[start:stop] - part.start]
+            words[start : start + len(column)] = column
+            start += len(column)
+        return words
 
     @property
-    def recurs(self) -> NDArray[np.bool_]:
-        """Whether the content of each modality recurs by chance, (n, m); needed only where there are copies."""
-        statuses = [read_status(self.tasks, modality, None) for modality in self.modalities]
-        return np.stack([status.recurs for status in statuses], axis=1)
+    def is_distinctive(self) -> NDArray[np.bool_]:
+        """Which rows (n,) have a modality whose content does not recur by chance; needed where there are copies."""
+        is_distinctive, usable = np.zeros(len(self.samples), dtype=bool), np.empty(len(self.samples), dtype=bool)
+        for number, modality in enumerate(self.modalities):
+            for part, mask in self._masks("usable"):
+                usable[part] = mask[:, number]
+
+            def contents(index: int, modality: Modality = modality) -> NDArray[np.bytes_]:
+                return content_of(read_arrow(self.tasks[index].file(modality)))
+
+            recurs = recurring_rows(self.tasks, UsableRows(modality=modality, usable=usable), contents)
+            np.logical_not(recurs, out=recurs)
+            recurs &= usable
+            is_distinctive |= recurs
+        return is_distinctive
 
     def problems(self, rows: NDArray[np.bool_]) -> Iterator[tuple[int, str, Reason, str]]:
         """Yield row, modality, reason and detail of what is not usable in the rows of a mask (n,), by modality."""

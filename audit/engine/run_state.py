@@ -6,7 +6,7 @@ all ids where there are no groups, and those of all contents, each as a hash of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from ..dataset.labels import Labels
 from ..errors import RunError
 from ..hashing import hash_rank
 from ..parsing import RequiredKeys, Shape
+from ..row_arrays import gather, positions_of, scatter, slices, sorted_pieces
 from ..scores.mixture import Mixture
 from ..storage import read_json, read_table, write_json, write_parquet
 from .row_data import ORDER_PURPOSE, EncodedData, RowData
 from .scoring import Whole
-from .selection import Selection
+from .selection import ChosenRows, Selection
 
 STATE_SCHEMA = "mmaudit.probes/1"
 _STATE, _KEYS, _CONTENTS = "state.json", "keys.parquet", "contents.parquet"
@@ -99,24 +100,52 @@ class Folds:
         )
 
 
+def tables_of_keys(data: RowData, chosen: ChosenRows | Selection) -> Iterator[pa.Table]:
+    """Yield the folds of all groups of a dataset, or of all ids where it has none; splits where it had none."""
+    with_split = data.dataset.columns.split is None
+    if data.group is None:
+        position = positions_of(chosen.row, len(data))
+        for rows, hashes in data.sorted_ids():
+            folds = _folds_at(chosen, gather(position, rows))
+            yield Folds.of(hashes, folds, data.split[rows] if with_split else None).to_table()
+        return
+    hashes = data.hash_groups(seed=0, purpose=ORDER_PURPOSE)
+    folds = np.full((len(chosen.cross_fits), len(hashes)), -1, dtype=chosen.cross_fits[0].fold.dtype)
+    for part in slices(len(chosen.row)):
+        group = data.group[chosen.row[part]]
+        for repeat, cross_fit in enumerate(chosen.cross_fits):
+            folds[repeat, group] = cross_fit.fold[part]
+    split = scatter(data.split, data.group, np.zeros(len(hashes), dtype=np.int8)) if with_split else None
+    for groups in sorted_pieces(hashes):
+        own = folds[:, groups].astype(np.int16)
+        yield Folds.of(hashes[groups], own, None if split is None else split[groups]).to_table()
+
+
+def tables_of_contents(encoded: EncodedData, chosen: ChosenRows | Selection) -> Iterator[pa.Table]:
+    """Yield the folds of the contents of all scored rows; of rows with equal contents those of the first by hash."""
+    position = positions_of(chosen.row, len(encoded.samples))
+    for rows, words in encoded.sorted_contents():
+        own = gather(position, rows)
+        own, words = own[own >= 0], words[own >= 0]
+        order = np.lexsort((own, words))
+        yield Folds.of(words[order], _folds_at(chosen, own[order])).to_table()
+
+
+def _folds_at(chosen: ChosenRows | Selection, positions: NDArray[np.integer[Any]]) -> NDArray[np.int16]:
+    """Return the folds (r, b) of chosen rows by position, negative where that is negative."""
+    folds = np.stack([cross_fit.fold[positions] for cross_fit in chosen.cross_fits]).astype(np.int16)
+    folds[:, positions < 0] = -1
+    return folds
+
+
 def folds_of_keys(data: RowData, selection: Selection) -> Folds:
-    """Return the folds of all groups of a dataset, or of all ids where it has none; splits where it had none."""
-    key: NDArray[Any] = np.arange(len(data)) if data.group is None else data.group
-    hashes = data.hash_ids(seed=0, purpose=ORDER_PURPOSE) if data.group is None else hash_groups(data.group_names)
-    fold = np.full((len(selection.cross_fits), len(hashes)), -1, dtype=np.int16)
-    for repeat, cross_fit in enumerate(selection.cross_fits):
-        fold[repeat, key[selection.row]] = cross_fit.fold
-    split = None
-    if data.dataset.columns.split is None:
-        split = np.zeros(len(hashes), dtype=np.int8)
-        split[key] = data.split
-    return Folds.of(hashes, fold, split)
+    """Return the folds of `tables_of_keys`."""
+    return Folds.from_table(pa.concat_tables(tables_of_keys(data, selection)))
 
 
 def folds_of_contents(encoded: EncodedData, selection: Selection) -> Folds:
-    """Return the folds of the contents of all scored rows; of rows with equal contents those of the first by hash."""
-    fold = np.stack([cross_fit.fold for cross_fit in selection.cross_fits])
-    return Folds.of(encoded.content_word(0)[selection.row], fold)
+    """Return the folds of `tables_of_contents`."""
+    return Folds.from_table(pa.concat_tables(tables_of_contents(encoded, selection)))
 
 
 def hash_groups(names: Sequence[str]) -> NDArray[np.uint64]:

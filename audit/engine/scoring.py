@@ -78,7 +78,7 @@ def score_part(
     """
     sample_scores = compute_sample_scores(probe_set, seed=seed, progress=progress)
     names = tuple(calibrated.name for calibrated in probe_set.probes)
-    label, rows = selection.label[part.samples], part.rows.take(pa.array(part.row))
+    label, rows = selection.label_of(selection.target.label[part.samples]), part.rows.take(pa.array(part.row))
     contents = np.array(content_digests(part.status), dtype=object)
     group = None if selection.group is None else np.array(rows["group"].to_pylist(), dtype=object)
     paths = {f"path {name}": name for name in path_columns}
@@ -89,7 +89,7 @@ def score_part(
         modalities=names,
         split=np.array(SPLITS, dtype=object)[selection.split[part.samples]],
         group=group,
-        fold=selection.cross_fits[0].fold[part.samples],
+        fold=selection.cross_fits[0].fold[part.samples].astype(np.int16),
         content=contents[part.row],
         paths=rows.select(list(paths)).rename_columns(list(paths.values())),
         **score_columns(sample_scores, task=selection.target.task, classes=selection.classes),

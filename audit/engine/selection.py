@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
 from typing import Any
@@ -12,57 +12,63 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..dataset.columns import SPLITS
-from ..dataset.labels import Target
-from ..errors import Quarantined, Reason
-from ..features.encoded_samples import (
-    DIGEST_SUM,
-    SORTED_ROWS,
-    fingerprint_of,
-    fingerprint_of_sums,
-    select_usable,
-    sort_quarantined,
-)
+from ..dataset.labels import PackedSets, Target
+from ..errors import Quarantined, ScoreError, quarantine_table
+from ..features.encoded_samples import DIGEST_SUM, SORTED_ROWS, fingerprint_of, fingerprint_of_sums, usable_rows
+from ..features.left_out import LeftOut, QuarantineTable
 from ..hashing import digest
 from ..probes.config import ProbeConfig
-from ..probes.cross_fit import CrossFit, plan_cross_fits
-from ..scores.stability import target_of
-from .row_data import EncodedData
+from ..probes.cross_fit import CrossFit, no_keys, plan_cross_fits
+from ..row_arrays import count_codes, gather, positions_of
+from .row_data import EncodedData, RowData
+from .stored_rows import StoredRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
     """The n rows that are scored, in the order of the hashes of their ids, and the N rows of the dataset.
 
+    Arrays of one entry a row are as small as their values: numbers of rows of 32 bits below 2^31 rows, folds of 8.
+
     Attributes:
         row: Dataset row of each sample (n,).
         target: Target of the samples.
         classes: The source's label of each class of the target (k,).
         class_names: Names of the source's classes or strata, by label.
-        label: The source's label of each sample (n,), also of a stratum.
         split: Index in SPLITS of each sample (n,).
         group: Index of each sample's group (n,); None without groups.
-        cross_fits: Folds of each repeat.
+        cross_fits: Folds of each repeat. Their keys are zero except while probes are fitted.
         usable: Which modalities each row of the dataset has, (N, m).
         quarantined: Reasons why the other rows are not scored, in the order of the dataset.
         fingerprint: Fingerprint of the dataset.
         sums: Sum of the digests of the rows of each part, which the fingerprint follows from; of large data only.
     """
 
-    row: NDArray[np.intp]
+    row: NDArray[np.integer[Any]]
     target: Target
     classes: NDArray[np.int32]
     class_names: tuple[str, ...]
-    label: NDArray[np.int32]
     split: NDArray[np.int8]
     group: NDArray[np.int32] | None
     cross_fits: tuple[CrossFit, ...]
     usable: NDArray[np.bool_]
-    quarantined: tuple[Quarantined, ...]
+    quarantined: Sequence[Quarantined]
     fingerprint: str
     sums: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def label(self) -> NDArray[np.int32]:
+        """The source's label of each sample (n,), also of a stratum."""
+        return self.label_of(self.target.label)
+
+    def label_of(self, label: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the source's labels of classes or strata of the target (b,)."""
+        if self.target.task != "classification" or np.array_equal(self.classes, np.arange(len(self.classes))):
+            return label
+        return gather(self.classes, label)
 
     @property
     def num_rows(self) -> int:
@@ -86,9 +92,10 @@ class Selection:
         return None if self.group is None else len(np.unique(self.group))
 
     @property
-    def dataset_order(self) -> NDArray[np.intp]:
+    def dataset_order(self) -> NDArray[np.integer[Any]]:
         """The samples in the order of the dataset, (n,)."""
-        return np.argsort(self.row)
+        positions = positions_of(self.row, self.num_rows)
+        return positions[positions >= 0]
 
     def samples_in(self, first: int, num_rows: int) -> NDArray[np.intp]:
         """Return the samples among `num_rows` rows of the dataset from row `first`, ascending."""
@@ -100,29 +107,67 @@ def number_by_occurrence(codes: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.asarray(pa.array(codes).dictionary_encode().indices, dtype=np.int64)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenRows:
+    """The dataset rows that are scored (n,), in the order of the hashes of their ids, their folds, and the others."""
+
+    row: NDArray[np.integer[Any]]
+    cross_fits: tuple[CrossFit, ...]
+    left_out: LeftOut
+
+
 def select(encoded: EncodedData, *, probe: ProbeConfig, seed: int, keep_duplicates: bool) -> Selection:
     """Select what is scored, and assign folds; see select_usable and plan_cross_fits."""
+    return describe_chosen(encoded, choose_rows(encoded, probe=probe, seed=seed, keep_duplicates=keep_duplicates))
+
+
+def choose_rows(encoded: EncodedData, *, probe: ProbeConfig, seed: int, keep_duplicates: bool) -> ChosenRows:
+    """Choose the rows that are scored, and their folds; the first half of `select`."""
     data = encoded.samples
-    rows, left_out = select_usable(encoded, keep_duplicates=keep_duplicates)
-    rows, cross_fits, rare = plan_cross_fits(data, data.canonical_order(rows), probe, seed=seed)
-    target, classes = target_of(data, rows)
+    rows, left_out = usable_rows(encoded, keep_duplicates=keep_duplicates)
+    rows = data.canonical_order(rows)
+    rows, cross_fits, rare = plan_cross_fits(data, rows, probe, seed=seed, with_keys=False)
+    left_out = left_out.merge(rare).sorted()
+    left_out.ids_of = StoredRows(read_rows=data.read_rows, num_parts=data.num_parts).ids_of  # without the columns
+    return ChosenRows(row=rows, cross_fits=tuple(cross_fits), left_out=left_out)
+
+
+def describe_chosen(encoded: EncodedData, chosen: ChosenRows) -> Selection:
+    """Add what else is known of the rows that are scored; the second half of `select`."""
+    data = encoded.samples
+    target, classes = _target_of(data, chosen.row)
     sums = row_sums(encoded) if len(data) > SORTED_ROWS else ()
-    is_scored = np.zeros(len(data), dtype=bool)
-    is_scored[rows] = True
     return Selection(
-        row=rows,
+        row=chosen.row,
         target=target,
         classes=classes,
         class_names=data.class_names,
-        label=data.label[rows],
-        split=data.split[rows],
-        group=None if data.group is None else data.group[rows],
-        cross_fits=tuple(cross_fits),
+        split=gather(data.split, chosen.row),
+        group=None if data.group is None else gather(data.group, chosen.row),
+        cross_fits=chosen.cross_fits,
         usable=encoded.usable,
-        quarantined=sort_quarantined(left_out + rare, data.ids_of(np.flatnonzero(~is_scored))),
+        quarantined=chosen.left_out,
         fingerprint=fingerprint_of_sums(sums) if sums else fingerprint(encoded),
         sums=sums,
     )
+
+
+def _target_of(data: RowData, rows: NDArray[np.integer[Any]]) -> tuple[Target, NDArray[np.int32]]:
+    """Return the target of rows, and the source's label of each of its classes, as stability.target_of does."""
+    label = gather(data.label, rows)
+    if data.task != "classification":
+        values: Any = data.labels.values  # packed label sets or a matrix
+        values = values.take(rows) if isinstance(values, PackedSets) else gather(values, rows)
+        num_outputs = len(data.outputs)
+        target = Target(task=data.task, label=label, num_outputs=num_outputs, values=values)
+        return target, np.arange(num_outputs, dtype=np.int32)
+    occurs = count_codes(label, len(data.class_names)) > 0
+    classes = np.flatnonzero(occurs).astype(np.int32)
+    if len(classes) < 2:
+        raise ScoreError(f"only one class is left to score ({data.class_names[classes[0]]!r}); probes need two")
+    if not occurs.all():
+        gather((np.cumsum(occurs) - 1).astype(np.int32), label, out=label)
+    return Target(task=data.task, label=label, num_outputs=len(classes)), classes
 
 
 def fingerprint(encoded: EncodedData, *, is_row: NDArray[np.bool_] | None = None) -> str:
@@ -155,20 +200,18 @@ def row_sums(encoded: EncodedData, *, is_row: NDArray[np.bool_] | None = None) -
 def _fingerprint_rows(encoded: EncodedData, is_row: NDArray[np.bool_] | None) -> Iterator[bytes]:
     data = encoded.samples
     class_names = (*data.class_names, "", "")  # negative labels index the last two
-    groups = ("",) if data.group is None else data.group_names
     first = 0
     for part in range(data.num_parts):
-        contents = content_digests(encoded.read_status(part))
-        end = first + len(contents)
-        rows = np.arange(first, end)
-        if is_row is not None:
-            rows = rows[is_row[first:end]]
-            contents = [contents[row] for row in (rows - first).tolist()]
-        group = np.zeros(len(rows), dtype=np.int32) if data.group is None else data.group[rows]
-        columns = (data.ids_of(rows), data.label[rows].tolist(), data.split[rows].tolist(), group.tolist(), contents)
-        for name, label, split, code, content in zip(*columns, strict=True):
-            yield "\0".join((name, class_names[label], SPLITS[split], groups[code], content)).encode()
-        first = end
+        contents, table = content_digests(encoded.read_status(part)), data.read_rows(part)
+        rows = np.arange(len(contents)) if is_row is None else np.flatnonzero(is_row[first : first + len(contents)])
+        taken = pa.array(rows)
+        group = [""] * len(rows) if data.group is None else table["group"].take(taken).to_pylist()
+        label, split = (values[first : first + len(contents)][rows].tolist() for values in (data.label, data.split))
+        for row, name, label_code, split_code, group_name in zip(
+            rows.tolist(), table["id"].take(taken).to_pylist(), label, split, group, strict=True
+        ):
+            yield "\0".join((name, class_names[label_code], SPLITS[split_code], group_name, contents[row])).encode()
+        first += len(contents)
 
 
 def content_digests(status: pa.Table) -> list[str]:
@@ -179,15 +222,18 @@ def content_digests(status: pa.Table) -> list[str]:
 
 
 def selection_tables(selection: Selection) -> tuple[pa.Table, pa.Table]:
-    """Return a selection as the tables of its n samples and of the N rows of the dataset."""
+    """Return a selection as the tables of its n samples and of the N rows of the dataset, but for `quarantined`."""
     first = selection.cross_fits[0]
-    columns: dict[str, Any] = {"row": selection.row, "label": selection.label, "split": selection.split}
-    columns |= {"target": selection.target.label, "fits": first.fits, "key": first.key}
+    values: Any = selection.target.values
+    columns: dict[str, Any] = {"row": selection.row, "split": selection.split}
+    columns |= {"target": selection.target.label, "fits": first.fits}
     if selection.group is not None:
         columns["group"] = selection.group
     for repeat, cross_fit in enumerate(selection.cross_fits):
         columns |= {f"fold {repeat}": cross_fit.fold, f"inner {repeat}": cross_fit.inner}
-    if (values := selection.target.values) is not None:
+    if isinstance(values, PackedSets):
+        columns |= {f"bits {index}": column for index, column in enumerate(values.bits.T)}
+    elif values is not None:
         columns |= {f"value {output}": values[:, output] for output in range(values.shape[1])}
     rows = {f"usable {index}": column for index, column in enumerate(selection.usable.T)}
     return pa.table(columns), pa.table(rows)
@@ -203,47 +249,55 @@ def selection_record(selection: Selection) -> dict[str, Any]:
         "class_names": list(selection.class_names),
         "fingerprint": selection.fingerprint,
         "sums": [f"{value:x}" for value in selection.sums],
-        "quarantined": [
-            [entry.sample_id, entry.modality, entry.reason.value, entry.detail] for entry in selection.quarantined
-        ],
     }
 
 
-def read_selection(samples: pa.Table, rows: pa.Table, record: dict[str, Any]) -> Selection:
+def quarantined_tables(selection: Selection) -> Iterator[pa.Table]:
+    """Yield the samples that are not scored as tables of some rows, with the columns of quarantine.parquet."""
+    quarantined = selection.quarantined
+    if isinstance(quarantined, LeftOut):
+        yield from quarantined.tables()
+    else:
+        yield quarantine_table(quarantined)
+
+
+def read_selection(samples: pa.Table, rows: pa.Table, quarantined: pa.Table, record: dict[str, Any]) -> Selection:
     """Build a selection from its tables and its record, without copies of the columns."""
-    fits, key = samples["fits"].to_numpy(zero_copy_only=False), samples["key"].to_numpy()
-    names = samples.column_names
-    values = [samples[name].to_numpy() for name in names if name.startswith("value ")]
+    fits, names = samples["fits"].to_numpy(zero_copy_only=False), samples.column_names
+    values: Any = [samples[name].to_numpy() for name in names if name.startswith("value ")]
+    bits = [samples[name].to_numpy() for name in names if name.startswith("bits ")]
+    if bits:
+        values = PackedSets(np.stack(bits, axis=1), record["num_outputs"])
+    elif len(values) > 1:
+        values = np.stack(values, axis=1)
+    else:
+        values = values[0][:, None] if values else None
     target = Target(
-        task=record["task"],
-        label=samples["target"].to_numpy(),
-        num_outputs=record["num_outputs"],
-        values=np.stack(values, axis=1) if values else None,
+        task=record["task"], label=samples["target"].to_numpy(), num_outputs=record["num_outputs"], values=values
     )
     cross_fits = [
         CrossFit(
             fold=samples[f"fold {repeat}"].to_numpy(),
             inner=samples[f"inner {repeat}"].to_numpy(),
             fits=fits,
-            key=key,
+            key=no_keys(samples.num_rows),
             num_folds=num_folds,
         )
         for repeat, num_folds in enumerate(record["num_folds"])
     ]
+    usable = np.empty((rows.num_columns, rows.num_rows), dtype=bool)
+    for index, column in enumerate(rows.columns):
+        usable[index] = column.to_numpy(zero_copy_only=False)
     return Selection(
         row=samples["row"].to_numpy(),
         target=target,
         classes=np.array(record["classes"], dtype=np.int32),
         class_names=tuple(record["class_names"]),
-        label=samples["label"].to_numpy(),
         split=samples["split"].to_numpy(),
         group=samples["group"].to_numpy() if "group" in names else None,
         cross_fits=tuple(cross_fits),
-        usable=np.stack([column.to_numpy(zero_copy_only=False) for column in rows.columns], axis=1),
-        quarantined=tuple(
-            Quarantined(sample_id=name, modality=modality, reason=Reason(reason), detail=detail)
-            for name, modality, reason, detail in record["quarantined"]
-        ),
+        usable=usable.T,
+        quarantined=QuarantineTable(quarantined),
         fingerprint=record["fingerprint"],
         sums=tuple(int(text, 16) for text in record["sums"]),
     )

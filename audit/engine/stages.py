@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from ..dataset.columns import SPLITS
@@ -26,9 +25,10 @@ from .merging import Merged, PartColumns, merge
 from .part_store import FolderStore, MemoryStore, Store
 from .plan import Part, ShardPlan
 from .row_data import EncodedData, RowData, read_row_table, read_status_table
-from .run_state import describe_labels, folds_of_contents, folds_of_keys
+from .run_state import describe_labels, tables_of_contents, tables_of_keys
 from .scoring import PartRows, Whole, finish_part, score_part
-from .selection import Selection, fingerprint, select
+from .selection import Selection, choose_rows, describe_chosen, fingerprint
+from .stored_rows import StoredRows
 
 log = logging.getLogger("mmaudit")
 
@@ -105,6 +105,11 @@ class ScoringJob:
             test_fraction=self.test_fraction,
             edges=edges,
         )
+
+    @property
+    def stored_rows(self) -> StoredRows:
+        """The row tables of all parts."""
+        return StoredRows(read_rows=lambda part: self.store.read("rows", part), num_parts=len(self.plan.parts))
 
     @cached_property
     def saved_results(self) -> FitResults:
@@ -211,29 +216,35 @@ def log_cut(job: ScoringJob, data: RowData) -> None:
         log.info("no split column: %d of %d samples are held out as test", num_test, len(data))
 
 
-@fixed_threads()
-def fit(job: ScoringJob, data: RowData) -> tuple[Selection, Fitted]:
-    """Stages `select` and `fit`: choose what is scored, and fit the probes."""
+def select(job: ScoringJob, data: RowData) -> Selection:
+    """Stage `select`: choose what is scored, and write the folds of all ids or groups, and contents.
+
+    With the columns of `data` it holds at most 40 bytes a row, of two modalities and three repeats.
+    """
     encoded = job.encoded(data)
-    selection = select(encoded, probe=job.probe, seed=job.seed, keep_duplicates=job.keep_duplicates)
-    job.store.write("contents", folds_of_contents(encoded, selection).to_table())
-    job.store.write("keys", folds_of_keys(data, selection).to_table(), counts=describe_labels(data.labels))
+    chosen = choose_rows(encoded, probe=job.probe, seed=job.seed, keep_duplicates=job.keep_duplicates)
+    job.store.write_pieces("contents", tables_of_contents(encoded, chosen))
+    job.store.write_pieces("keys", tables_of_keys(data, chosen), counts=describe_labels(data.labels))
+    return describe_chosen(encoded, chosen)
+
+
+@fixed_threads()
+def fit(job: ScoringJob, selection: Selection) -> Fitted:
+    """Stage `fit`: fit the probes. The columns of all rows but those of the selection should be freed before."""
     statuses = [
-        UsableRows(modality=modality, usable=np.ascontiguousarray(selection.usable[:, index]))
+        UsableRows(modality=modality, usable=selection.usable[:, index])
         for index, modality in enumerate(job.dataset.modalities)
     ]
-    inputs = [FeatureMatrix.of(job.tasks(), status, selection.row) for status in statuses]
-    fitted = fit_probes(
+    return fit_probes(
         selection,
-        inputs,
-        data,
+        [FeatureMatrix.of(job.tasks(), status, selection.row) for status in statuses],
+        job.stored_rows,
         probe=job.probe,
         networks=job.networks,
         seed=job.seed,
         device=job.device,
         progress=job.progress,
     )
-    return selection, fitted
 
 
 def fit_and_save(job: ScoringJob, parts: Sequence[Part] = ()) -> None:
@@ -241,7 +252,9 @@ def fit_and_save(job: ScoringJob, parts: Sequence[Part] = ()) -> None:
     if not is_fitted(job):
         data = job.row_data()
         log_cut(job, data)
-        save_fit(job, *fit(job, data))
+        selection = select(job, data)
+        del data  # its columns are those of all rows
+        save_fit(job, selection, fit(job, selection))
 
 
 @fixed_threads()
@@ -321,11 +334,15 @@ def run_all(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
         encode(job, parts)
     with timed(seconds, "probe"):
         results = FitResults(job=job)
-        if job.in_memory:
-            results = FitResults(job=job, kept=fit(job, data))
-        elif not is_fitted(job):
-            save_fit(job, *fit(job, data))
-        del data  # its columns are those of all rows
+        if job.in_memory or not is_fitted(job):
+            selection = select(job, data)
+            del data  # its columns are those of all rows
+            fitted = fit(job, selection)
+            if job.in_memory:
+                results = FitResults(job=job, kept=(selection, fitted))
+            else:
+                save_fit(job, selection, fitted)
+            del selection, fitted
         score(job, results, parts)
         return results, merge_parts(job, results), seconds
 

@@ -5,21 +5,19 @@ Equal contents of such rows are no sign of a copy. All rules here are mmaudit's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from ..dataset.modalities import Modality
+from ..row_arrays import gather, sorted_pieces, true_rows
 from .encode import EncodeTask, column_of, read_arrow
 from .matrix import Inputs, MatrixInputs, RowIndex, TermInputs, chunks
 from .vectors import count_terms, holds_terms, keep_buckets, weigh_terms
-
-if TYPE_CHECKING:
-    from .encoded_samples import Status
 
 
 class ModalityRows(Protocol):
@@ -81,7 +79,7 @@ class FeatureMatrix:
     @property
     def present(self) -> NDArray[np.bool_]:
         """Mask (n,) of the samples that have this modality."""
-        return np.asarray(self.status.usable[self.row])
+        return gather(self.status.usable, self.row)
 
     def take(self, rows: RowIndex) -> FeatureMatrix:
         """Return the matrix of these rows, in this order."""
@@ -193,10 +191,13 @@ SAMPLE_ROWS = 2048
 FEATURE_BLOCK = 64
 
 
-def recurring_rows(tasks: Sequence[EncodeTask], status: Status) -> NDArray[np.bool_]:
+def recurring_rows(
+    tasks: Sequence[EncodeTask], status: ModalityRows, contents: Callable[[int], NDArray[np.bytes_]]
+) -> NDArray[np.bool_]:
     """Return a mask (n,) of the samples whose content in this modality recurs by chance.
 
-    Only rows whose content occurs more than once are tested, so that without copies nothing is read.
+    contents: returns the digests of the rows of a task, dtype S32. Only rows whose content occurs more than once are
+    tested, so that without copies nothing is read.
     """
     modality, num_rows = status.modality, len(status.usable)
     if modality.kind == "text":
@@ -205,24 +206,75 @@ def recurring_rows(tasks: Sequence[EncodeTask], status: Status) -> NDArray[np.bo
         return np.zeros(num_rows, dtype=bool)
     if (modality.length or 0) < MIN_FEATURES:
         return np.ones(num_rows, dtype=bool)
-    rows = np.flatnonzero(status.usable)
-    distinct, first, inverse, counts = np.unique(
-        status.content[rows], return_index=True, return_inverse=True, return_counts=True
-    )
+    digests = _Digests.of(tasks, status, contents)
+    num_distinct, has_repeated, sample = 0, False, np.zeros(0, np.intp)
+    for rows, is_first in digests.runs():
+        num_distinct += int(is_first.sum())
+        has_repeated |= not is_first.all()
+        # Digests are uniform: the first contents in their order are a sample that does not depend on the rows' order.
+        sample = np.concatenate([sample, rows[is_first][: SAMPLE_ROWS - len(sample)]])
     recurs = np.zeros(num_rows, dtype=bool)
-    repeated = np.flatnonzero(counts > 1)
-    if not len(repeated):
+    num_usable = len(digests.rows)
+    if not has_repeated:
         return recurs
-    if len(distinct) * MAX_REPEATS < len(rows):
+    if num_distinct * MAX_REPEATS < num_usable:
         return np.ones(num_rows, dtype=bool)
-    inputs = FeatureMatrix.of(tasks, status, np.arange(num_rows))
-    # Digests are uniform: the first contents in their order are a sample that does not depend on the rows' order.
-    sample = inputs.read(rows[first[:SAMPLE_ROWS]])
-    is_common = np.zeros(len(distinct), dtype=bool)
-    for batch in chunks(inputs, repeated):
-        is_common[batch] = _is_common(inputs, rows[first[batch]], sample, num_rows=len(rows))
-    recurs[rows] = is_common[inverse]
+    vectors = FeatureMatrix.of(tasks, status, sample)
+    sampled = vectors.read(np.arange(len(sample)))
+    for rows, is_first in digests.runs():
+        run = np.cumsum(is_first) - 1
+        repeated = np.flatnonzero(np.bincount(run) > 1)
+        first = rows[is_first][repeated]
+        repeated, first = repeated[np.argsort(first)], np.sort(first)  # read in the order of the files
+        inputs = replace(vectors, row=first)
+        is_common = np.zeros(int(is_first.sum()), dtype=bool)
+        for batch in chunks(inputs):
+            is_common[repeated[batch]] = _is_common(inputs, batch, sampled, num_rows=num_usable)
+        recurs[rows[is_common[run]]] = True
     return recurs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Digests:
+    """Digests of the usable rows (u,) of a modality, of which the first half, high (u,), is in memory."""
+
+    rows: NDArray[np.integer[Any]]
+    high: NDArray[np.uint64]
+    starts: NDArray[np.int64]
+    contents: Callable[[int], NDArray[np.bytes_]]
+
+    @classmethod
+    def of(
+        cls, tasks: Sequence[EncodeTask], status: ModalityRows, contents: Callable[[int], NDArray[np.bytes_]]
+    ) -> _Digests:
+        rows = true_rows(status.usable)
+        starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)])
+        opened = cls(rows=rows, high=np.zeros(0, np.uint64), starts=starts, contents=contents)
+        return replace(opened, high=opened.read(0, rows))
+
+    def read(self, number: int, rows: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
+        """Read the first or the second half of the digests of rows (b,), ascending."""
+        words = np.empty(len(rows), np.uint64)
+        bounds = np.searchsorted(rows, self.starts.astype(rows.dtype))
+        for task in np.flatnonzero(np.diff(bounds)).tolist():
+            own = slice(int(bounds[task]), int(bounds[task + 1]))
+            digests = self.contents(task)[rows[own] - self.starts[task]]
+            halves = digests.view("S16").reshape(-1, 2)[:, number]
+            words[own] = np.frombuffer(bytes.fromhex(halves.tobytes().decode()), ">u8")
+        return words
+
+    def runs(self) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.bool_]]]:
+        """Yield pieces of the rows in the order of their digests, and which are the first of equal ones."""
+        for piece in sorted_pieces(self.high):
+            high = self.high[piece]
+            is_first = np.r_[True, high[1:] != high[:-1]]
+            if not is_first.all():
+                positions = np.sort(piece)
+                low, high = self.read(1, self.rows[positions]), self.high[positions]
+                order = np.lexsort((low, high))
+                piece, high, low = positions[order], high[order], low[order]
+                is_first = np.r_[True, (high[1:] != high[:-1]) | (low[1:] != low[:-1])]
+            yield self.rows[piece], is_first
 
 
 def _is_common(inputs: Inputs, rows: RowIndex, sample: NDArray[np.float32], *, num_rows: int) -> NDArray[np.bool_]:

@@ -8,7 +8,7 @@ stamp has changed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -55,12 +55,22 @@ def locate_arrow(path: Path) -> tuple[pa.Table, int]:
 
 def write_arrow(table: pa.Table, path: Path) -> None:
     """Write an Arrow file atomically."""
+    write_pieces([table], path)
+
+
+def write_pieces(pieces: Iterable[pa.Table], path: Path) -> int:
+    """Write a table, of which there are one or several pieces, as an Arrow file atomically; return its rows."""
+    tables = iter(pieces)
+    table, num_rows = next(tables), 0
     with (
         atomic_write(path) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, table.schema) as file,
     ):
-        file.write_table(table)
+        for piece in chain([table], tables):
+            file.write_table(piece)
+            num_rows += piece.num_rows
+    return num_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..dataset.cells import null_error
 from ..dataset.dataset import Dataset
-from ..dataset.labels import MAX_NUMBER
+from ..dataset.labels import MAX_NUMBER, UnknownLabels
 from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
 from ..errors import DatasetError, Quarantined, Reason, ScoreError, UnusableError
 from ..hashing import digest
+from ..row_arrays import contains, gather, index_type, repeated_in, sorted_pieces, true_rows
 from ..workers import prefetch_map
 from .cached_matrix import recurring_rows
 from .encode import EncodeTask, column_of, content_of, load_cell_content, read_arrow
+from .left_out import ID, LeftOut
 from .vectors import check_lengths, encode_vectors
 
 SORTED_ROWS = 1 << 20  # of a fingerprint: a million rows of 100 bytes are sorted in a second
@@ -64,14 +67,20 @@ class EncodedSamples:
         """Whether the sample lacks the modality in the source, (n, m)."""
         return np.stack([missing_in_source(status) for status in self.statuses], axis=1)
 
-    def content_word(self, number: int) -> NDArray[np.uint64]:
-        """Return the first or the second word of the content digest of each sample, (n,)."""
-        return np.asarray(digest_words(self.content)[number])
+    @property
+    def is_scorable(self) -> NDArray[np.bool_]:
+        """Which samples (n,) have at least two usable modalities and no damaged one."""
+        return scorable_rows(self.usable, self.missing)
+
+    def content_word(self, number: int, rows: NDArray[np.integer[Any]] | None = None) -> NDArray[np.uint64]:
+        """Return the first or the second word of the content digest of these samples (b,), ascending; None: of all."""
+        words = np.asarray(digest_words(self.content)[number])
+        return words if rows is None else words[rows]
 
     @property
-    def recurs(self) -> NDArray[np.bool_]:
-        """Whether the content of each modality recurs by chance, (n, m)."""
-        return np.stack([status.recurs for status in self.statuses], axis=1)
+    def is_distinctive(self) -> NDArray[np.bool_]:
+        """Which samples (n,) have a modality whose content does not recur by chance."""
+        return np.asarray((self.usable & ~np.stack([status.recurs for status in self.statuses], axis=1)).any(axis=1))
 
     def problems(self, rows: NDArray[np.bool_]) -> Iterator[tuple[int, str, Reason, str]]:
         """Yield row, modality, reason and detail of what is not usable in the rows of a mask (n,), by modality."""
@@ -148,7 +157,9 @@ def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDAr
     status = Status(
         modality=modality, usable=usable, content=content, recurs=np.zeros(num_rows, bool), problem=tuple(problem)
     )
-    return replace(status, recurs=recurring_rows(tasks, status))
+    starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)]).tolist()
+    recurs = recurring_rows(tasks, status, lambda index: content[starts[index] : starts[index + 1]])
+    return replace(status, recurs=recurs)
 
 
 def problems_of(table: pa.Table) -> Iterator[tuple[int, Reason, str]]:
@@ -200,6 +211,11 @@ def is_null_cell(reason: Reason, detail: str, modality: Modality) -> bool:
     return (reason, detail) == (null.reason, null.detail)
 
 
+def scorable_rows(usable: NDArray[np.bool_], missing: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which rows (n,) have at least two of m usable modalities (n, m) and no damaged one; missing (n, m)."""
+    return np.asarray((usable | missing).all(axis=1) & (usable.sum(axis=1) >= 2))
+
+
 class EncodedRows(Protocol):
     """What the selection of usable samples needs of n encoded rows: EncodedSamples, or columns of many rows."""
 
@@ -208,19 +224,15 @@ class EncodedRows(Protocol):
         """Labels and ids."""
 
     @property
-    def usable(self) -> NDArray[np.bool_]:
-        """Whether each modality of each row was encoded, (n, m)."""
+    def is_scorable(self) -> NDArray[np.bool_]:
+        """Which rows (n,) have at least two usable modalities and no damaged one."""
+
+    def content_word(self, number: int, rows: NDArray[np.integer[Any]] | None = None) -> NDArray[np.uint64]:
+        """Return the first or the second word of the content digest of these rows (b,), ascending; None: of all."""
 
     @property
-    def missing(self) -> NDArray[np.bool_]:
-        """Whether the row lacks the modality in the source, (n, m)."""
-
-    def content_word(self, number: int) -> NDArray[np.uint64]:
-        """Return the first or the second word of the content digest of each row, (n,)."""
-
-    @property
-    def recurs(self) -> NDArray[np.bool_]:
-        """Whether the content of each modality recurs by chance, (n, m)."""
+    def is_distinctive(self) -> NDArray[np.bool_]:
+        """Which rows (n,) have a modality whose content does not recur by chance."""
 
     def problems(self, rows: NDArray[np.bool_]) -> Iterator[tuple[int, str, Reason, str]]:
         """Yield row, modality, reason and detail of what is not usable in the rows of a mask (n,), by modality."""
@@ -238,10 +250,10 @@ class LabelledRows(Protocol):
         """Names of the classes or strata."""
 
     @property
-    def unknown(self) -> tuple[tuple[int, str], ...]:
+    def unknown(self) -> Sequence[tuple[int, str]]:
         """Row and label of each row whose label is not among the classes."""
 
-    def ids_of(self, rows: NDArray[np.intp]) -> NDArray[np.object_]:
+    def ids_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
         """Return the ids of a few rows."""
 
 
@@ -252,23 +264,24 @@ def select_usable(encoded: EncodedRows, *, keep_duplicates: bool) -> tuple[NDArr
     clip without this track, counts as a missing modality. Of samples with the same content in every modality only the
     one with the smallest id is scored, unless `keep_duplicates`, or unless the content of all of them recurs by chance.
     """
-    samples, usable = encoded.samples, encoded.usable
-    is_scorable = np.asarray((usable | encoded.missing).all(axis=1) & (usable.sum(axis=1) >= 2))
-    problems = list(encoded.problems(~is_scorable))
-    names = samples.ids_of(np.array([row for row, _, _, _ in problems], dtype=np.intp))
-    quarantined = [
-        Quarantined(sample_id=name, modality=modality, reason=reason, detail=detail)
-        for name, (_, modality, reason, detail) in zip(names, problems, strict=True)
-    ]
-    quarantined += _without_label(samples)
-    rows = np.flatnonzero((samples.label >= 0) & is_scorable)
+    rows, left_out = usable_rows(encoded, keep_duplicates=keep_duplicates)
+    return rows.astype(np.intp), list(left_out)
+
+
+def usable_rows(encoded: EncodedRows, *, keep_duplicates: bool) -> tuple[NDArray[np.integer[Any]], LeftOut]:
+    """Return what `select_usable` does, without an object per row."""
+    samples, is_scorable = encoded.samples, encoded.is_scorable
+    left_out = LeftOut.of(encoded.problems(~is_scorable), ids_of=samples.ids_of).merge(_without_label(samples))
+    is_scorable &= samples.label >= 0
+    rows = true_rows(is_scorable)
+    del is_scorable
     if not keep_duplicates:
         rows, copies = _drop_duplicates(encoded, rows)
-        quarantined += copies
+        left_out = left_out.merge(copies)
     if len(rows) == 0:
         requirement = "a label, at least two usable modalities and no damaged one"
-        raise ScoreError(f"no sample has {requirement}; the first problem: {quarantined[0]}")
-    return rows, quarantined
+        raise ScoreError(f"no sample has {requirement}; the first problem: {left_out[0]}")
+    return rows, left_out
 
 
 def sort_quarantined(quarantined: Sequence[Quarantined], sample_id: NDArray[np.object_]) -> tuple[Quarantined, ...]:
@@ -277,53 +290,72 @@ def sort_quarantined(quarantined: Sequence[Quarantined], sample_id: NDArray[np.o
     return tuple(sorted(quarantined, key=lambda entry: row_of_id[entry.sample_id]))
 
 
-def _without_label(samples: LabelledRows) -> list[Quarantined]:
+def _without_label(samples: LabelledRows) -> LeftOut:
     """Return an entry for each sample without a label, or with an unknown one."""
-    unknown, quarantined = dict(samples.unknown), []
-    rows = np.flatnonzero(samples.label < 0)
-    for row, name in zip(rows.tolist(), samples.ids_of(rows), strict=True):
-        reason, detail = Reason.NO_LABEL, "the label is null"
-        if row in unknown and samples.class_names:
-            reason, detail = Reason.UNKNOWN_LABEL, f"{unknown[row]!r} is not among the classes"
-        elif row in unknown:
-            reason, detail = Reason.UNKNOWN_LABEL, f"{unknown[row]} is not a number of at most {MAX_NUMBER:g}"
-        quarantined.append(Quarantined(sample_id=name, reason=reason, detail=detail))
-    return quarantined
+    rows = true_rows(samples.label < 0)
+    unknown = samples.unknown if isinstance(samples.unknown, UnknownLabels) else UnknownLabels.of(samples.unknown)
+    if samples.class_names:
+        texts = [f"{text!r} is not among the classes" for text in unknown.texts]
+    else:
+        texts = [f"{text} is not a number of at most {MAX_NUMBER:g}" for text in unknown.texts]
+    order = np.argsort(unknown.rows, kind="stable")
+    is_unknown = np.isin(rows, unknown.rows)
+    nothing = np.zeros(int((~is_unknown).sum()), np.int32)
+    null = LeftOut.alike(
+        rows[~is_unknown], Reason.NO_LABEL, text=nothing, texts=["the label is null"], ids_of=samples.ids_of
+    )
+    strange = LeftOut.alike(
+        unknown.rows[order], Reason.UNKNOWN_LABEL, text=unknown.code[order], texts=texts, ids_of=samples.ids_of
+    )
+    return null.merge(strange).sorted()
 
 
-def _drop_duplicates(encoded: EncodedRows, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:
+def _drop_duplicates(encoded: EncodedRows, rows: NDArray[np.integer[Any]]) -> tuple[NDArray[np.integer[Any]], LeftOut]:
     """Return the rows without duplicates in every modality, and the duplicates; of equal rows the smallest id stays."""
-    repeated = _repeated(encoded.content_word(0)[rows])  # of other rows neither id nor recurrence is looked up
-    if not repeated.any():
-        return rows, []
-    samples, same = encoded.samples, rows[repeated]
-    names, (high, low) = samples.ids_of(same), (encoded.content_word(number)[same] for number in (0, 1))
-    order = np.lexsort((names.astype(str), low, high))
-    equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
-    if not equal.any():
-        return rows, []
-    is_distinctive = np.asarray((encoded.usable[same] & ~encoded.recurs[same]).any(axis=1))
-    is_copy = np.r_[False, equal] & is_distinctive[order]
-    first = order[np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(order))))]
-    copies = []
-    for position in np.flatnonzero(is_copy):
-        row, original = order[position], first[position]
-        note = "" if samples.label[same[row]] == samples.label[same[original]] else ", which has another label"
-        detail = f"the same content as {names[original]}{note}"
-        copies.append(Quarantined(sample_id=names[row], reason=Reason.DUPLICATE, detail=detail))
-    keep = np.ones(len(rows), dtype=bool)
-    keep[np.flatnonzero(repeated)[order[is_copy]]] = False
-    return rows[keep], copies
+    ids_of, label = encoded.samples.ids_of, encoded.samples.label
+    words = encoded.content_word(0, rows)
+    words.sort()
+    repeated = repeated_in(words)
+    nothing = np.zeros(0, index_type(len(label)))
+    none = LeftOut.alike(nothing, Reason.DUPLICATE, text=nothing, texts=(), ids_of=ids_of)
+    if not len(repeated):  # of other rows neither id nor recurrence is looked up
+        return rows, none
+    del words
+    is_repeated = contains(repeated, encoded.content_word(0, rows))
+    del repeated
+    same, is_distinctive = rows[is_repeated], None
+    high = encoded.content_word(0, same)
+    copies, originals = [nothing], [nothing]
+    for piece in sorted_pieces(high):
+        positions = np.sort(piece)
+        own, own_high = same[positions], high[positions]
+        low = encoded.content_word(1, own)
+        order = _order_of_contents(own_high, low, ids_of(own))
+        equal = (own_high[order][1:] == own_high[order][:-1]) & (low[order][1:] == low[order][:-1])
+        if not equal.any():
+            continue
+        is_distinctive = encoded.is_distinctive if is_distinctive is None else is_distinctive
+        is_copy = np.r_[False, equal] & is_distinctive[own[order]]
+        first = np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(order))))
+        copies.append(own[order[is_copy]])
+        originals.append(own[order[first[is_copy]]])
+    del high, is_distinctive
+    copy, original = np.concatenate(copies), np.concatenate(originals)
+    keep = np.ones(len(label), dtype=bool)
+    keep[copy] = False
+    texts = (f"the same content as {ID}", f"the same content as {ID}, which has another label")
+    has_other = (gather(label, copy) != gather(label, original)).astype(np.int8)
+    left_out = LeftOut.alike(copy, Reason.DUPLICATE, text=has_other, texts=texts, ids_of=ids_of, original=original)
+    return rows[gather(keep, rows)], left_out
 
 
-def _repeated(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return which words (n,) occur more than once."""
-    order = np.argsort(words, kind="stable")
-    equal = words[order][1:] == words[order][:-1]
-    repeated = np.zeros(len(words), dtype=bool)
-    repeated[order[1:][equal]] = True
-    repeated[order[:-1][equal]] = True
-    return repeated
+def _order_of_contents(
+    high: NDArray[np.uint64], low: NDArray[np.uint64], ids: NDArray[np.object_]
+) -> NDArray[np.integer[Any]]:
+    """Return the order (n,) of contents by their two words, and of equal ones by id."""
+    keys = pa.table({"high": high, "low": low, "id": pa.array(ids, pa.string())})
+    order = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in ("high", "low", "id")])
+    return np.asarray(order.to_numpy(), dtype=np.intp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

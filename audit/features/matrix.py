@@ -16,7 +16,7 @@ from scipy.sparse import csr_array, hstack
 
 from .vectors import project_terms, weigh_terms
 
-RowIndex = NDArray[np.intp]
+RowIndex = NDArray[np.integer[Any]]  # of 32 bits where there are many
 CHUNK_BYTES = 32 << 20  # read at once: large enough for efficient matrix products
 
 

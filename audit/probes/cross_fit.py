@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import Quarantined, Reason, ScoreError
+from ..errors import Reason, ScoreError
+from ..features.left_out import LeftOut
 from ..features.matrix import RowIndex
 from ..hashing import hash_rank
+from ..row_arrays import count_codes, gather, scatter, slices, smallest_rows, sorted_pieces, stable_order, true_rows
 from .config import ProbeConfig
 
 
@@ -38,81 +40,145 @@ def assign_folds(
     else:
         names, codes = np.unique(group.astype(str), return_inverse=True)
         keys = hash_rank(names.tolist(), seed=seed, purpose=purpose)
-    return fold_by_keys(keys, codes, label, fits, num_folds=num_folds)
+    return fold_by_keys(keys, codes, label, fits, num_folds=num_folds).astype(np.int16)
 
 
 def fold_by_keys(
     keys: NDArray[np.uint64],
-    group: NDArray[np.intp] | None,
+    group: NDArray[np.integer[Any]] | None,
     label: NDArray[np.int32],
     fits: NDArray[np.bool_],
     *,
     num_folds: int,
-) -> NDArray[np.int16]:
-    """Assign n samples to folds as `assign_folds` does, by the keys (g,) of groups, group (n,), or (n,) of samples."""
+) -> NDArray[np.signedinteger[Any]]:
+    """Assign n samples to folds as `assign_folds` does, by the keys (g,) of groups, group (n,), or (n,) of samples.
+
+    Folds are of 8 bits where that is enough.
+    """
     if group is None:
         if len(keys) < 2:
             raise ScoreError(f"cross-fitting needs at least 2 usable samples, found {len(keys)}")
         return _assign_samples(keys, label, fits, num_folds=num_folds)
     if len(keys) < 2:
         raise ScoreError("all usable samples are of one group, which a probe cannot train on and score; drop --group")
-    fold = np.zeros(len(keys), dtype=np.int16)
     # Groups with training rows are placed by those rows only.
-    trains = np.bincount(group[fits], minlength=len(keys)) > 0
+    train_rows, other_rows = (_group_sizes(group, mask, len(keys)) for mask in (fits, ~fits))
+    trains = train_rows > 0
     if trains.sum() < 2:
         raise ScoreError("all training samples are of one group, which a probe cannot train on and score; drop --group")
-    num_folds, num_classes = min(num_folds, int(trains.sum())), int(label.max()) + 1
-    for groups, rows in ((trains, fits), (~trains, ~fits)):
-        cells = group[rows].astype(np.int64) * num_classes + label[rows]
-        counts = np.bincount(cells, minlength=len(keys) * num_classes).reshape(-1, num_classes).astype(np.float64)
-        fold[groups] = _assign_groups(counts[groups], keys[groups], num_folds=num_folds)
-    return fold[group]
+    num_folds = min(num_folds, int(trains.sum()))
+    fold = np.zeros(len(keys), dtype=_fold_type(num_folds))
+    for sizes, rows in ((train_rows, fits), (np.where(trains, 0, other_rows), ~fits)):
+        order = _order_of_groups(sizes, keys)
+        if len(order):
+            _assign_groups(fold, order, group, label, rows, num_folds=num_folds)
+    return gather(fold, group)
 
 
-def in_single_fold(label: NDArray[np.int32], fold: NDArray[np.int16], fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _fold_type(num_folds: int) -> type[np.signedinteger[Any]]:
+    return np.int8 if num_folds <= np.iinfo(np.int8).max else np.int16
+
+
+def _group_sizes(group: NDArray[np.integer[Any]], rows: NDArray[np.bool_], num_groups: int) -> NDArray[np.int32]:
+    """Count the rows of a mask (n,) in each group (g,)."""
+    sizes = np.zeros(num_groups, np.int32)
+    for part in slices(len(group)):
+        np.add.at(sizes, group[part][rows[part]], 1)
+    return sizes
+
+
+def in_single_fold(
+    label: NDArray[np.int32], fold: NDArray[np.integer[Any]], fits: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
     """Return for each sample, (n,) bool, whether its class cannot be cross-fitted.
 
     That is a class whose training samples (`fits`) lie in fewer than two folds: some probe would score a class that is
     not in its training data.
     """
     has_samples = np.zeros((int(label.max()) + 1, int(fold.max()) + 1), dtype=bool)
-    has_samples[label[fits], fold[fits]] = True
-    return np.asarray((has_samples.sum(axis=1) < 2)[label])
+    for part in slices(len(label)):
+        has_samples[label[part][fits[part]], fold[part][fits[part]]] = True
+    return gather(has_samples.sum(axis=1) < 2, label)
 
 
 def _assign_samples(
     keys: NDArray[np.uint64], label: NDArray[np.int32], fits: NDArray[np.bool_], *, num_folds: int
-) -> NDArray[np.int16]:
+) -> NDArray[np.signedinteger[Any]]:
     """Assign samples to folds in turn, class by class: a class starts at the fold after the last one of the previous.
 
     Within a class, training samples come first, and only they count for where the next class starts, so that other
     samples do not change the folds of training samples.
     """
-    order = np.lexsort((keys, ~fits, label))
-    size, num_training = np.bincount(label), np.bincount(label[fits], minlength=int(label.max()) + 1)
-    position = np.arange(len(label)) - (np.cumsum(size) - size)[label[order]]
-    fold = np.empty(len(label), dtype=np.int16)
-    fold[order] = ((np.cumsum(num_training) - num_training)[label[order]] + position) % num_folds
+    num_classes = int(label.max()) + 1
+    num_training = np.zeros(num_classes, np.int64)
+    for part in slices(len(label)):
+        num_training += np.bincount(label[part][fits[part]], minlength=num_classes)
+    start = np.cumsum(num_training) - num_training
+    position = np.stack(
+        [start + num_training, start], axis=1
+    ).ravel()  # of the next sample, by class and whether it fits
+    fold = np.empty(len(label), dtype=_fold_type(num_folds))
+    for rows in sorted_pieces(keys):
+        cell = 2 * label[rows].astype(np.intp) + fits[rows]
+        order = np.argsort(cell, kind="stable")
+        counts = np.bincount(cell, minlength=2 * num_classes)
+        rank = np.arange(len(rows)) + np.repeat(position - (np.cumsum(counts) - counts), counts)
+        fold[rows[order]] = rank % num_folds
+        position += counts
     return fold
 
 
-def _assign_groups(counts: NDArray[np.float64], keys: NDArray[np.uint64], *, num_folds: int) -> NDArray[np.int16]:
-    """Assign groups to folds greedily, largest first and ties by key, so that classes are spread evenly over the folds.
+_CELLS = 1 << 22  # counts of classes in groups at a time
 
-    `counts` (g, k) are samples by group and class. The rule is that of scikit-learn's StratifiedGroupKFold with the sum
-    of squares as the measure of spread; ties go to the fold with the fewest samples.
+
+def _order_of_groups(sizes: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.integer[Any]]:
+    """Return the groups that have rows, the largest first, equal ones by key, then by number."""
+    order, small = stable_order(keys), 16  # groups of more rows are few, and sorted at once
+    size = np.empty(len(order), np.uint8)
+    for part in slices(len(order)):
+        size[part] = np.minimum(sizes[order[part]], small + 1)
+    large = order[size > small]
+    pieces = [large[np.argsort(-sizes[large], kind="stable")]]
+    pieces += [order[true_rows(size == number)] for number in range(small, 0, -1)]
+    return np.concatenate(pieces)
+
+
+def _assign_groups(
+    fold: NDArray[np.signedinteger[Any]],
+    order: NDArray[np.integer[Any]],
+    group: NDArray[np.integer[Any]],
+    label: NDArray[np.int32],
+    rows: NDArray[np.bool_],
+    *,
+    num_folds: int,
+) -> None:
+    """Assign groups to folds greedily in this order, so that classes are spread over the folds, into `fold` (g,).
+
+    The rule is that of scikit-learn's StratifiedGroupKFold with the sum of squares as the measure of spread; ties go to
+    the fold with the fewest samples. group, label, rows (n,): the samples, and which of them count.
     """
-    order = np.lexsort((keys, -counts.sum(axis=1)))
-    share = 1.0 / np.maximum(counts.sum(axis=0), 1)
-    fold_counts = np.zeros((num_folds, counts.shape[1]))
-    fold = np.empty(len(counts), dtype=np.int16)
-    for group in order:
-        # Adding counts c to a fold with counts h raises the sum of squares by 2 h.c + c.c; only 2 h.c depends on h.
-        cost = (fold_counts * counts[group] * share**2).sum(axis=1)
-        best = np.flatnonzero(cost <= cost.min() + 1e-12)
-        fold[group] = best[np.argmin(fold_counts[best].sum(axis=1))]
-        fold_counts[fold[group]] += counts[group]
-    return fold
+    num_classes = int(label.max()) + 1
+    step = max(1, _CELLS // num_classes)
+    place = scatter(np.arange(len(order), dtype=np.int32), order, np.full(len(fold), -1, np.int32))
+    total = np.zeros(num_classes, np.int64)
+    for part in slices(len(group)):
+        inside = rows[part] & (place[group[part]] >= 0)
+        total += np.bincount(label[part][inside], minlength=num_classes)
+    share = 1.0 / np.maximum(total.astype(np.float64), 1)
+    fold_counts = np.zeros((num_folds, num_classes))
+    for groups in slices(len(order), step):
+        counts = np.zeros((groups.stop - groups.start) * num_classes)
+        for part in slices(len(group)):
+            own = place[group[part]]
+            inside = rows[part] & (own >= groups.start) & (own < groups.stop)
+            cells = (own[inside].astype(np.int64) - groups.start) * num_classes + label[part][inside]
+            np.add.at(counts, cells, 1)
+        for number, own_counts in zip(order[groups], counts.reshape(-1, num_classes), strict=True):
+            # Adding counts c to a fold with counts h raises the sum of squares by 2 h.c + c.c; only 2 h.c depends on h.
+            cost = (fold_counts * own_counts * share**2).sum(axis=1)
+            best = np.flatnonzero(cost <= cost.min() + 1e-12)
+            fold[number] = best[np.argmin(fold_counts[best].sum(axis=1))]
+            fold_counts[fold[number]] += own_counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +189,8 @@ class CrossFit:
     a second assignment of the same rows: a probe holds out its inner fold 0 to choose its l2.
     """
 
-    fold: NDArray[np.int16]
-    inner: NDArray[np.int16]
+    fold: NDArray[np.signedinteger[Any]]
+    inner: NDArray[np.signedinteger[Any]]
     fits: NDArray[np.bool_]
     key: NDArray[np.uint64]  # hash of the id: subsamples are the rows with the smallest keys
 
@@ -174,8 +240,10 @@ def gather_fit_rows(cross_fits: Sequence[CrossFit], *, max_rows: int) -> FitRows
 
     They are sorted by fold of the first repeat, so that the rows that one of its probes does not use are contiguous.
     """
-    fits = np.logical_or.reduce([cross_fit.fits for cross_fit in cross_fits])
-    rows = first_rows(np.flatnonzero(fits), cross_fits[0].key, max_rows=max_rows)
+    fits = cross_fits[0].fits
+    if any(cross_fit.fits is not fits for cross_fit in cross_fits):
+        fits = np.logical_or.reduce([cross_fit.fits for cross_fit in cross_fits])
+    rows = smallest_rows(fits, cross_fits[0].key, max_rows=max_rows)
     rows = rows[np.argsort(cross_fits[0].fold[rows], kind="stable")]
     train_mask, holdout_mask = [], []
     for cross_fit in cross_fits:
@@ -185,11 +253,6 @@ def gather_fit_rows(cross_fits: Sequence[CrossFit], *, max_rows: int) -> FitRows
     return FitRows(
         rows=rows, train_mask=np.concatenate(train_mask, axis=1), holdout_mask=np.concatenate(holdout_mask, axis=1)
     )
-
-
-def first_rows(rows: RowIndex, key: NDArray[np.uint64], *, max_rows: int) -> RowIndex:
-    """Return the `max_rows` of these rows with the smallest keys, in their original order."""
-    return rows if len(rows) <= max_rows else np.sort(rows[np.argsort(key[rows], kind="stable")[:max_rows]])
 
 
 def predict_out_of_fold(
@@ -238,11 +301,11 @@ class SampleColumns(Protocol):
     def group_codes(self) -> NDArray[np.integer[Any]] | None:
         """Index of each sample's group (n,); None without groups."""
 
-    def ids_of(self, rows: RowIndex) -> NDArray[np.object_]:
+    def ids_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
         """Return the ids of a few rows."""
 
-    def hash_ids(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
-        """Return hash(seed, purpose, id) of each sample (n,)."""
+    def hash_rows(self, rows: NDArray[np.integer[Any]], *, seed: int, purpose: str) -> NDArray[np.uint64]:
+        """Return hash(seed, purpose, id) of some samples (b,)."""
 
     def hash_groups(self, *, seed: int, purpose: str) -> NDArray[np.uint64]:
         """Return hash(seed, purpose, name) of each group (g,)."""
@@ -257,60 +320,90 @@ def fold_purposes(repeat: int) -> tuple[str, str]:
 
 
 def plan_cross_fits(
-    samples: SampleColumns, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
-) -> tuple[NDArray[np.intp], list[CrossFit], list[Quarantined]]:
+    samples: SampleColumns, rows: NDArray[np.integer[Any]], config: ProbeConfig, *, seed: int, with_keys: bool = True
+) -> tuple[NDArray[np.integer[Any]], list[CrossFit], LeftOut]:
     """Assign the rows to folds in each repeat, and drop classes that lie in a single fold in any of them.
 
     Returns the remaining rows, one CrossFit per repeat, and the quarantined samples of rare classes. Strata that are
-    not classes, as those of a regression, are never dropped.
+    not classes, as those of a regression, are never dropped. with_keys: False leaves the keys zero; see keys_of.
     """
-    left_out: list[Quarantined] = []
+    left_out = LeftOut.of((), ids_of=samples.ids_of)
     while True:
         cross_fits = _cross_fits(samples, rows, config, seed=seed)
-        if samples.task != "classification":
-            return rows, cross_fits, left_out
-        label = samples.label[rows]
         rare = np.zeros(len(rows), dtype=bool)
-        for cross_fit in cross_fits:
-            rare |= in_single_fold(label, cross_fit.fold, cross_fit.fits)
+        if samples.task == "classification":
+            label = gather(samples.label, rows)
+            for cross_fit in cross_fits:
+                rare |= in_single_fold(label, cross_fit.fold, cross_fit.fits)
         if not rare.any():
-            return rows, cross_fits, left_out
-        left_out += _quarantine_rare(samples, rows, rare)
+            key = keys_of(samples, rows, seed=seed) if with_keys else cross_fits[0].key
+            return rows, [replace(cross_fit, key=key) for cross_fit in cross_fits], left_out
+        left_out = left_out.merge(_quarantine_rare(samples, rows, rare))
         rows = rows[~rare]
         if len(rows) == 0:
             raise ScoreError(f"no class can be cross-fitted; the first of them: {left_out[0].detail}")
 
 
-def _cross_fits(samples: SampleColumns, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int) -> list[CrossFit]:
-    train = ~samples.is_test[rows]
-    if not train.any():  # the mixture is never fitted to test samples either
-        raise ScoreError("every usable sample is in the test split: no samples to train probes on; pass --split none")
-    fits = train | (config.learn_from == "all")
-    label, key = samples.label[rows], samples.hash_ids(seed=seed, purpose=KEY_PURPOSE)[rows]
-    codes = samples.group_codes
-    groups, group = (None, None) if codes is None else np.unique(codes[rows], return_inverse=True)
+def no_keys(num_rows: int) -> NDArray[np.uint64]:
+    """Return keys that are zero, without memory, of a CrossFit that nothing is fitted with."""
+    return np.broadcast_to(np.uint64(0), num_rows)
 
-    def assign(purpose: str) -> NDArray[np.int16]:
+
+def keys_of(samples: SampleColumns, rows: NDArray[np.integer[Any]], *, seed: int) -> NDArray[np.uint64]:
+    """Return the keys of a CrossFit of these rows."""
+    return samples.hash_rows(rows, seed=seed, purpose=KEY_PURPOSE)
+
+
+def _cross_fits(
+    samples: SampleColumns, rows: NDArray[np.integer[Any]], config: ProbeConfig, *, seed: int
+) -> list[CrossFit]:
+    fits = ~gather(samples.is_test, rows)
+    if not fits.any():  # the mixture is never fitted to test samples either
+        raise ScoreError("every usable sample is in the test split: no samples to train probes on; pass --split none")
+    fits |= config.learn_from == "all"
+    label, codes = gather(samples.label, rows), samples.group_codes
+    groups, group = (None, None) if codes is None else _renumber(codes, rows)
+
+    def assign(purpose: str) -> NDArray[np.signedinteger[Any]]:
         if groups is None:
-            keys = samples.hash_ids(seed=seed, purpose=purpose)[rows]
+            keys = samples.hash_rows(rows, seed=seed, purpose=purpose)
         else:
-            keys = samples.hash_groups(seed=seed, purpose=purpose)[groups]
+            keys = samples.hash_groups(seed=seed, purpose=purpose)
+            keys = gather(keys, groups, out=keys[: len(groups)])  # groups are ascending
         return fold_by_keys(keys, group, label, fits, num_folds=config.folds)
 
     folds = [[assign(purpose) for purpose in fold_purposes(repeat)] for repeat in range(config.repeats)]
-    return [CrossFit(fold=fold, inner=inner, fits=fits, key=key) for fold, inner in folds]
+    return [CrossFit(fold=fold, inner=inner, fits=fits, key=no_keys(len(rows))) for fold, inner in folds]
 
 
-def _quarantine_rare(samples: SampleColumns, rows: NDArray[np.intp], rare: NDArray[np.bool_]) -> list[Quarantined]:
-    label, codes = samples.label[rows], samples.group_codes
-    details: dict[int, str] = {}
-    for number in np.unique(label[rare]).tolist():
-        class_rows = rows[label == number]
-        details[number] = f"class {samples.class_names[number]!r} has {len(class_rows)} usable samples"
+def _renumber(
+    codes: NDArray[np.integer[Any]], rows: NDArray[np.integer[Any]]
+) -> tuple[NDArray[np.integer[Any]], NDArray[np.int32]]:
+    """Return the codes that occur in some rows, ascending, and the index in them of each row's: np.unique."""
+    occurs = np.zeros(int(codes.max(initial=0)) + 1, bool)
+    for part in slices(len(rows)):
+        occurs[codes[rows[part]]] = True
+    number = np.empty(len(occurs), np.int32)
+    start = -1
+    for part in slices(len(occurs)):
+        number[part] = start + np.cumsum(occurs[part])
+        start = int(number[part][-1])
+    group = np.empty(len(rows), np.int32)
+    for part in slices(len(rows)):
+        group[part] = number[codes[rows[part]]]
+    return true_rows(occurs), group
+
+
+def _quarantine_rare(samples: SampleColumns, rows: NDArray[np.integer[Any]], rare: NDArray[np.bool_]) -> LeftOut:
+    codes = samples.group_codes
+    rare_rows = rows[rare]
+    label = gather(samples.label, rare_rows)
+    sizes = count_codes(label, int(label.max()) + 1)
+    details = []
+    for number in np.flatnonzero(sizes).tolist():
+        detail = f"class {samples.class_names[number]!r} has {sizes[number]} usable samples"
         if codes is not None:
-            details[number] += f", of {len(np.unique(codes[class_rows]))} groups"
-        details[number] += ", all in one fold"
-    return [
-        Quarantined(sample_id=name, reason=Reason.RARE_CLASS, detail=details[number])
-        for name, number in zip(samples.ids_of(rows[rare]), label[rare].tolist(), strict=True)
-    ]
+            detail += f", of {len(np.unique(gather(codes, rare_rows[label == number])))} groups"
+        details.append(f"{detail}, all in one fold")
+    text = (np.cumsum(sizes > 0) - 1)[label].astype(np.int32)
+    return LeftOut.alike(rare_rows, Reason.RARE_CLASS, text=text, texts=details, ids_of=samples.ids_of)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..dataset.labels import Target
 from ..features.matrix import Inputs, Numbers, RowIndex, chunks, read_terms, reading_order
-from .cross_fit import first_rows
+from ..row_arrays import smallest_rows
 
 Floats = NDArray[np.float64]
 # Ours: it sets which of the penalties are weak for texts, so that those of thousands and of hundreds of thousands of
@@ -127,23 +127,30 @@ MAX_LOGITS = 1 << 22  # rows times outputs: 8,000 rows of up to 524 outputs are 
 
 
 def choose_outputs(
-    label: NDArray[Any], key: NDArray[np.uint64], *, task: str, num_outputs: int, max_rows: int
+    label: NDArray[Any],
+    key: NDArray[np.uint64],
+    *,
+    task: str,
+    num_outputs: int,
+    max_rows: int,
+    mask: NDArray[np.bool_] | None = None,
 ) -> tuple[RowIndex, NDArray[np.intp]]:
-    """Choose rows (c,) of n and outputs, both ascending, of at most about MAX_LOGITS pairs.
+    """Choose rows (c,) of n, or of those of a mask (n,), and outputs, both ascending, of about MAX_LOGITS pairs.
 
     Where `max_rows` rows of all outputs stay within that, these are the first rows by key (n,), and all outputs.
     Otherwise evenly spaced outputs are chosen. Of a multilabel target every row counts for them; of classes, label
     (n,), rows of other classes are dropped and more rows per class are used. The labels do not influence which classes
     are chosen or how many.
     """
-    n, num_chosen = len(label), MAX_LOGITS // max(1, min(len(label), max_rows))
+    n = len(label) if mask is None else int(np.count_nonzero(mask))
+    num_chosen = MAX_LOGITS // max(1, min(n, max_rows))
     if task == "classification":  # more classes where there are few rows per class
         num_chosen = max(num_chosen, isqrt(MAX_LOGITS * num_outputs // max(1, n)))
     num_chosen = min(num_outputs, max(2, num_chosen))
     outputs = np.round(np.linspace(0, num_outputs - 1, num_chosen)).astype(np.intp)
     if task != "classification" or num_chosen == num_outputs:
-        return first_rows(np.arange(n), key, max_rows=max_rows), outputs
-    rows = first_rows(np.arange(n), key, max_rows=max_rows * num_outputs // num_chosen)
+        return smallest_rows(mask, key, max_rows=max_rows), outputs
+    rows = smallest_rows(mask, key, max_rows=max_rows * num_outputs // num_chosen)
     return rows[np.isin(label[rows], outputs)], outputs
 
 

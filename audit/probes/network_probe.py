@@ -202,8 +202,9 @@ def _identity(network_fit: NetworkFit, cross_fit: CrossFit) -> str:
         settings += (network_fit.view.stored,)
     target = network_fit.target
     task_settings = (network_fit.inputs.device_type, target.task, target.num_outputs, network_fit.statistics.content)
-    arrays = (target.label, target.values, cross_fit.fold, cross_fit.inner, cross_fit.fits, cross_fit.key)
-    data = (b"" if array is None else array.tobytes() for array in arrays)
+    folds = (values.astype(np.int16, copy=False) for values in (cross_fit.fold, cross_fit.inner))
+    arrays = (target.label, target.values, *folds, cross_fit.fits, cross_fit.key)
+    data = (b"" if array is None else np.asarray(array).tobytes() for array in arrays)
     return digest(repr((settings, task_settings)).encode(), *data)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..dataset.labels import Target
 from ..metrics import MIN_PROBABILITY, Floats, fuse_probabilities
+from ..row_arrays import slices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +140,14 @@ def class_prior(target: Target, fold: NDArray[np.integer[Any]], fits: NDArray[np
     num_folds = int(fold.max()) + 1
     if target.task == "regression":
         return None
-    counts = np.zeros((num_folds, target.num_outputs))
-    if target.values is None:
-        np.add.at(counts, (fold[fits], target.label[fits]), 1)
-    else:
-        np.add.at(counts, fold[fits], target.values[fits])
-    num_rows = np.bincount(fold[fits], minlength=num_folds)
+    counts, num_rows = np.zeros((num_folds, target.num_outputs)), np.zeros(num_folds, np.int64)
+    for part in slices(len(fold)):
+        own = fold[part][fits[part]]
+        num_rows += np.bincount(own, minlength=num_folds)
+        if target.values is None:
+            np.add.at(counts, (own, target.label[part][fits[part]]), 1)
+        else:
+            np.add.at(counts, own, target.values[part][fits[part]])
     others = np.maximum(num_rows.sum() - num_rows, 1)[:, None]
     rate = np.maximum(counts.sum(axis=0) - counts, 0.5) / others
     prior = np.log(rate) if target.values is None else logit(np.minimum(rate, 1 - 0.5 / others))

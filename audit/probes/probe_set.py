@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,10 @@ from ..features.encoders import is_network
 from ..features.matrix import Inputs, JointInputs, RowIndex, WindowInputs
 from ..metrics import Floats, cross_entropy, ece_floor, expected_calibration_error
 from ..parsing import check_choices
+from ..row_arrays import gather, smallest_rows
 from ..workers import fixed_threads
 from .config import ProbeConfig
-from .cross_fit import CrossFit, first_rows, gather_fit_rows
+from .cross_fit import CrossFit, gather_fit_rows
 from .linear import LinearProbe, fit_linear
 from .mlp import MlpProbe, fit_mlp
 from .prediction import Prediction, class_prior, correctness, fit_temperature, likelihoods, predict, scale_logits
@@ -102,19 +103,24 @@ class Calibration:
 class CalibratedProbe:
     """The cross-fitted probes of one modality, or of the concatenated features of all.
 
-    present (n,): the samples that have the modality. scale (n,): the temperature of each sample, or the standard
-    deviation of residuals, fitted to the mean of the repeats on samples of other folds of the first repeat. anchor
-    (f, k): the logits relative to which each of these folds, fold (n,), is scaled; None without temperatures.
+    present (n,): the samples that have the modality. fold_scale (f,): the temperature of the samples of each fold of
+    the first repeat, fold (n,), or the standard deviation of residuals, fitted to the mean of the repeats on samples of
+    other folds. anchor (f, k): the logits relative to which each of these folds is scaled; None without temperatures.
     """
 
     name: str
     inputs: Inputs
     present: NDArray[np.bool_]
     probe: Probe
-    scale: Floats
+    fold_scale: Floats
+    fold: NDArray[np.signedinteger[Any]]
     calibration: Calibration
     anchor: Floats | None = None
-    fold: NDArray[np.int16] | None = None
+
+    @property
+    def scale(self) -> Floats:
+        """The scale of each sample (n,)."""
+        return gather(self.fold_scale, self.fold)
 
     @property
     def mean_scale(self) -> float:
@@ -137,8 +143,7 @@ class CalibratedProbe:
             inputs=inputs,
             present=self.present[samples],
             probe=self.probe.take(samples, inputs),
-            scale=self.scale[samples],
-            fold=None if self.fold is None else self.fold[samples],
+            fold=self.fold[samples],
         )
 
     def with_inputs(self, inputs: Inputs) -> CalibratedProbe:
@@ -152,9 +157,10 @@ class CalibratedProbe:
 
     def _calibrate(self, outputs: Floats, rows: RowIndex) -> tuple[Floats, Floats]:
         """Return outputs (r, b, k) and the scale (b,) that is left to apply: 1 where they are scaled."""
-        if self.anchor is None or self.fold is None:
-            return outputs, self.scale[rows]
-        scaled = scale_logits(outputs, self.scale[rows], self.anchor[self.fold[rows]])
+        fold = self.fold[rows]
+        if self.anchor is None:
+            return outputs, self.fold_scale[fold]
+        scaled = scale_logits(outputs, self.fold_scale[fold], self.anchor[fold])
         return scaled, np.ones(len(rows), np.float32)
 
     def confidence_by_epoch(self, rows: RowIndex, target: Target, *, min_scale: float = 1.0) -> Floats:
@@ -181,20 +187,30 @@ def fit_calibrated_probe(
     name: str, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit], *, present: NDArray[np.bool_], fit: Fit
 ) -> CalibratedProbe:
     """Fit a modality's probes on the samples that have it, and calibrate them on their own out-of-fold outputs."""
-    own_cross_fits = [replace(cross_fit, fits=cross_fit.fits & present) for cross_fit in cross_fits]
+    own_cross_fits = _of_present(cross_fits, present)
     probe = fit(inputs, target, own_cross_fits)
     first = own_cross_fits[0]
     max_rows = min(CALIBRATION_ROWS, max(_MIN_CALIBRATION_ROWS, _CALIBRATION_LOGITS // target.num_outputs))
-    rows = first_rows(np.flatnonzero(first.fits), first.key, max_rows=max_rows)
+    rows = smallest_rows(first.fits, first.key, max_rows=max_rows)
     unscaled = CalibratedProbe(
         name=name,
         inputs=inputs,
         present=present,
         probe=probe,
-        scale=np.ones(len(target), np.float32),
+        fold_scale=np.ones(first.num_folds, np.float32),
+        fold=first.fold,
         calibration=Calibration(num_rows=len(rows), temperature=1.0, ece_before=None, ece_after=None, ece_floor=None),
     )
     return _calibrated(unscaled, target, first, rows)
+
+
+def _of_present(cross_fits: Sequence[CrossFit], present: NDArray[np.bool_]) -> list[CrossFit]:
+    """Return cross-fits of the samples that are present; all repeats share the mask."""
+    if present.all():
+        return list(cross_fits)
+    masks = {id(cross_fit.fits): cross_fit.fits for cross_fit in cross_fits}
+    own = {number: fits & present for number, fits in masks.items()}
+    return [replace(cross_fit, fits=own[id(cross_fit.fits)]) for cross_fit in cross_fits]
 
 
 def _calibrated(unscaled: CalibratedProbe, target: Target, cross_fit: CrossFit, rows: RowIndex) -> CalibratedProbe:
@@ -209,7 +225,7 @@ def _calibrated(unscaled: CalibratedProbe, target: Target, cross_fit: CrossFit, 
     temperature, anchor = _fit_scale(logits.mean(axis=0), labels, fold[rows], prior)
     num_missing = cross_fit.num_folds - len(temperature)  # folds without calibration rows
     by_fold = np.append(temperature, np.full(num_missing, temperature.mean())).astype(np.float32)
-    scaled = replace(unscaled, scale=by_fold[fold], anchor=anchor, fold=None if anchor is None else fold)
+    scaled = replace(unscaled, fold_scale=by_fold, anchor=anchor)
     calibration = replace(unscaled.calibration, temperature=float(by_fold.mean()))
     if anchor is None:
         return replace(scaled, calibration=calibration)
@@ -228,7 +244,7 @@ def _calibrated(unscaled: CalibratedProbe, target: Target, cross_fit: CrossFit, 
 
 
 def _fit_scale(
-    logits: Floats, labels: Target, fold: NDArray[np.int16], prior: Floats | None
+    logits: Floats, labels: Target, fold: NDArray[np.signedinteger[Any]], prior: Floats | None
 ) -> tuple[NDArray[np.float64], Floats | None]:
     """Fit the temperature of each fold (f,) and choose its anchor (f, k), both on the rows (b, k) of the other folds.
 
@@ -269,12 +285,17 @@ class ProbeSet:
     probes: tuple[CalibratedProbe, ...]
     joint: CalibratedProbe | None
     target: Target
-    unit: float | None = None  # min_scale of the set that this one has a part of the samples of
+    unit: float | None = None  # min_scale of the set that this one has a part of the samples of; by default its own
+
+    def __post_init__(self) -> None:
+        if self.unit is None:
+            object.__setattr__(self, "unit", min(calibrated.mean_scale for calibrated in self.probes))
 
     @property
     def min_scale(self) -> float:
         """The smallest mean scale of the modalities: of a regression, the unit of their likelihoods."""
-        return min(calibrated.mean_scale for calibrated in self.probes) if self.unit is None else self.unit
+        assert self.unit is not None
+        return self.unit
 
     def take(self, samples: RowIndex, inputs: Sequence[Inputs]) -> ProbeSet:
         """Return the probe set of a part of the samples (b,), whose features in each modality are `inputs`."""
@@ -302,7 +323,9 @@ def fit_joint_probe(
     """Fit and calibrate probes of the concatenated features of all modalities; every sample has at least one."""
     parts = [calibrated.probe for calibrated in probes]
     inputs = JointInputs(parts=tuple(calibrated.inputs for calibrated in probes))
-    present = np.logical_or.reduce([calibrated.present for calibrated in probes])
+    present = probes[0].present
+    if not present.all():
+        present = np.logical_or.reduce([calibrated.present for calibrated in probes])
     return fit_calibrated_probe("joint", inputs, target, cross_fits, present=present, fit=partial(fit, parts=parts))
 
 

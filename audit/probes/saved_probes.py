@@ -51,7 +51,8 @@ def save_probes(probe_set: ProbeSet, cross_fit: CrossFit, folder: Path, *, outpu
             for repeat, files in enumerate(calibrated.probe.weights or ()):
                 for fold, file in enumerate(files):
                     link_or_copy(file, weights_file(folder, calibrated.name, repeat, fold))
-        scale = [calibrated.scale[int((cross_fit.fold == fold).argmax())] for fold in range(cross_fit.num_folds)]
+        first = [cross_fit.fold[int((cross_fit.fold == fold).argmax())] for fold in range(cross_fit.num_folds)]
+        scale = calibrated.fold_scale[first]  # of a fold without samples that of another
         tensors["fold_scale"] = torch.from_numpy(np.array(scale, dtype=np.float32))
         if calibrated.anchor is not None:
             tensors["anchor"] = torch.from_numpy(calibrated.anchor)
@@ -112,7 +113,7 @@ def load_probes(
     present: NDArray[np.bool_],
     target: Target,
     cross_fits: Sequence[CrossFit],
-    samples: NDArray[np.intp],
+    samples: NDArray[np.integer[Any]],
     device: str,
     networks: Sequence[tuple[PictureView, NetworkConfig] | None] = (),
     progress: Progress = no_progress,
@@ -154,10 +155,10 @@ def load_probes(
                 inputs=own_inputs,
                 present=own_present,
                 probe=probe,
-                scale=tensors["fold_scale"].cpu().numpy()[fold],
+                fold_scale=tensors["fold_scale"].cpu().numpy(),
+                fold=fold,
                 calibration=Calibration(**stated["calibration"]),
                 anchor=None if anchor is None else anchor.cpu().numpy(),
-                fold=None if anchor is None else fold,
             )
         )
     joint = calibrated.pop() if files[-1] == _JOINT and len(files) > len(names) else None
@@ -232,7 +233,7 @@ def _probe_of(
     stated: Mapping[str, Any],
     inputs: Inputs,
     cross_fits: Sequence[CrossFit],
-    samples: NDArray[np.intp],
+    samples: NDArray[np.integer[Any]],
 ) -> Probe:
     if stated["kind"] == "network":
         outputs = (tensors[name].cpu().numpy()[:, samples] for name in _OUTPUTS)

@@ -253,7 +253,7 @@ def _control(
     seed: int,
 ) -> Control:
     """Fit probes to shuffled labels on a sample of the training rows, and compute their out-of-fold metric."""
-    rows, target = _control_data(np.flatnonzero(cross_fit.fits & calibrated.present), target, cross_fit)
+    rows, target = _control_data(cross_fit.fits & calibrated.present, target, cross_fit)
     order = np.argsort(hash_rank(ids_of(rows), seed=seed, purpose="shuffled labels"), kind="stable")
     # Labels are rotated by half the rows plus one, in the order of a hash, so that no row keeps its own label.
     shuffled = np.empty(len(rows), dtype=np.intp)
@@ -270,12 +270,12 @@ def _control(
     return Control(name=calibrated.name, num_rows=len(rows), majority=majority, **interval)
 
 
-def _control_data(rows: RowIndex, target: Target, cross_fit: CrossFit) -> tuple[RowIndex, Target]:
-    """Choose the rows (c,) of a control and return them with their target, of many outputs with a subset of them."""
-    label, key = target.label if target.values is None else target.values, cross_fit.key[rows]
+def _control_data(mask: NDArray[np.bool_], target: Target, cross_fit: CrossFit) -> tuple[RowIndex, Target]:
+    """Choose the rows (c,) of a control from a mask (n,), and return them with their target, of many outputs with a
+    subset of them."""
     options: dict[str, Any] = {"task": target.task, "num_outputs": target.num_outputs, "max_rows": CONTROL_ROWS}
-    sample, outputs = choose_outputs(label[rows], key, **options)
-    return rows[sample], take_outputs(target.take(rows[sample]), outputs)
+    rows, outputs = choose_outputs(target.label, cross_fit.key, mask=mask, **options)
+    return rows, take_outputs(target.take(rows), outputs)
 
 
 def _halves(key: NDArray[np.uint64]) -> NDArray[np.int16]:

@@ -311,6 +311,11 @@ def target_of(samples: LabelledSamples, rows: RowIndex) -> tuple[Target, NDArray
     return target, classes.astype(np.int32)
 
 
+def _count_groups(group: NDArray[np.integer[Any]]) -> int:
+    """Count distinct groups (n,), up to two."""
+    return 0 if not len(group) else 1 + bool(group.min() < group.max())
+
+
 def check_modalities(
     group: NDArray[np.integer[Any]] | None, inputs: Sequence[FeatureMatrix], cross_fit: CrossFit
 ) -> None:
@@ -321,7 +326,7 @@ def check_modalities(
     kind = "samples" if group is None else "groups of samples"
     for matrix in inputs:
         trains = cross_fit.fits & matrix.present
-        num_units = int(trains.sum()) if group is None else len(np.unique(group[trains]))
+        num_units = int(trains.sum()) if group is None else _count_groups(group[trains])
         if num_units < 2:
             raise ScoreError(
                 f"modality {matrix.status.modality.name} has {num_units} usable {kind} that probes can train on, "

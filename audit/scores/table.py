@@ -390,7 +390,7 @@ def scores_of_table(table: pa.Table, provenance: dict[str, Any], *, where: str) 
 
 
 def _read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """Read a file, or the parts of a table in a folder, and the metadata of the last part, which appends always write."""
+    """Read a file, or the parts of a table in a folder, with the metadata of the last part, which an append writes."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ScoreError(f"{path} has no Parquet files")
