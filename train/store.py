@@ -105,9 +105,9 @@ class Store:
         streamed = [matrix for matrix, resident in zip(self.inputs, self.resident, strict=True) if resident is None]
         if not streamed or len(rows) * sum(self._window_row_bytes) <= self.window_bytes:
             return np.arange(len(rows))
-        return (
-            streamed[0].reading_order(rows) if isinstance(streamed[0], FileInputs) else reading_order(streamed[0], rows)
-        )
+        matrix = streamed[0]
+        order = matrix.reading_order(rows) if isinstance(matrix, FileInputs) else reading_order(matrix, rows)
+        return np.asarray(order, dtype=np.int64)
 
     def _read_windows(self, items: Iterable[Item], rows_of: RowsOf[Item]) -> Iterator[tuple[Item, list[Tensor]]]:
         """Yield each item with what is read of its rows, while a thread reads the next window."""
