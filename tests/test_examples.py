@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from mmaudit.audit.dataset.dataset import Dataset, open_dataset
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.features.backbone_inputs import Backbone, InputLayout
@@ -370,3 +370,41 @@ def test_only_selects_one_modality(write: Write) -> None:
     np.testing.assert_array_equal(read_all(visual.inputs[0]), read_all(examples.inputs[1]))
     with pytest.raises(ConfigError, match="--only vizual: no such modality; did you mean visual"):
         examples.only("vizual")
+
+
+def test_splits_that_the_data_do_not_state_are_those_of_the_manifest(write: Write) -> None:
+    """A split that was cut would be another one after rows were added; the manifest's is kept."""
+    columns = make_columns()
+    del columns["split"]
+    source = write(columns)
+    scores = make_scores(source)
+    before = load(source, *make_manifest(scores))
+    more = {
+        name: values + (values if name != "id" else [f"t{number:03d}" for number in range(N)])
+        for name, values in columns.items()
+    }
+    grown = write(more)
+    samples = read_samples(grown.dataset, seed=0, test_fraction=0.2)
+    assert samples.split[:N].tolist() != scores.split.tolist()
+    assert_equal(load(grown, *make_manifest(scores)), before)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_the_test_samples_alone_are_those_of_all(write: Write, task: str) -> None:
+    label = [(3, 5, 9)[number % 3] if SPLITS[number] != "test" else 5 for number in range(N)]
+    labels = label if task == "classification" else [["a", "b"][: 1 + number % 2] for number in range(N)]
+    columns = make_columns(label=labels)
+    columns["visual"][5] = None
+    path = write(columns)
+    dataset = open_dataset(Path(path.dataset.source), DataConfig(task=task))
+    source = Source(dataset, path.tasks)
+    manifest, dropped = make_manifest(make_scores(source))
+    everything, tested = load(source, manifest, dropped), load(source, manifest, dropped, only_test=True)
+    rows = everything.rows("test")
+    assert tested.ids().tolist() == everything.ids(rows).tolist()
+    assert tested.class_names == everything.class_names  # of all rows, also where no test sample is of a class
+    assert tested.rows("test").tolist() == list(range(len(rows)))
+    for name in ("label", "discrepancy", "in_manifest", "present", *(["values"] if task == "multilabel" else [])):
+        np.testing.assert_array_equal(getattr(tested, name), getattr(everything, name)[rows])
+    for inputs, of_all in zip(tested.inputs, everything.inputs, strict=True):
+        np.testing.assert_array_equal(read_all(inputs), of_all.read(rows))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training import QUICK, make_examples, with_options
+from training import QUICK, build_training_data, make_examples, with_options
 
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.features.encoders import StoredPictures
@@ -23,20 +23,12 @@ from mmaudit.train.checkpoint import run_identity
 from mmaudit.train.config import TrainConfig
 from mmaudit.train.examples import Examples
 from mmaudit.train.methods import resolve
-from mmaudit.train.network import FusionNet, Outputs, separate_losses
+from mmaudit.train.network import Outputs, separate_losses
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.store import Store
-from mmaudit.train.training_data import NetworkReader, TrainingData, build_network, set_up, validate
+from mmaudit.train.training_data import NetworkReader, build_network, set_up, validate
 
 torch.set_num_threads(1)
-
-
-def build_training_data(examples: Examples, config: TrainConfig = QUICK) -> tuple[TrainingData, FusionNet]:
-    training_data = set_up(examples, resolve(config), seed=0, device="cpu", distributed=SINGLE_PROCESS)
-    torch.manual_seed(0)
-    net = build_network(examples, resolve(config))
-    training_data.standardise(net)
-    return training_data, net
 
 
 def confidence(outputs: Outputs, label: Tensor) -> Tensor:

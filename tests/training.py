@@ -20,8 +20,11 @@ from mmaudit.train.batches import Batch, Step, to_batch
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import Finetuned, finetune_on
+from mmaudit.train.methods import resolve
+from mmaudit.train.network import FusionNet
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.sampling.sampler import Pool
+from mmaudit.train.training_data import TrainingData, build_network, set_up
 
 QUICK = TrainConfig(
     finetune=FinetuneConfig(epochs=5, batch_size=16, hidden=6),
@@ -86,6 +89,15 @@ def make_numbers(
     number = 2 * (2 * (examples.label // 2) - 1) + 2 * (examples.label % 2) - 1
     values = (offset + unit * number[:, None]).astype(np.float32)
     return replace(examples, task="regression", values=values, class_names=("number",))
+
+
+def build_training_data(examples: Examples, config: TrainConfig = QUICK) -> tuple[TrainingData, FusionNet]:
+    """Build the data of a training, and its network with the means and scales of the inputs."""
+    training_data = set_up(examples, resolve(config), seed=0, device="cpu", distributed=SINGLE_PROCESS)
+    torch.manual_seed(0)
+    net = build_network(examples, resolve(config))
+    training_data.standardise(net)
+    return training_data, net
 
 
 def with_options(config: TrainConfig = QUICK, **options: Any) -> TrainConfig:

@@ -39,7 +39,7 @@ from .examples import Examples
 from .methods import load_fusion
 from .network import NO_MODALITY, FusionNet, ModalitySet, ModelConfig, correct_by_set, shapley_sets
 from .optimizer import SINGLE_PROCESS
-from .predictions import Predictions, predict, predict_classes
+from .predictions import Predictions, class_predictions, predict
 from .store import open_store
 from .task_metrics import (
     TASK_METRICS,
@@ -282,7 +282,7 @@ def evaluate_network(
     overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
     modality's contribution and the confused samples, see `measure_contribution`. Label sets and numbers have the
     metrics of `task_metrics`, and no confused samples; test_by_class has the labels, and nothing of numbers.
-    predictions: those of `predict` or `predict_classes`, where they are known; values: those of `values_by_set`.
+    predictions: those of `predict` or `class_predictions`, where they are known; values: those of `values_by_set`.
     """
     task, target = examples.task, examples.target[rows]
     subset_masks = subsets_of_rows(examples, rows, between=between)
@@ -387,11 +387,11 @@ def evaluate_file(
         )
         reader = NetworkReader(training_data, net.to(device))
         rows = rows[store.reading_order(rows)]
-        predictions: Mapping[str, Any] | None = None
-        if examples.task == "classification":
-            predictions = predict_classes(reader, rows, examples.modalities, folder=path.parent)
-        measured = evaluate_network(reader, rows, examples, between=between, seed=seed, predictions=predictions)
-        return {"n": len(rows), **measured}
+        measure = partial(evaluate_network, reader, rows, examples, between=between, seed=seed)
+        if examples.task != "classification":
+            return {"n": len(rows), **measure()}
+        with class_predictions(reader, rows, examples.modalities, folder=path.parent) as predictions:
+            return {"n": len(rows), **measure(predictions=predictions)}
 
 
 def check_model_name(recorded: str | None, passed: str | None, *, of: str) -> None:

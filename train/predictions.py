@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,38 +68,40 @@ def predict(reader: NetworkReader, rows: RowIndex, names: Sequence[str]) -> dict
     return {name: np.ascontiguousarray(branch.T) for name, branch in zip(("fused", *names), stacked, strict=True)}
 
 
-def predict_classes(
+@contextmanager
+def class_predictions(
     reader: NetworkReader, rows: RowIndex, names: Sequence[str], *, folder: Path, max_bytes: int = MAX_BYTES
-) -> dict[str, Predictions]:
-    """Compute what `predict` does, of classes; beyond `max_bytes` it is in a file of `folder` that has no name.
+) -> Iterator[dict[str, Predictions]]:
+    """Compute what `predict` does, of classes, for use in the context; beyond `max_bytes` it is in a file of `folder`.
 
-    The file takes 4 bytes a sample, class and branch. In one process only.
+    The file has no name, and takes 4 bytes a sample, class and branch. In one process only.
     """
     num_classes, branches = len(reader.net.config.classes), ("fused", *names)
     if 4 * len(rows) * num_classes * len(branches) <= max_bytes:
-        return {name: Predictions.of(scores) for name, scores in predict(reader, rows, names).items()}
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 closed with the last reference to a column
+        yield {name: Predictions.of(scores) for name, scores in predict(reader, rows, names).items()}
+        return
     predicted = np.empty((len(branches), len(rows)), dtype=np.min_scalar_type(-num_classes))
     confidence = np.empty((len(branches), len(rows)), dtype=np.float32)
     start = 0
-    for batch in reader.iterate(partial(_predict_branches, reader), rows):
-        values = np.ascontiguousarray(batch.cpu().numpy())
-        stop = start + values.shape[2]
-        predicted[:, start:stop] = values.argmax(axis=1)
-        confidence[:, start:stop] = values.max(axis=1)
-        for number, column in enumerate(values.reshape(-1, values.shape[2])):
-            file.seek(4 * (number * len(rows) + start))
-            file.write(column.tobytes())
-        start = stop
-    return {
-        name: Predictions(
-            predicted=predicted[index],
-            confidence=confidence[index],
-            num_classes=num_classes,
-            column=partial(_read_column, file, len(rows), index * num_classes),
-        )
-        for index, name in enumerate(branches)
-    }
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for batch in reader.iterate(partial(_predict_branches, reader), rows):
+            values = np.ascontiguousarray(batch.cpu().numpy())
+            stop = start + values.shape[2]
+            predicted[:, start:stop] = values.argmax(axis=1)
+            confidence[:, start:stop] = values.max(axis=1)
+            for number, column in enumerate(values.reshape(-1, values.shape[2])):
+                file.seek(4 * (number * len(rows) + start))
+                file.write(column.tobytes())
+            start = stop
+        yield {
+            name: Predictions(
+                predicted=predicted[index],
+                confidence=confidence[index],
+                num_classes=num_classes,
+                column=partial(_read_column, file, len(rows), index * num_classes),
+            )
+            for index, name in enumerate(branches)
+        }
 
 
 def _predict_branches(reader: NetworkReader, outputs: Outputs, target: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..dataset.dataset import Dataset
+from ..dataset.label_columns import ColumnParts
 from ..dataset.labels import ClassReader, Labels, declared_classes
 from ..dataset.modalities import Modality
 from ..dataset.samples import read_labels, read_split_codes, repeated_ids, unique_columns
@@ -77,7 +78,7 @@ def find_rows(dataset: Dataset, tasks: Sequence[EncodeTask], index: IdIndex) -> 
         repeated.update(positions[row[positions] != start + local_rows].tolist())  # twice in this shard
         labels.add(rows, positions, local_rows)
         if split is not None:
-            split[positions] = read_split_codes(rows[roles.split], name=str(roles.split))[local_rows]
+            split[positions] = read_split_codes(ColumnParts.of(rows[roles.split]), name=str(roles.split))[local_rows]
         parts = [reader.add(task, shard_ids, local_rows) for reader in modalities]
         content[positions] = digest_words(row_content([part for part, _ in parts])).T
         damaged[positions] = np.stack([part for _, part in parts], axis=1)
