@@ -21,6 +21,7 @@ from mmaudit.audit.probes.network import (
     Network,
     NetworkTarget,
     build_network,
+    build_trunk,
     check_view,
     input_statistics,
 )
@@ -268,3 +269,15 @@ def test_recorded_epochs_are_spread_from_first_to_last(epochs: int) -> None:
 def test_invalid_setting_raises(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         NetworkConfig(**settings)
+
+
+@pytest.mark.parametrize(("width", "is_last"), [(0.0625, False), (0.125, True), (1.0, True)])
+def test_narrow_networks_have_their_channels_first(width: float, is_last: bool) -> None:
+    """A fault of oneDNN ends the process in the gradient of fewer than eight channels that come last."""
+    trunk = build_trunk((16, 16, 3), width=width)
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    assert trunk.memory_format == layout
+    frames = trunk._frames(torch.zeros(2, 1, 3, 16, 16))
+    assert frames.is_contiguous(memory_format=layout)
+    trunk.to(memory_format=layout)
+    trunk(torch.rand(2, 1, 3, 16, 16)).sum().backward()

@@ -24,6 +24,9 @@ from .cross_fit import CrossFit
 
 SIZES = (64, 128, 256, 512)  # feature maps of a ResNet-18's four stages, of two blocks each
 READERS = 2  # threads that read batches ahead
+# With fewer channels last, the gradient of a convolution of 1 x 1 pixels and stride 2 by oneDNN in torch 2.13 writes
+# past its memory on a CPU with AVX2 and without AVX-512: 3 to 7 channels of 16 x 16 pixels ended the process.
+MIN_CHANNELS_LAST = 8
 
 Floats = NDArray[np.floating]
 
@@ -60,7 +63,12 @@ class Trunk(nn.Module):
     def _frames(self, pictures: Tensor) -> Tensor:
         """Standardise pictures (b, f, c, h, w) into frames (b f, c, h, w)."""
         standardised = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
-        return standardised.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return standardised.flatten(0, 1).contiguous(memory_format=self.memory_format)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Layout of the feature maps: channels last, unless the first stage has fewer than MIN_CHANNELS_LAST."""
+        return torch.channels_last if self.num_maps[0] >= MIN_CHANNELS_LAST else torch.contiguous_format
 
     @property
     def num_maps(self) -> list[int]:

@@ -107,7 +107,7 @@ class NetworkInputs:
     def to_device(self, network: Network) -> Network:
         """Move a network to the device, with the memory layout of its pictures."""
         any_network: Any = network  # torch's type stubs lack the memory_format of Module.to
-        on_device: Network = any_network.to(self.device, memory_format=torch.channels_last)
+        on_device: Network = any_network.to(self.device, memory_format=network.trunk.memory_format)
         return on_device
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dataset.labels import Target
+from ..dataset.labels import PackedSets, Target
 from ..features.cached_matrix import FeatureMatrix
 from ..features.matrix import Inputs, RowIndex, in_memory
 from ..hashing import hash_rank
@@ -169,7 +169,9 @@ def chance_levels(target: Target) -> dict[str, float]:
         return {"uniform": 1 / target.num_outputs, "majority": most_common}
     if target.task == "multilabel":
         assert target.values is not None
-        rate = target.values.mean(axis=0)
+        values: Any = target.values  # a matrix, or packed
+        packed = isinstance(values, PackedSets)
+        rate = values.counts().astype(np.float32) / len(target) if packed else values.mean(axis=0)
         return {"uniform": 0.5, "majority": float(np.maximum(rate, 1 - rate).mean())}
     return {"uniform": 0.0, "majority": 0.0}
 
