@@ -385,6 +385,7 @@ def test_splits_that_the_data_do_not_state_are_those_of_the_manifest(write: Writ
     }
     grown = write(more)
     samples = read_samples(grown.dataset, seed=0, test_fraction=0.2)
+    assert scores.split is not None
     assert samples.split[:N].tolist() != scores.split.tolist()
     assert_equal(load(grown, *make_manifest(scores)), before)
 

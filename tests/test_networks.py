@@ -274,7 +274,7 @@ def test_invalid_setting_raises(settings: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(("width", "is_last"), [(0.0625, False), (0.125, True), (1.0, True)])
 def test_narrow_networks_have_their_channels_first(width: float, is_last: bool) -> None:
     """A fault of oneDNN ends the process in the gradient of fewer than eight channels that come last."""
-    trunk = build_trunk((16, 16, 3), width=width)
+    trunk: Any = build_trunk((16, 16, 3), width=width)  # the type stubs lack the memory_format of `to`
     layout = torch.channels_last if is_last else torch.contiguous_format
     assert trunk.memory_format == layout
     frames = trunk._frames(torch.zeros(2, 1, 3, 16, 16))
