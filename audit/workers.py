@@ -31,7 +31,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from .errors import RunError
@@ -46,6 +45,8 @@ def release_memory() -> None:
     glibc keeps the latter, so that what is allocated in a later phase adds to it. Elsewhere only the pool's is
     returned.
     """
+    import pyarrow as pa  # not for the help of commands
+
     pa.default_memory_pool().release_unused()
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library

@@ -22,7 +22,7 @@ from mmaudit.audit.errors import GateError, RunError, attach_file_name, file_of
 from mmaudit.audit.features.encode import write_arrow
 from mmaudit.audit.storage import write_parquet, write_text
 from mmaudit.audit.workers import prefetch_map
-from mmaudit.cli import scoring
+from mmaudit.cli import reporting
 from mmaudit.cli.failures import Failure, begin_stage, describe
 from mmaudit.cli.main import app
 from mmaudit.cli.progress import progress_bars
@@ -50,7 +50,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Callab
                 progress("draw", 1, 2)
             raise error
 
-        monkeypatch.setattr(scoring, "report", report)
+        monkeypatch.setattr(reporting, "report", report)
         return mmaudit
 
     return install

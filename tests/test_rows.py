@@ -203,9 +203,9 @@ def test_shards_in_order_decode_each_row_once(tmp_path: Path, monkeypatch: pytes
     opened = []
     original = pq.ParquetFile.iter_batches
 
-    def iter_batches(self: pq.ParquetFile, **options: object) -> object:
+    def iter_batches(self: pq.ParquetFile, *arguments: object, **options: object) -> object:
         opened.append(options)
-        return original(self, **options)
+        return original(self, *arguments, **options)
 
     write(tmp_path / "d.parquet", 50, row_group_size=50)
     shards = row_group_shards([tmp_path / "d.parquet"], media_rows=9)
