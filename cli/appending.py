@@ -57,7 +57,7 @@ from .provenance import (
 )
 from .remote_run import fetch_parts
 from .run import Run
-from .staging import STAGES, StageResult, open_job
+from .staging import StageResult, open_job
 
 log = logging.getLogger("mmaudit")
 
@@ -315,7 +315,6 @@ def run_append_stage(
         stage=stage,
         parts=tuple(part.index for part in parts),
         num_parts=len(job.plan.parts),
-        next_stage=STAGES[STAGES.index(stage) + 1],
         append=True,
     )
 

@@ -59,7 +59,6 @@ class StageResult:
         stage: The stage.
         parts: Numbers of the parts that this process worked on; of `fit` all.
         num_parts: Parts of the data.
-        next_stage: The stage that follows when all parts are done.
         append: Whether it is a stage of `--append`.
     """
 
@@ -67,8 +66,12 @@ class StageResult:
     stage: str
     parts: tuple[int, ...]
     num_parts: int
-    next_stage: str
     append: bool = False
+
+    @property
+    def next_stage(self) -> str:
+        """The stage that follows when all parts are done."""
+        return STAGES[STAGES.index(self.stage) + 1]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
@@ -192,7 +195,6 @@ def run_stage(run_dir: Run, job: ScoringJob, stage: str, *, shard: str | None) -
         stage=stage,
         parts=tuple(part.index for part in parts),
         num_parts=len(job.plan.parts),
-        next_stage=STAGES[STAGES.index(stage) + 1],
     )
 
 

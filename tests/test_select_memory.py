@@ -270,9 +270,11 @@ def test_selection_is_that_of_sorted_columns(name: str, tmp_path: Path) -> None:
         assert selection.target.values is not None
         np.testing.assert_array_equal(np.asarray(selection.target.values), np.asarray(data.labels.values)[row])
     groups = None
+    group_names: tuple[str, ...] = ()
     if data.group is not None:
         names = np.array(rows["group"].to_pylist())
-        np.testing.assert_array_equal(np.array(data.group_names)[data.group], names)
+        group_names = data.group_names  # read anew at each access
+        np.testing.assert_array_equal(np.array(group_names)[data.group], names)
         groups, group = np.unique(data.group[row], return_inverse=True)
     for repeat, folds in enumerate(selection.cross_fits):
         for purpose, fold in zip(fold_purposes(repeat), (folds.fold, folds.inner), strict=True):
@@ -280,7 +282,7 @@ def test_selection_is_that_of_sorted_columns(name: str, tmp_path: Path) -> None:
                 keys = rows[f"hash {purpose}"].to_numpy()[row]
                 plain = plain_folds(keys, selection.target.label, np.ones(len(row), bool), FOLDS)
             else:
-                keys = hash_rank([data.group_names[number] for number in groups], seed=0, purpose=purpose)
+                keys = hash_rank(np.array(group_names)[groups].tolist(), seed=0, purpose=purpose)
                 plain = plain_group_folds(keys, group, selection.target.label, FOLDS)
             np.testing.assert_array_equal(fold, plain)
     _check_others(selection, ids, label, original, words)
