@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from .audit.scores.table import ScoreTable, read_scores, write_scores
     from .cli.applying import ApplyResult, apply
     from .cli.checking import CheckResult, check, ingest
-    from .cli.comparing import compare
+    from .cli.comparison.compare import compare
     from .cli.config import RunConfig, load_config
     from .cli.demo import DemoResult, demo
+    from .cli.evaluating import EvaluationResult, evaluate
     from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order
     from .cli.methods import MethodTable, methods
     from .cli.planning import PlanResult, plan
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
     from .cli.scoring import ScoreResult, score
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
     from .cli.staging import StageResult
-    from .cli.study import StudyResult, study
-    from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
+    from .cli.study.study import StudyResult, study
+    from .cli.training import FinetuneResult, finetune
     from .cli.verifying import verify
     from .rebalance.diff import ManifestDiff
     from .rebalance.keep import Keep, keep
     from .rebalance.manifest import Manifest, read_manifest
     from .rebalance.score_agreement import ScoreAgreement
     from .rebalance.verify import Verification
-    from .train.comparison import Comparison
-    from .train.comparison_arrays import compare_predictions
+    from .train.comparison.arrays import compare_predictions
+    from .train.comparison.verdicts import Comparison
     from .train.custom_loop import Balanced, balance
     from .train.custom_network import MultimodalModel
     from .train.manifest_sampler import ManifestBatchSampler, ManifestSampler
@@ -50,9 +51,10 @@ _NAMES = {
     "audit.scores.table": ["ScoreTable", "read_scores", "write_scores"],
     "cli.applying": ["ApplyResult", "apply"],
     "cli.checking": ["CheckResult", "check", "ingest"],
-    "cli.comparing": ["compare"],
+    "cli.comparison.compare": ["compare"],
     "cli.config": ["RunConfig", "load_config"],
     "cli.demo": ["DemoResult", "demo"],
+    "cli.evaluating": ["EvaluationResult", "evaluate"],
     "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order"],
     "cli.methods": ["MethodTable", "methods"],
     "cli.planning": ["PlanResult", "plan"],
@@ -60,16 +62,16 @@ _NAMES = {
     "cli.scoring": ["ScoreResult", "score"],
     "cli.staging": ["StageResult"],
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
-    "cli.study": ["StudyResult", "study"],
-    "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
+    "cli.study.study": ["StudyResult", "study"],
+    "cli.training": ["FinetuneResult", "finetune"],
     "cli.verifying": ["verify"],
     "rebalance.diff": ["ManifestDiff"],
     "rebalance.keep": ["Keep", "keep"],
     "rebalance.manifest": ["Manifest", "read_manifest"],
     "rebalance.score_agreement": ["ScoreAgreement"],
     "rebalance.verify": ["Verification"],
-    "train.comparison": ["Comparison"],
-    "train.comparison_arrays": ["compare_predictions"],
+    "train.comparison.arrays": ["compare_predictions"],
+    "train.comparison.verdicts": ["Comparison"],
     "train.custom_loop": ["Balanced", "balance"],
     "train.custom_network": ["MultimodalModel"],
     "train.manifest_sampler": ["ManifestBatchSampler", "ManifestSampler"],

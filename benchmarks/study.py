@@ -24,8 +24,8 @@ from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.storage import write_parquet
 from mmaudit.cli.demo import KeypadConfig, write_keypad
 from mmaudit.cli.progress import configure_logging
-from mmaudit.cli.study import study_sets
-from mmaudit.cli.study_steps import Execution, StudyPlan, StudySet, default_methods
+from mmaudit.cli.study.steps import Execution, StudyPlan, StudySet, default_methods
+from mmaudit.cli.study.study import study_sets
 
 EPOCHS = 30
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -36,7 +36,8 @@ from .provenance import (
     score_provenance,
     signed_record,
 )
-from .run import REPORT_FILES, SCORE_FILES, Run, replacing
+from .run import REPORT_FILES, SCORE_FILES, Run
+from .swap import replacing
 
 log = logging.getLogger("mmaudit")
 

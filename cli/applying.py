@@ -48,8 +48,9 @@ from .provenance import (
     source_config,
 )
 from .remote_run import with_run
-from .run import REPORT_ROWS, Run, replacing
+from .run import REPORT_ROWS, Run
 from .scoring import pairs, pick_device
+from .swap import replacing
 
 log = logging.getLogger("mmaudit")
 

@@ -58,9 +58,9 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="export", module="manifests", printer="print_export"),
     Command(name="order", module="manifests", printer="print_order", dump="dump_order"),
     Command(name="finetune", module="training", printer="print_finetune"),
-    Command(name="evaluate", module="training", printer="print_evaluate"),
-    Command(name="compare", module="comparing", printer="print_compare"),
-    Command(name="study", module="study", printer="print_study"),
+    Command(name="evaluate", module="evaluating", printer="print_evaluate"),
+    Command(name="compare", module="comparison.compare", printer="print_compare"),
+    Command(name="study", module="study.study", printer="print_study"),
     Command(name="report", module="reporting", printer="print_report"),
     Command(name="methods", module="methods", printer="print_methods"),
 )

@@ -22,7 +22,8 @@ from .config import RunConfig, load_settings
 from .effects import effects_in_splitting, warn_without_effect
 from .provenance import origin_of, sign_manifest, trusted_folder
 from .remote_run import with_run
-from .run import Run, replacing_manifest
+from .run import Run
+from .swap import replacing_manifest
 
 # Packages that decode media or train are imported inside functions: a split of 10^8 rows has no memory to spare.
 

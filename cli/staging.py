@@ -42,7 +42,8 @@ from ..audit.workers import Progress, default_workers
 from .config import RunConfig
 from .provenance import described_modalities, record_of, score_provenance, signed_record
 from .remote_run import RemoteRun, fetch_parts
-from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
+from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run
+from .swap import replacing
 
 log = logging.getLogger("mmaudit")
 

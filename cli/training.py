@@ -1,4 +1,4 @@
-"""The commands of training: finetune, evaluate."""
+"""The command finetune: a network trained on a manifest, or on data without scores."""
 
 from __future__ import annotations
 
@@ -6,46 +6,38 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from ..audit.engine.executors import choose_engine
-from ..audit.errors import ConfigError, ManifestError, RunError, choices, quarantine_table
+from ..audit.errors import ConfigError, RunError, choices, quarantine_table
 from ..audit.features.encoders import function_file, function_version
-from ..audit.hashing import IdIndex
-from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.parsing import build_config
+from ..audit.locks import Lock, write_lock
 from ..audit.storage import write_json, write_parquet, write_text
-from ..audit.workers import Progress, default_workers, no_progress, release_memory
-from ..rebalance.manifest import ManifestFile
+from ..audit.workers import default_workers, no_progress, release_memory
 from ..train.backbones import check_lora
-from ..train.evaluate import check_model_name, evaluate_file
-from ..train.examples import Examples
 from ..train.finetune import finetune_on
 from ..train.methods import check_task, resolve
 from ..train.optimizer import DistributedContext, local_device, open_distributed
 from ..train.task_metrics import metrics_of
 from ..train.tracking import load_trackers
 from ..train.unscored import check_without_scores
-from .config import RunConfig, load_settings, to_toml, without_none
+from .config import RunConfig, load_settings, to_toml
 from .effects import check_media_settings, effects_in_training, warn_without_effect, with_engine
 from .progress import progress_bars
 from .provenance import SourceOptions
 from .remote_run import RemoteRun, share_files, with_run
-from .run import Run, new_finetune, read_metrics, swap_finetune
+from .run import Run, read_metrics
 from .scoring import data_settings, pairs, pick_device
+from .swap import new_finetune, swap_finetune
 from .training_source import (
     LoadedSource,
     ManifestSource,
     UnscoredSource,
     decisive_settings,
     record_preset,
-    reopened_config,
     resolve_methods,
     training_settings,
 )
@@ -74,29 +66,6 @@ class FinetuneResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of metrics.json."""
         return self.metrics
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationResult:
-    """Result of `evaluate`.
-
-    Attributes:
-        name: Name of the fine-tuning.
-        file: The file with the results.
-        accuracy: Accuracy of the fused prediction, in [0, 1]; NaN where the task has no classes.
-        value: Main metric of the task: that accuracy, the MAP of label sets, or the mean absolute error of numbers.
-        metrics: Content of the file.
-    """
-
-    name: str
-    file: Path
-    accuracy: float
-    value: float
-    metrics: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the content of the file, and its path."""
-        return {**self.metrics, "file": str(self.file)}
 
 
 @with_run("stages", writes=True, in_processes=True)
@@ -212,7 +181,7 @@ def finetune(
         keywords |= data_settings(modality=modality, encoder=encoder, allow_outside=allow_outside, **columns)
     config, given = load_settings(config, settings, keywords, preset=preset)
     config = resolve_methods(config)
-    code = _model_code(config)
+    code = model_code(config)
     in_ray_worker = engine == "ray" and "RANK" in os.environ
     if in_ray_worker and "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError("--engine ray starts the processes itself: run it without torchrun")
@@ -314,132 +283,15 @@ def _write_finetune(target: Path, metrics: dict[str, Any], loaded: LoadedSource)
     write_json(metrics, target / "metrics.json")  # written last: it marks a finished fine-tuning
 
 
-@with_run("stages", writes=True)
-def evaluate(
-    name: str,
-    *,
-    run: str | Path = "mmaudit-run",
-    manifest: str | Path | None = None,
-    split: str = "test",
-    model: str | None = None,
-    data: str | Path | None = None,
-    encoder: Mapping[str, str] | Sequence[str] | None = None,
-    allow_outside: bool = False,
-    device: str = "auto",
-    num_workers: int | None = None,
-    progress: bool = True,
-) -> EvaluationResult:
-    """Test a finished fine-tuning: metrics by subset and class, and the contribution of each modality.
-
-    Measured are accuracy, MAP, macro-F1 and ECE of the fused prediction and of each modality alone (of label sets MAP,
-    F1 and label accuracy; of numbers MAE, correlation and accuracy of the sign), overall, by subset and by class; the
-    contribution of each modality; and the samples that are predicted correctly by one modality alone but not by all
-    together. They are written to evaluation.json in its folder; of other splits to evaluation-SPLIT.json, of other
-    manifests to evaluation-SPLIT-MANIFEST.json.
-
-    Args:
-        name: Name of a finished fine-tuning in the run, or its folder.
-        run: Run folder, a path or a URL.
-        manifest: Manifest to test on; by default its training manifest.
-        split: test, validation or train.
-        model: Confirm the network of yours (code) that was trained, package.module:factory.
-        data: The data; also if your own data moved.
-        encoder: Confirm the encoder (code or model) of a modality.
-        allow_outside: Allow paths outside the data folder.
-        device: auto, cpu or cuda.
-        num_workers: Processes that decode media; 0: none; by default one per CPU.
-        progress: Show a progress bar in a terminal or notebook.
-
-    Returns:
-        The results and their file. With `manifest`, `metrics["num_trained_on"]` counts the samples that were used in
-        training or validation; None if unknown.
-
-    Raises:
-        RunError: The fine-tuning was not found, or its manifest has changed.
-        ManifestError: The manifest or the data were not found, or have changed.
-
-    Example:
-        >>> mmaudit.evaluate("balanced-concat-bss-h").metrics["contribution"]
-    """
-    run_dir = Run.open(run)
-    folder = _find_finetune(run_dir, name)
-    metrics = read_metrics(folder)
-    config = build_config(
-        RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where=""
-    )
-    check_model_name(config.finetune.model, model, of=folder.name)
-    _warn_changed(metrics, _model_code(config), name=folder.name)
-    options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
-    workers, device = default_workers() if num_workers is None else num_workers, pick_device(device)
-    source: ManifestSource | UnscoredSource
-    if manifest is None and metrics["manifest"] is None:
-        own_data, config = reopened_config(config, metrics["made_from"], options, name=folder.name)
-        source = UnscoredSource(data=own_data, run_dir=run_dir, device=device)
-    else:
-        own_name = metrics["manifest"]
-        path = run_dir.own_manifest(own_name) if manifest is None else run_dir.find_manifest(str(manifest))
-        source = ManifestSource.open(path, run_dir, options)
-        if manifest is None and source.manifest.digest() != metrics["manifest_digest"]:
-            raise RunError(f"{path} has changed since {folder.name} was trained on it; pass a manifest with --manifest")
-    own = manifest is None and split == "test"
-    names = ["evaluation", *([] if own else [split]), *([] if manifest is None or not source.name else [source.name])]
-    file = folder / f"{'-'.join(names)}.json"
-    with progress_bars(progress) as report_progress, _evaluation_lock(run_dir, file):
-        # Whether numbers have two signs is a matter of all samples.
-        only_test = split == "test" and source.task(config) != "regression"
-        loaded = source.load(config, num_workers=workers, progress=report_progress, only_test=only_test)
-        release_memory()
-        examples = loaded.examples
-        if manifest is None and loaded.digest != metrics["manifest_digest"]:
-            raise RunError(
-                f"the data have changed since {folder.name} was trained on them; pass a manifest with --manifest"
-            )
-        if config.finetune.only is not None:
-            examples = examples.only(config.finetune.only)
-        measured = evaluate_file(
-            folder / "model.safetensors",
-            examples,
-            split=split,
-            between=loaded.between,
-            config=config.training(),
-            seed=config.seed,
-            device=device,
-            model=model,
-        )
-        result = {"name": folder.name, "manifest": source.name, "split": split, **measured}
-        if manifest is not None:
-            result["num_trained_on"] = _count_learned(
-                run_dir, metrics, examples.sample_id.take(pa.array(examples.rows(split)))
-            )
-        write_json(result, file)
-    return EvaluationResult(name=folder.name, file=file, metrics=result, **_main_values(result))
-
-
 def _result(folder: Path, metrics: dict[str, Any]) -> FinetuneResult:
-    return FinetuneResult(name=folder.name, folder=folder, metrics=metrics, **_main_values(metrics))
+    return FinetuneResult(name=folder.name, folder=folder, metrics=metrics, **main_values(metrics))
 
 
-def _main_values(metrics: dict[str, Any]) -> dict[str, float]:
+def main_values(metrics: dict[str, Any]) -> dict[str, float]:
     """Return the accuracy and the main metric of the fused prediction; NaN where it is not defined."""
     fused, main = metrics["test"]["all"]["branches"]["fused"], metrics_of(metrics).main
     value = math.nan if fused[main] is None else float(fused[main])
     return {"accuracy": float(fused.get("accuracy", math.nan)), "value": value}
-
-
-@with_run("stages", writes=False)
-def read_examples(
-    manifest: str | Path,
-    *,
-    run: str | Path = "mmaudit-run",
-    options: SourceOptions | None = None,
-    config: RunConfig | None = None,
-    num_workers: int = 0,
-    progress: Progress = no_progress,
-) -> Examples:
-    """Load the training and test examples of a manifest, given by file or by name in the run."""
-    run_dir = Run.open(run)
-    source = ManifestSource.open(run_dir.find_manifest(str(manifest)), run_dir, options or SourceOptions())
-    return source.load(config or RunConfig(), num_workers=num_workers, progress=progress).examples
 
 
 @contextmanager
@@ -450,14 +302,6 @@ def _writer(run_dir: Run, name: str, distributed: DistributedContext) -> Iterato
         return
     with write_lock(run_dir.folder, f"finetune/{name}", command="mmaudit finetune") as lock:
         yield lock
-
-
-def _evaluation_lock(run_dir: Run, file: Path) -> AbstractContextManager[Lock]:
-    """Return a lock on an evaluation file, within the run if the fine-tuning belongs to it."""
-    folder = file.parent
-    in_run = folder.absolute() == run_dir.finetune(folder.name).absolute()
-    root, scope = (run_dir.folder, f"finetune/{folder.name}/{file.name}") if in_run else (folder, file.name)
-    return write_lock(root, scope, command="mmaudit evaluate", wait_seconds=WAIT_SECONDS)
 
 
 def _check_source(manifest: str | Path | None, data: str | Path | None, columns: Mapping[str, Any]) -> None:
@@ -494,23 +338,6 @@ def _first_rank_first(distributed: DistributedContext, run_dir: Run) -> Iterator
         distributed.wait()
 
 
-def _count_learned(run_dir: Run, metrics: dict[str, Any], ids: pa.LargeStringArray) -> int | None:
-    """Count samples used in training or validation; None if it had no manifest, or that has changed."""
-    if metrics["manifest"] is None:
-        return None
-    try:
-        own = ManifestFile.open(run_dir.own_manifest(metrics["manifest"]))
-    except (RunError, ManifestError):
-        return None
-    if own.digest() != metrics["manifest_digest"]:
-        return None
-    index, number = IdIndex.of(ids), 0
-    for batch in own.batches(["sample_id", "split"]):
-        learned = batch["sample_id"].filter(pc.not_equal(batch["split"], "test"))
-        number += len(index.find(learned.combine_chunks())[0])
-    return number
-
-
 def _finetune_name(manifest: str, config: RunConfig, preset: str | None) -> str:
     finetune_config = config.finetune
     seed = [f"seed-{config.seed}"] if config.seed else []
@@ -525,7 +352,7 @@ def _finetune_name(manifest: str, config: RunConfig, preset: str | None) -> str:
     return "-".join([*parts, *seed])
 
 
-def _find_finetune(run_dir: Run, name: str) -> Path:
+def find_finetune(run_dir: Run, name: str) -> Path:
     """Return the folder of a finished fine-tuning, given by its path or by its name in the run."""
     names = [folder.name for folder in run_dir.finetunes()]
     if name in names:
@@ -539,27 +366,16 @@ def _find_model(run_dir: Run, name: str) -> Path:
     """Return the weights file of --init: of a fine-tuning of the run, of a fine-tuning's folder, or the file itself."""
     if Path(name).is_file():
         return Path(name)
-    return _find_finetune(run_dir, name) / "model.safetensors"
+    return find_finetune(run_dir, name) / "model.safetensors"
 
 
-def _model_code(config: RunConfig) -> dict[str, str | None]:
+def model_code(config: RunConfig) -> dict[str, str | None]:
     """Import the factory of --model; return its name, source file and the digest of that file; {} without one."""
     name = config.finetune.model
     if name is None:
         return {}
     digest, path = function_version(name), function_file(name)
     return {"model": name, "file": None if path is None else str(path.resolve()), "digest": digest}
-
-
-def _warn_changed(metrics: dict[str, Any], code: dict[str, str | None], *, name: str) -> None:
-    """Warn of a network of the user's whose source file has changed since it was trained."""
-    if code and code["digest"] != metrics.get("code", {}).get("digest"):
-        log.warning(
-            "the source file of %s (%s) has changed since %s was trained; its weights are tested in the network of now",
-            code["model"],
-            code["file"],
-            name,
-        )
 
 
 def _finished(folder: Path, settings: dict[str, Any], digest: str, *, code: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmaudit.train.comparison import Comparison, Correctness, build_comparison
+from mmaudit.train.comparison.verdicts import Comparison, Correctness, build_comparison
 from mmaudit.train.difference import Condition
 
 METHODS = ("joint", "ogm-ge: balancing.ogm.alpha=0.8", "bss-h+sum")

@@ -28,19 +28,20 @@ from typer.testing import CliRunner, Result
 
 import mmaudit
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
-from mmaudit.cli import comparing_cells, comparing_schedule
-from mmaudit.cli.comparing_cells import Cell, Loading, clear_loaded, load_manifests, train_cell
-from mmaudit.cli.comparing_results import study_design
+from mmaudit.cli.comparison import cells as cells_module
+from mmaudit.cli.comparison import schedule as schedule_module
+from mmaudit.cli.comparison.cells import Cell, Loading, clear_loaded, load_manifests, train_cell
+from mmaudit.cli.comparison.results import study_design
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.main import app
 from mmaudit.cli.provenance import SourceOptions
 from mmaudit.cli.report.page import render, report_numbers
 from mmaudit.cli.run import Run
 from mmaudit.cli.training_source import EncodedSource, ManifestSource
-from mmaudit.train import comparison_figures
-from mmaudit.train.comparison import Comparison
-from mmaudit.train.comparison_cells import MethodSpec, parse_method
-from mmaudit.train.comparison_findings import Filtering
+from mmaudit.train.comparison import figures
+from mmaudit.train.comparison.cells import MethodSpec, parse_method
+from mmaudit.train.comparison.findings import Filtering
+from mmaudit.train.comparison.verdicts import Comparison
 from mmaudit.train.evaluate import compute_metrics
 
 torch.set_num_threads(1)
@@ -67,11 +68,11 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module", autouse=True)
 def drawing_only_the_forest_plot() -> Iterator[None]:
     """Draw one figure per comparison: all of them take seconds, and test_comparison_figures.py tests them."""
-    draw = comparison_figures.draw_files
+    draw = figures.draw_files
     with pytest.MonkeyPatch.context() as patch:
-        kinds = comparison_figures.figure_kinds
+        kinds = figures.figure_kinds
         patch.setattr(
-            comparison_figures,
+            figures,
             "draw_files",
             lambda tables: draw(tables, [kind for kind in kinds(tables) if kind == "forest"], formats=("svg",)),
         )
@@ -303,7 +304,7 @@ def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
         trained.append(cell)
         return train_cell(cell, **options)
 
-    monkeypatch.setattr(comparing_schedule, "train_cell", recorded)
+    monkeypatch.setattr(schedule_module, "train_cell", recorded)
     compare(done)
     assert [(cell.manifest, cell.method.name, cell.seed) for cell in trained] == [("all", "joint", 1)]
     assert predictions.read_bytes() == before
@@ -313,7 +314,7 @@ def test_rerun_trains_nothing_and_a_removed_cell_has_the_same_bytes(
 def test_interrupt_loses_no_finished_cell(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"manifest": ["all"], "method": ["joint", "sum"], "controls": False, "name": "cut"}
     with monkeypatch.context() as patch:
-        patch.setattr(comparing_cells, "train", _interrupted_after(3, comparing_cells.train))
+        patch.setattr(cells_module, "train", _interrupted_after(3, cells_module.train))
         with pytest.raises(KeyboardInterrupt):
             compare(run, **options)
     folder = run / "compare" / "cut"
@@ -418,7 +419,7 @@ def test_cells_of_other_settings_code_or_data_are_refused(done: Path, monkeypatc
     with pytest.raises(RunError, match="was trained with other settings: pass another --name"):
         compare(done, settings={**QUICK, "finetune.hidden": 9})
     with monkeypatch.context() as patch:
-        patch.setattr(comparing_cells, "_code_digest", lambda: "other")
+        patch.setattr(cells_module, "_code_digest", lambda: "other")
         with pytest.raises(RunError, match="was trained with other code"):
             compare(done)
     mmaudit.split(run=done, subset="most-balanced:50%", name="few", overwrite=True)

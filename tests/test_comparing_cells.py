@@ -15,13 +15,13 @@ from training import make_examples
 from mmaudit.audit.errors import ManifestError, RunError
 from mmaudit.audit.features.encoders import function_version
 from mmaudit.audit.registry import Registry
-from mmaudit.cli.comparing_cells import Cell, LoadedManifests, _with_common_test, made_by, read_cell
+from mmaudit.cli.comparison.cells import Cell, LoadedManifests, _with_common_test, made_by, read_cell
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.provenance import SourceOptions
 from mmaudit.cli.run import Run
 from mmaudit.cli.training_source import ManifestSource
 from mmaudit.train.balancing import BALANCERS
-from mmaudit.train.comparison_cells import parse_method
+from mmaudit.train.comparison.cells import parse_method
 from mmaudit.train.sampling import SAMPLERS
 
 

@@ -16,9 +16,9 @@ from training import QUICK, make_examples
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.workers import no_progress
-from mmaudit.cli import comparing_cells
-from mmaudit.cli.comparing_cells import Cell, CellResult, LoadedManifests, Loading
-from mmaudit.cli.comparing_grid import (
+from mmaudit.cli.comparison import cells as cells_module
+from mmaudit.cli.comparison.cells import Cell, CellResult, LoadedManifests, Loading
+from mmaudit.cli.comparison.grid import (
     TUNING_SEED,
     Search,
     Setting,
@@ -30,13 +30,13 @@ from mmaudit.cli.comparing_grid import (
     search_grid,
     setting_text,
 )
-from mmaudit.cli.comparing_plan import Design, Grid, Plan, method_config, parse_grid, read_plan
-from mmaudit.cli.comparing_schedule import Schedule, Shard
+from mmaudit.cli.comparison.plan import Design, Grid, Plan, method_config, parse_grid, read_plan
+from mmaudit.cli.comparison.schedule import Schedule, Shard
 from mmaudit.cli.config import RunConfig, load_settings
 from mmaudit.cli.provenance import SourceOptions
 from mmaudit.cli.run import Run
 from mmaudit.cli.training_source import ManifestSource
-from mmaudit.train.comparison_cells import MethodSpec, parse_method
+from mmaudit.train.comparison.cells import MethodSpec, parse_method
 from mmaudit.train.examples import Examples
 
 GRID = parse_grid(["optim.lr=1e-5,1e-2,3e-2"])
@@ -48,7 +48,7 @@ def load(examples: Examples, folder: Path) -> Loading:
     path, options = folder / "a.parquet", SourceOptions()
     source = ManifestSource(path=path, manifest=make_manifest(), run_dir=Run(folder), options=options)
     loading = Loading(run=folder, manifests=(path,), options=options, config=RunConfig(), num_workers=0)
-    comparing_cells._loaded[loading] = LoadedManifests(
+    cells_module._loaded[loading] = LoadedManifests(
         examples={"a": examples},
         sources={"a": source},
         between="audio:visual",
@@ -64,7 +64,7 @@ def load(examples: Examples, folder: Path) -> Loading:
 def cleared() -> Iterator[None]:
     """Forget the loaded examples after a test."""
     yield
-    comparing_cells.clear_loaded()
+    cells_module.clear_loaded()
 
 
 def config_of(text: str) -> tuple[RunConfig, tuple[str, ...]]:
@@ -120,7 +120,7 @@ def test_choice_is_the_best_on_validation_and_the_same_with_other_test_labels(tm
 def test_every_method_has_the_same_budget_unless_its_text_sets_the_key(tmp_path: Path) -> None:
     loading = load(make_examples(), tmp_path)
     own_keys = {name: config_of(name)[1] for name in ("sum", OWN[1])}
-    tuning = design_tuning(design_of("sum", OWN[1]), GRID, own_keys, comparing_cells.load_manifests(loading))
+    tuning = design_tuning(design_of("sum", OWN[1]), GRID, own_keys, cells_module.load_manifests(loading))
     assert {condition: len(cells) for condition, cells in tuning.cells.items()} == {
         ("a", "sum"): 3,
         OWN: 1,
@@ -135,7 +135,7 @@ def test_every_method_has_the_same_budget_unless_its_text_sets_the_key(tmp_path:
 
 
 def test_key_without_effect_is_left_out_of_a_methods_grid(tmp_path: Path) -> None:
-    loaded = comparing_cells.load_manifests(load(make_examples(), tmp_path))
+    loaded = cells_module.load_manifests(load(make_examples(), tmp_path))
     design = design_of("joint", "ogm")
     tuning = design_tuning(design, parse_grid(["balancing.ogm.alpha=0.2,0.5"]), {}, loaded)
     assert [len(tuning.cells["a", name]) for name in ("joint", "ogm", "audio alone")] == [1, 2, 1]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.cli.comparing_plan import Grid, Plan, method_config, parse_grid, read_plan
-from mmaudit.train.comparison_cells import parse_method
+from mmaudit.cli.comparison.plan import Grid, Plan, method_config, parse_grid, read_plan
+from mmaudit.train.comparison.cells import parse_method
 
 PLAN = 'manifests = ["all"]\nmethods = ["joint", "sum"]\nseeds = 3\nname = "mine"\ncontrols = false\n'
 

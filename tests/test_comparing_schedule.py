@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.cli import comparing_schedule
-from mmaudit.cli.comparing_cells import Cell, Loading
-from mmaudit.cli.comparing_schedule import Shard, assign_devices, default_jobs, estimate_seconds
+from mmaudit.cli.comparison import schedule
+from mmaudit.cli.comparison.cells import Cell, Loading
+from mmaudit.cli.comparison.schedule import Shard, assign_devices, default_jobs, estimate_seconds
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.provenance import SourceOptions
-from mmaudit.train.comparison_cells import parse_method
+from mmaudit.train.comparison.cells import parse_method
 
 LOADING = Loading(run=Path(), manifests=(), options=SourceOptions(), config=RunConfig(), num_workers=0)
 
@@ -73,5 +73,5 @@ def test_time_is_estimated_by_finished_cells_of_the_method(monkeypatch: pytest.M
     def time_training(cell: Cell, max_samples: int, **options: Any) -> float:
         return times[max_samples] * (2 if cell.method.name == "ogm" else 1)
 
-    monkeypatch.setattr(comparing_schedule, "_time_training", time_training)
+    monkeypatch.setattr(schedule, "_time_training", time_training)
     assert estimate_seconds(missing, {}, loading=LOADING, device="cpu") == pytest.approx(2 * (2.5 + 2.5 + 5))

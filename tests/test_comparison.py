@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.train.comparison import Comparison, build_comparison
-from mmaudit.train.comparison_arrays import compare_predictions
+from mmaudit.train.comparison.arrays import compare_predictions
+from mmaudit.train.comparison.verdicts import Comparison, build_comparison
 from mmaudit.train.difference import compare_correctness, holm
 from mmaudit.train.evaluate import compute_metrics
 

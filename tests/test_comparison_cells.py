@@ -11,8 +11,8 @@ from training import make_examples
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import OrderConfig
-from mmaudit.train import comparison_cells
-from mmaudit.train.comparison_cells import (
+from mmaudit.train.comparison import cells
+from mmaudit.train.comparison.cells import (
     MethodSpec,
     anti_curriculum,
     class_and_missing_subsets,
@@ -127,7 +127,7 @@ def test_subsets_of_classes_and_missing_modalities(
     assert list(masks) == ["class:a", "class:b", "class:c", "class:d", "missing:visual"]
     assert np.array_equal(masks["class:c"], label == 2)
     assert np.flatnonzero(masks["missing:visual"]).tolist() == [0, 1, 2, 3]
-    monkeypatch.setattr(comparison_cells, "MAX_CLASSES", 2)
+    monkeypatch.setattr(cells, "MAX_CLASSES", 2)
     with caplog.at_level(logging.INFO, logger="mmaudit"):
         assert list(class_and_missing_subsets(examples, test)) == ["class:a", "class:d", "missing:visual"]
     assert "the 1 rarest and the 1 most frequent of 4 among the test samples" in caplog.text

@@ -16,9 +16,9 @@ from comparisons import METHODS, made_comparison
 from matplotlib.text import Text
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.train.comparison import Comparison
-from mmaudit.train.comparison_arrays import compare_predictions
-from mmaudit.train.comparison_figures import draw_files, figure_kinds
+from mmaudit.train.comparison.arrays import compare_predictions
+from mmaudit.train.comparison.figures import draw_files, figure_kinds
+from mmaudit.train.comparison.verdicts import Comparison
 
 KINDS = ["forest", "forest-unimodal", "subsets", "threshold", "missing", "missing-audio", "missing-visual"]
 EVIL = ("joint", "<script>alert(1)</script>: a=$x^2$", "長い数字のモデル" + "é" * 80, '_y & "z"')
@@ -84,7 +84,7 @@ def test_same_tables_give_the_same_bytes_without_dates(comparison: Comparison, f
 def test_bytes_are_the_same_in_another_process(comparison: Comparison, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from comparisons import made_comparison;"
-        "from mmaudit.train.comparison_figures import draw_files\n"
+        "from mmaudit.train.comparison.figures import draw_files\n"
         "for name, content in draw_files(made_comparison().figure_tables()).items():\n"
         "    Path(sys.argv[1], name).write_bytes(content)"
     )

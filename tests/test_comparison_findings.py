@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from mmaudit.train.comparison import Comparison, build_comparison
-from mmaudit.train.comparison_findings import Filtering, StudyDesign
+from mmaudit.train.comparison.findings import Filtering, StudyDesign
+from mmaudit.train.comparison.verdicts import Comparison, build_comparison
 from mmaudit.train.difference import holm
 
 N = 1200

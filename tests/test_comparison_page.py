@@ -24,9 +24,9 @@ from mmaudit.cli.report.comparison_page import (
     stated_of_comparison,
     write_comparison_page,
 )
-from mmaudit.train.comparison import Comparison
-from mmaudit.train.comparison_arrays import compare_predictions
-from mmaudit.train.comparison_findings import Finding
+from mmaudit.train.comparison.arrays import compare_predictions
+from mmaudit.train.comparison.findings import Finding
+from mmaudit.train.comparison.verdicts import Comparison
 
 EVIL = ("joint", "<script>alert(1)</script>: a=$x^2$", "長い数字のモデル" + "é" * 80, '_y & "z"')
 SVG = {"forest": b'<svg width="237.6pt" height="100pt"></svg>'}
@@ -200,7 +200,7 @@ def test_files_are_the_same_twice_and_stale_figures_are_removed(
     comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = {"forest.svg": SVG["forest"], "forest.pdf": b"%PDF", "missing-a/b.svg": SVG["forest"]}
-    monkeypatch.setattr("mmaudit.train.comparison_figures.draw_files", lambda tables: drawn)
+    monkeypatch.setattr("mmaudit.train.comparison.figures.draw_files", lambda tables: drawn)
     path = write_comparison_page(comparison, tmp_path, command="mmaudit compare")
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {"forest.svg", "forest.pdf", "missing-a_b.svg"}
     first = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}

@@ -32,7 +32,7 @@ from mmaudit.audit.engine import row_data, stages
 from mmaudit.audit.errors import DatasetError, MmauditError, RunError
 from mmaudit.audit.locks import write_lock
 from mmaudit.audit.storage import read_json
-from mmaudit.cli import run as run_module
+from mmaudit.cli import swap
 from mmaudit.cli.failures import describe
 from mmaudit.cli.run import Run
 from mmaudit.cli.scoring import score
@@ -204,7 +204,7 @@ def test_full_disk_leaves_no_half_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "flush", fail)
-        patch.setattr(run_module, "flush", fail)
+        patch.setattr(swap, "flush", fail)
         with pytest.raises(OSError, match="No space left") as caught:
             score(data, run=run, **OPTIONS)
     failure = describe(caught.value, command="score", parameters={})
@@ -347,9 +347,9 @@ POINTS = {
     "a file of score": ("audit.storage.flush", 60),
     "merge": ("audit.engine.stages.merge", 0),
     "finish": ("audit.engine.stages.finish_part", 3),
-    "publication, before": ("cli.run.flush", 0),
-    "publication, within": ("cli.run.flush", 2),
-    "publication, at its end": ("cli.run.flush", 4),
+    "publication, before": ("cli.swap.flush", 0),
+    "publication, within": ("cli.swap.flush", 2),
+    "publication, at its end": ("cli.swap.flush", 4),
 }
 
 

@@ -17,12 +17,13 @@ from mmaudit.audit.locks import write_lock
 from mmaudit.cli import scoring, staging, training
 from mmaudit.cli.checking import check
 from mmaudit.cli.config import RunConfig
+from mmaudit.cli.evaluating import evaluate
 from mmaudit.cli.manifests import export
 from mmaudit.cli.reporting import report
 from mmaudit.cli.run import Run
 from mmaudit.cli.scoring import score
 from mmaudit.cli.splitting import replay, split
-from mmaudit.cli.training import evaluate, finetune
+from mmaudit.cli.training import finetune
 
 QUICK = replace(
     RunConfig(),
@@ -146,7 +147,7 @@ def test_conflicting_writers_are_refused(data: Path, run: Path, monkeypatch: pyt
     with write_lock(run, command="mmaudit score"):
         monkeypatch.setattr("mmaudit.cli.splitting.WAIT_SECONDS", 0.0)
         monkeypatch.setattr("mmaudit.cli.reporting.WAIT_SECONDS", 0.0)
-        monkeypatch.setattr("mmaudit.cli.training.WAIT_SECONDS", 0.0)
+        monkeypatch.setattr("mmaudit.cli.evaluating.WAIT_SECONDS", 0.0)
         for command in (
             lambda: split(run=run, config=QUICK, subset="balanced:0.9", name="second"),
             lambda: finetune("even", run=run, config=QUICK, name="third", num_workers=0),

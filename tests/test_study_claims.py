@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from study_numbers import comparison, control, dataset, row
 
-from mmaudit.cli.study_claims import ClaimOutcome, check_claims, judge
+from mmaudit.cli.study.claims import ClaimOutcome, check_claims, judge
 
 
 def outcome_of(numbers: dict[str, Any], start: str) -> ClaimOutcome:

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 import mmaudit
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.cli.study_numbers import against_shuffled, network_agreements, recovery
+from mmaudit.cli.study.numbers import against_shuffled, network_agreements, recovery
 
 N, TESTED = 200, 120
 

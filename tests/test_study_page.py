@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import pytest
 from study_numbers import agreement, comparison, dataset, row, study
 
-from mmaudit.cli.study_figures import FIGURES
-from mmaudit.cli.study_page import page_text, write_page
+from mmaudit.cli.study.figures import FIGURES
+from mmaudit.cli.study.page import page_text, write_page
 
 TRUTH = {
     "rank": agreement(0.85),

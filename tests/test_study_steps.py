@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 import mmaudit
 from mmaudit.audit.errors import ConfigError
-from mmaudit.cli import study_steps
 from mmaudit.cli.main import app
-from mmaudit.cli.study import study_sets
-from mmaudit.cli.study_steps import Execution, StudyPlan, StudySet, default_methods
+from mmaudit.cli.study import steps
+from mmaudit.cli.study.steps import Execution, StudyPlan, StudySet, default_methods
+from mmaudit.cli.study.study import study_sets
 from mmaudit.train.balancing import BALANCERS
-from mmaudit.train.comparison_cells import parse_method
+from mmaudit.train.comparison.cells import parse_method
 from mmaudit.train.sampling import SAMPLERS
 
 QUICK = {
@@ -98,7 +98,7 @@ def test_a_study_writes_its_page_and_a_second_call_repeats_nothing(
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("cell.json")}
     assert len(cells) > 10
 
-    monkeypatch.setattr(study_steps, "split", None)  # a subset that exists is not made again
+    monkeypatch.setattr(steps, "split", None)  # a subset that exists is not made again
     study_sets([entry], plan, tmp_path / "out", execution)
     assert {path: path.read_bytes() for path in written} == written
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("cell.json")} == cells
@@ -131,6 +131,6 @@ def test_the_command_studies_a_dataset(tmp_path: Path) -> None:
 def test_settings_of_balancers_that_are_not_trained_are_left_out() -> None:
     settings = {"balancing.pmr.last_epoch": 3, "balancing.ogm.last_epoch": 3, "finetune.epochs": 2, "probe.folds": 3}
     plan = StudyPlan.of(["joint", "ogm-ge"], seeds=1, probes=(), config=None, settings=settings)
-    used = study_steps._training_settings(plan, plan.methods)
+    used = steps._training_settings(plan, plan.methods)
     assert used == {"balancing.ogm.last_epoch": 3, "finetune.epochs": 2}
-    assert study_steps._training_settings(plan, ["joint"]) == {"finetune.epochs": 2}
+    assert steps._training_settings(plan, ["joint"]) == {"finetune.epochs": 2}

@@ -10,18 +10,9 @@ import pytest
 
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.locks import write_lock
-from mmaudit.cli import run as swap
-from mmaudit.cli.run import (
-    MADE_FROM_SCORES,
-    REPORT_FILES,
-    SCORE_FILES,
-    Run,
-    complete_swaps,
-    new_finetune,
-    replacing,
-    replacing_manifest,
-    swap_finetune,
-)
+from mmaudit.cli import swap
+from mmaudit.cli.run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run
+from mmaudit.cli.swap import complete_swaps, new_finetune, replacing, replacing_manifest, swap_finetune
 
 OLD = {
     **{name: "old" for name in (*SCORE_FILES, "report.html", "report.json", "recovery.json")},

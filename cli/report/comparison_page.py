@@ -19,8 +19,8 @@ import pandas as pd
 from ...audit.errors import RunError
 from ...audit.parsing import RequiredKeys
 from ...audit.storage import atomic_write, read_json, write_json, write_text
-from ...train.comparison import Comparison
-from ...train.comparison_metrics import CLASS_PREFIX
+from ...train.comparison.metrics import CLASS_PREFIX
+from ...train.comparison.verdicts import Comparison
 from ...train.difference import NO_VERDICT, format_p
 from .findings import Numbers
 from .verdict import breakable, breakable_sentence, signed
@@ -40,7 +40,7 @@ def write_comparison_page(comparison: Comparison, folder: Path, *, command: str)
 
     command: the command that makes the comparison again. The same comparison gives the same bytes; the page is last.
     """
-    from ...train.comparison_figures import draw_files
+    from ...train.comparison.figures import draw_files
 
     numbers, files = comparison_numbers(comparison, command=command), draw_files(comparison.figure_tables())
     figures = folder / "figures"

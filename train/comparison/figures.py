@@ -12,8 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .column_figure import FigureTables, column_canvas
-from .comparison_curves import accuracies, draw_missing, draw_subsets, draw_thresholds, side_and_threshold
-from .comparison_forest import draw_forest
+from .curves import accuracies, draw_missing, draw_subsets, draw_thresholds, side_and_threshold
+from .forest import draw_forest
 
 
 def figure_kinds(tables: FigureTables) -> list[str]:

@@ -8,15 +8,23 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..audit.engine.executors import RayOptions, choose_engine
-from ..audit.errors import ConfigError, RunError
-from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.workers import default_workers
-from ..rebalance.manifest import read_dropped, read_manifest
-from ..train.comparison import Comparison, build_comparison
-from ..train.difference import Condition
-from ..train.optimizer import local_device
-from .comparing_cells import (
+from ...audit.engine.executors import RayOptions, choose_engine
+from ...audit.errors import ConfigError, RunError
+from ...audit.locks import WAIT_SECONDS, Lock, write_lock
+from ...audit.workers import default_workers
+from ...rebalance.manifest import read_dropped, read_manifest
+from ...train.comparison.verdicts import Comparison, build_comparison
+from ...train.difference import Condition
+from ...train.optimizer import local_device
+from ..config import Given, RunConfig, load_settings
+from ..effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect, with_engine
+from ..progress import progress_bars
+from ..provenance import SourceOptions
+from ..remote_run import with_run
+from ..run import Run
+from ..scoring import pairs, pick_device
+from ..splitting import split
+from .cells import (
     Cell,
     CellResult,
     LoadedManifests,
@@ -24,18 +32,10 @@ from .comparing_cells import (
     clear_loaded,
     load_manifests,
 )
-from .comparing_grid import check_grid, search_grid
-from .comparing_plan import Design, Plan, design_cells, method_config, read_plan, repeat_command
-from .comparing_results import collect_results, write_tables
-from .comparing_schedule import Schedule, Shard
-from .config import Given, RunConfig, load_settings
-from .effects import HasEffect, check_media_settings, effects_in_training, warn_without_effect, with_engine
-from .progress import progress_bars
-from .provenance import SourceOptions
-from .remote_run import with_run
-from .run import Run
-from .scoring import pairs, pick_device
-from .splitting import split
+from .grid import check_grid, search_grid
+from .plan import Design, Plan, design_cells, method_config, read_plan, repeat_command
+from .results import collect_results, write_tables
+from .schedule import Schedule, Shard
 
 log = logging.getLogger("mmaudit")
 
@@ -136,7 +136,7 @@ def compare(
         config=base,
         num_workers=default_workers() if num_workers is None or ray else num_workers,
     )
-    from .report.comparison_page import write_comparison_page  # jinja2 and matplotlib, of which errors above need none
+    from ..report.comparison_page import write_comparison_page  # jinja2 and matplotlib, of which errors above need none
 
     clear_loaded()
     with ExitStack() as stack:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..audit.errors import ConfigError, choices
-from .comparison import Comparison, Correctness, build_comparison
-from .comparison_metrics import Probabilities
-from .difference import Condition, Mask
+from ...audit.errors import ConfigError, choices
+from ..difference import Condition, Mask
+from .metrics import Probabilities
+from .verdicts import Comparison, Correctness, build_comparison
 
 
 def compare_predictions(

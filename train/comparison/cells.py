@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.errors import ConfigError, choices
-from ..audit.hashing import digest, hash_rank
-from . import FUSIONS
-from .balancing import BALANCERS
-from .comparison_metrics import CLASS_PREFIX, MISSING_PREFIX
-from .config import TrainConfig
-from .examples import Examples
-from .presets import PRESETS
-from .sampling import SAMPLERS
-from .sampling.sampler import Paced
+from ...audit.errors import ConfigError, choices
+from ...audit.hashing import digest, hash_rank
+from .. import FUSIONS
+from ..balancing import BALANCERS
+from ..config import TrainConfig
+from ..examples import Examples
+from ..presets import PRESETS
+from ..sampling import SAMPLERS
+from ..sampling.sampler import Paced
+from .metrics import CLASS_PREFIX, MISSING_PREFIX
 
 log = logging.getLogger("mmaudit")
 

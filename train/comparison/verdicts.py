@@ -14,17 +14,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..audit.errors import ConfigError, choices, printable
-from .comparison_findings import Finding, StudyDesign, check_findings, compare_filters
-from .comparison_metrics import (
+from ...audit.errors import ConfigError, choices, printable
+from ..difference import MIN_TEST_SAMPLES, Condition, Difference, Mask, compare_on, format_p
+from .findings import Finding, StudyDesign, check_findings, compare_filters
+from .metrics import (
     Probabilities,
     TestPredictions,
     tabulate_metrics,
     tabulate_missing,
     tabulate_runs,
 )
-from .comparison_rows import tabulate_differences, tabulate_unimodal
-from .difference import MIN_TEST_SAMPLES, Condition, Difference, Mask, compare_on, format_p
+from .rows import tabulate_differences, tabulate_unimodal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ class Comparison:
         Example:
             >>> comparison.plot("threshold").savefig("threshold.pdf")
         """
-        from .comparison_figures import build_figure, figure_kinds
+        from .figures import build_figure, figure_kinds
 
         tables = self.figure_tables()
         if kind not in (kinds := figure_kinds(tables)):

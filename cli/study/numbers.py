@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.agreement import ceiling, rank_agreement, rank_correlation, reliability_of_mean, side_agreement
-from ..audit.errors import ConfigError, ManifestError
-from ..audit.metrics import DOMINATED_THRESHOLDS, discrepancy_between, is_dominated, mean_interval
-from ..audit.metrics import group_codes as code_groups
-from ..audit.scores.table import ScoreTable
-from ..audit.storage import read_parquet
-from ..rebalance.score_agreement import reliability_by_folds
-from ..train.comparison import Comparison
-from ..train.comparison_cells import parse_method
-from .comparing_predictions import read_predictions
+from ...audit.agreement import ceiling, rank_agreement, rank_correlation, reliability_of_mean, side_agreement
+from ...audit.errors import ConfigError, ManifestError
+from ...audit.metrics import DOMINATED_THRESHOLDS, discrepancy_between, is_dominated, mean_interval
+from ...audit.metrics import group_codes as code_groups
+from ...audit.scores.table import ScoreTable
+from ...audit.storage import read_parquet
+from ...rebalance.score_agreement import reliability_by_folds
+from ...train.comparison.cells import parse_method
+from ...train.comparison.verdicts import Comparison
+from ..comparison.predictions import read_predictions
 
 _PLANTED_LEVELS = 5  # of the planted discrepancy, in the figure
 

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..audit.figure_style import canvas, fit_names, text_width
+from ...audit.figure_style import canvas, fit_names, text_width
 
 WIDTH = 3.3  # inches, a column of a paper of two columns
 SIZE = 7  # points, of all text

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .difference import (
+from ..difference import (
     LEVEL,
     MIN_TEST_SAMPLES,
     NO_VERDICT,

@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..audit.storage import write_json, write_parquet, write_text
-from ..rebalance.manifest import dropped_path, read_num_rows
-from ..train.comparison import Comparison, build_comparison
-from ..train.comparison_findings import Filtering, StudyDesign
-from ..train.difference import Condition
-from .comparing_cells import Cell, CellResult, LoadedManifests
-from .comparing_plan import Design, Plan
-from .comparing_predictions import CellProbabilities
-from .training_source import ManifestSource
+from ...audit.storage import write_json, write_parquet, write_text
+from ...rebalance.manifest import dropped_path, read_num_rows
+from ...train.comparison.findings import Filtering, StudyDesign
+from ...train.comparison.verdicts import Comparison, build_comparison
+from ...train.difference import Condition
+from ..training_source import ManifestSource
+from .cells import Cell, CellResult, LoadedManifests
+from .plan import Design, Plan
+from .predictions import CellProbabilities
 
 _KEEPS = "finetune.keep_posterior"  # setting of a method that trains on the balanced side of the mixture only
 

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..audit.errors import RunError
-from ..audit.storage import read_table, write_parquet
-from ..train.difference import Condition
-from ..train.evaluate import evaluate
-from ..train.examples import Examples
-from ..train.finetune import Finetuned
+from ...audit.errors import RunError
+from ...audit.storage import read_table, write_parquet
+from ...train.difference import Condition
+from ...train.evaluate import evaluate
+from ...train.examples import Examples
+from ...train.finetune import Finetuned
 
 
 def write_predictions(result: Finetuned, examples: Examples, folder: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..audit.metrics import Groups, group_codes
-from .difference import Array, Condition, Mask
-from .metric_intervals import METRICS, PROBABILITY_METRICS, MetricValue, accuracy, dense_groups, metric_interval
+from ...audit.metrics import Groups, group_codes
+from ..difference import Array, Condition, Mask
+from ..metric_intervals import METRICS, PROBABILITY_METRICS, MetricValue, accuracy, dense_groups, metric_interval
 
 CLASS_PREFIX = "class:"  # of the subset of a class's samples
 MISSING_PREFIX = "missing:"  # of the subset of samples that lack a modality in the data

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..audit.errors import ConfigError, RunError
-from ..audit.locks import write_lock
-from ..audit.storage import read_json, write_json
-from .config import RunConfig
-from .scoring import data_settings, pick_device
-from .study_page import write_page
-from .study_steps import Execution, StudyPlan, StudySet, default_methods, study_set
+from ...audit.errors import ConfigError, RunError
+from ...audit.locks import write_lock
+from ...audit.storage import read_json, write_json
+from ..config import RunConfig
+from ..scoring import data_settings, pick_device
+from .page import write_page
+from .steps import Execution, StudyPlan, StudySet, default_methods, study_set
 
 log = logging.getLogger("mmaudit")
 

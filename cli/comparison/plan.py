@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..audit.errors import ConfigError, choices
-from ..train.comparison_cells import MethodSpec, anti_curriculum, parse_method
-from ..train.difference import Condition
-from .comparing_cells import Cell, LoadedManifests, with_epochs
-from .config import Given, RunConfig, leaves, load_settings, parse_setting, read_toml
-from .training_source import resolve_methods
+from ...audit.errors import ConfigError, choices
+from ...train.comparison.cells import MethodSpec, anti_curriculum, parse_method
+from ...train.difference import Condition
+from ..config import Given, RunConfig, leaves, load_settings, parse_setting, read_toml
+from ..training_source import resolve_methods
+from .cells import Cell, LoadedManifests, with_epochs
 
 log = logging.getLogger("mmaudit")
 

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..audit.errors import ConfigError, ScoreError
-from ..audit.scores.table import ScoreTable
-from ..rebalance.manifest import read_manifest
-from ..rebalance.score_agreement import compare_scores
-from ..train.balancing import BALANCERS
-from ..train.comparison_cells import parse_method
-from ..train.sampling import SAMPLERS
-from .comparing import compare
-from .config import RunConfig, parse_setting
-from .run import Run
-from .scoring import score
-from .splitting import split
-from .study_numbers import about, against_shuffled, comparison_numbers, network_agreements, recovery
+from ...audit.errors import ConfigError, ScoreError
+from ...audit.scores.table import ScoreTable
+from ...rebalance.manifest import read_manifest
+from ...rebalance.score_agreement import compare_scores
+from ...train.balancing import BALANCERS
+from ...train.comparison.cells import parse_method
+from ...train.sampling import SAMPLERS
+from ..comparison.compare import compare
+from ..config import RunConfig, parse_setting
+from ..run import Run
+from ..scoring import score
+from ..splitting import split
+from .numbers import about, against_shuffled, comparison_numbers, network_agreements, recovery
 
 log = logging.getLogger("mmaudit")
 

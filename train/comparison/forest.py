@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ..audit.figure_style import COLOURS, INK, PALE, SOFT, fit_names, text_width
+from ...audit.figure_style import COLOURS, INK, PALE, SOFT, fit_names, text_width
 from .column_figure import LABEL_WIDTH, SIZE, WIDTH, place_legend
 
 _ROW_HEIGHT = 0.155  # inches, of a line of a forest plot

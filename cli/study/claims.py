@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from math import isnan
 from typing import Any, Literal
 
-from ..train.difference import LEVEL, format_p, holm, smallest_effect_of
+from ...train.difference import LEVEL, format_p, holm, smallest_effect_of
 
 Outcome = Literal["holds here", "the opposite here", "not of that size here", "cannot be told"]
 

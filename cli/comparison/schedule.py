@@ -15,11 +15,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from ..audit.engine.executors import RayOptions
-from ..audit.errors import ConfigError, TrainError
-from ..audit.hashing import digest
-from ..audit.workers import Progress, default_workers, format_duration, no_progress, run_tasks
-from .comparing_cells import Cell, CellResult, Loading, load_manifests, quiet, read_cell, train, train_cell
+from ...audit.engine.executors import RayOptions
+from ...audit.errors import ConfigError, TrainError
+from ...audit.hashing import digest
+from ...audit.workers import Progress, default_workers, format_duration, no_progress, run_tasks
+from .cells import Cell, CellResult, Loading, load_manifests, quiet, read_cell, train, train_cell
 
 log = logging.getLogger("mmaudit")
 
@@ -120,7 +120,7 @@ class Schedule:
 
     def _train_on_ray(self, missing: Sequence[Cell], options: RayOptions, *, stage: str, done: int) -> None:
         """Train cells on workers that each load the manifests once, and write the cells themselves."""
-        from ..audit.engine.ray_pool import open_pool
+        from ...audit.engine.ray_pool import open_pool
 
         log.info("%s: %d of %d trainings to do", stage, len(missing), done + len(missing))
         train_in_worker = partial(

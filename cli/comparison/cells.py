@@ -20,43 +20,43 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ..audit.errors import ManifestError, RunError, TrainError
-from ..audit.features.encoders import function_version
-from ..audit.features.matrix import MatrixInputs
-from ..audit.hashing import digest
-from ..audit.parsing import RequiredKeys, plain
-from ..audit.storage import atomic_folder, read_json, write_json
-from ..audit.workers import Progress, no_progress
-from ..rebalance.manifest import read_dropped_batches
-from ..rebalance.score_tables import check_same_dataset
-from ..train.balancing import BALANCERS
-from ..train.comparison_cells import (
+from ...audit.errors import ManifestError, RunError, TrainError
+from ...audit.features.encoders import function_version
+from ...audit.features.matrix import MatrixInputs
+from ...audit.hashing import digest
+from ...audit.parsing import RequiredKeys, plain
+from ...audit.storage import atomic_folder, read_json, write_json
+from ...audit.workers import Progress, no_progress
+from ...rebalance.manifest import read_dropped_batches
+from ...rebalance.score_tables import check_same_dataset
+from ...train.balancing import BALANCERS
+from ...train.comparison.cells import (
     MethodSpec,
     class_and_missing_subsets,
     folder_name,
     planned_epochs,
     shuffle_labels,
 )
-from ..train.difference import Condition
-from ..train.evaluate import subsets_of_rows
-from ..train.examples import Examples
-from ..train.finetune import Finetuned, finetune_on
-from ..train.sampling import SAMPLERS
-from .comparing_predictions import read_predictions, write_predictions
-from .config import RunConfig
-from .provenance import SourceOptions
-from .run import Run
-from .training_source import ManifestSource, decisive_settings
+from ...train.difference import Condition
+from ...train.evaluate import subsets_of_rows
+from ...train.examples import Examples
+from ...train.finetune import Finetuned, finetune_on
+from ...train.sampling import SAMPLERS
+from ..config import RunConfig
+from ..provenance import SourceOptions
+from ..run import Run
+from ..training_source import ManifestSource, decisive_settings
+from .predictions import read_predictions, write_predictions
 
 log = logging.getLogger("mmaudit")
 
 _MAX_RESIDENT = 1 << 30  # bytes of features that are kept in memory between cells
 _CODE = ("audit", "rebalance", "train")  # packages that results depend on
 _STATISTICS = (  # computed anew from finished cells
-    *("comparison.py", "comparison_arrays.py", "comparison_findings.py", "comparison_metrics.py"),
-    *("column_figure.py", "comparison_curves.py", "comparison_figures.py", "comparison_forest.py"),
-    "comparison_rows.py",
-    *("difference.py", "figure_style.py", "metric_intervals.py", "agreement.py", "score_agreement.py"),
+    *(f"train/comparison/{name}.py" for name in ("arrays", "column_figure", "curves", "figures", "findings", "forest")),
+    *(f"train/comparison/{name}.py" for name in ("metrics", "rows", "verdicts")),
+    *("train/difference.py", "train/metric_intervals.py", "audit/figure_style.py", "audit/agreement.py"),
+    "rebalance/score_agreement.py",
 )
 _CELL = RequiredKeys(
     made_by={"*": str},
@@ -277,8 +277,9 @@ def made_by(cell: Cell, loaded: LoadedManifests) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _code_digest() -> str:
     """Return a digest of the source files that results depend on, and of the versions beneath them."""
-    root = Path(__file__).parents[1]
-    files = [path for name in _CODE for path in sorted((root / name).rglob("*.py")) if path.name not in _STATISTICS]
+    root = Path(__file__).parents[2]
+    is_statistics = {root / name for name in _STATISTICS}
+    files = [path for name in _CODE for path in sorted((root / name).rglob("*.py")) if path not in is_statistics]
     versions = [f"{name} {version(name)}" for name in ("torch", "numpy")] + [platform.machine()]
     return digest("\n".join(versions).encode(), *(path.read_bytes() for path in files))
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..audit.errors import ConfigError
-from ..audit.storage import write_parquet
-from ..train.difference import Condition
-from .comparing_cells import Cell, CellResult, LoadedManifests, load_manifests, with_epochs
-from .comparing_plan import Design, Grid, Plan, value_text
-from .comparing_schedule import Schedule, Shard
-from .config import Given, RunConfig, load_settings
-from .effects import HasEffect, effects_in_training
-from .training_source import resolve_methods
+from ...audit.errors import ConfigError
+from ...audit.storage import write_parquet
+from ...train.difference import Condition
+from ..config import Given, RunConfig, load_settings
+from ..effects import HasEffect, effects_in_training
+from ..training_source import resolve_methods
+from .cells import Cell, CellResult, LoadedManifests, load_manifests, with_epochs
+from .plan import Design, Grid, Plan, value_text
+from .schedule import Schedule, Shard
 
 log = logging.getLogger("mmaudit")
 

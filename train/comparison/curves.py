@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..audit.figure_style import COLOURS, INK, PALE, SOFT, fit_names
+from ...audit.figure_style import COLOURS, INK, PALE, SOFT, fit_names
 from .column_figure import LABEL_WIDTH, SIZE, WIDTH, FigureTables, legend_layout, place_legend
-from .comparison_metrics import CLASS_PREFIX
+from .metrics import CLASS_PREFIX
 
 MAX_CURVES = 8  # of a plot; more cannot be told apart by colour and marker
 _SIDE = re.compile(r"(?P<side>.+)-(?:preferred|dominated-(?P<threshold>[\d.]+))")

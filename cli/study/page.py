@@ -8,17 +8,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..audit.errors import printable
-from ..audit.storage import write_text
-from ..train.difference import format_p
-from .study_claims import ClaimOutcome, check_claims
+from ...audit.errors import printable
+from ...audit.storage import write_text
+from ...train.difference import format_p
+from .claims import ClaimOutcome, check_claims
 
 Numbers = Mapping[str, Any]
 
 
 def write_page(numbers: Numbers, folder: Path) -> Path:
     """Write folder/study.md, and the figures it shows to folder/study/NAME-*.svg; return the path of the page."""
-    from .study_figures import FIGURES
+    from .figures import FIGURES
 
     for name, entry in numbers["sets"].items():
         for kind, draw in FIGURES.items():

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from ..audit.errors import printable
+from ...audit.errors import printable
 
 Numbers = Mapping[str, Any]
 _COLOURS = {"helps": "#2f7d4f", "hurts": "#b3403a"}

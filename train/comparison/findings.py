@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ..audit.metrics import DOMINATED_THRESHOLDS, dominated_name
-from .difference import (
+from ...audit.metrics import DOMINATED_THRESHOLDS, dominated_name
+from ..difference import (
     LEVEL,
     MIN_TEST_SAMPLES,
     NO_VERDICT,
