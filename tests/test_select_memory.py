@@ -42,6 +42,7 @@ class Case:
     task: str = "classification"
     split: bool = True
     copies: float = 0.0  # share of rows whose content is that of another
+    modalities: str = "ab"
     unlabelled: bool = False
 
 
@@ -65,6 +66,12 @@ CASES = {
         label=lambda rng, n: rng.standard_normal(n).tolist(),
         task="regression",
         group=lambda rng, n: [f"g{i}" for i in rng.integers(0, 50, n)],
+    ),
+    "regression with groups, nine modalities": Case(
+        label=lambda rng, n: rng.standard_normal(n).tolist(),
+        task="regression",
+        group=lambda rng, n: [f"g{i}" for i in rng.integers(0, 50, n)],
+        modalities="abcdefghi",
     ),
     "unlabelled": Case(unlabelled=True),
     "many groups": Case(group=lambda rng, n: [f"g{i}" for i in rng.integers(0, n, n)], split=False),
@@ -97,12 +104,16 @@ def store(case: Case, folder: Path, num_rows: int, *, seed: int = 0) -> Stored:
     """Write the tables of rows, with drawn hashes; of copies also the cache files, of which 1% are not usable."""
     rng = np.random.default_rng(seed)
     vectors = [[0.5] * WIDTH] * 3
-    columns: dict[str, Any] = {"id": ["a", "b", "c"], "label": case.label(rng, 3), "a": vectors, "b": vectors}
+    columns: dict[str, Any] = {"id": ["a", "b", "c"], "label": case.label(rng, 3)}
+    columns |= dict.fromkeys(case.modalities, vectors)
     columns |= {"group": ["x", "y", "z"]} if case.group else {}
     columns |= {"split": ["train"] * 3} if case.split else {}
     pq.write_table(pa.table(columns), folder / "d.parquet")
     settings: dict[str, Any] = {"group": "group"} if case.group else {}
-    dataset = open_dataset(folder / "d.parquet", DataConfig(modality=("a=a", "b=b"), task=case.task, **settings))
+    dataset = open_dataset(
+        folder / "d.parquet",
+        DataConfig(modality=tuple(f"{name}={name}" for name in case.modalities), task=case.task, **settings),
+    )
     label = case.label(rng, num_rows)
     if case.unlabelled:
         label = [None if i % 2 else value for i, value in enumerate(label)]
@@ -117,9 +128,9 @@ def store(case: Case, folder: Path, num_rows: int, *, seed: int = 0) -> Stored:
     copied = rng.random(num_rows) < case.copies
     content[copied] = rng.integers(0, num_rows, int(copied.sum()))
     words = np.random.default_rng(7).integers(0, 2**64, (2, num_rows), dtype=np.uint64)[:, content]
-    usable = rng.random((2, num_rows)) < (0.99 if case.copies else 1.0)
+    usable = rng.random((len(case.modalities), num_rows)) < (0.99 if case.copies else 1.0)
     status = {"high": words[0], "low": words[1]}
-    for name, mask in zip("ab", usable, strict=True):
+    for name, mask in zip(case.modalities, usable, strict=True):
         status |= {f"usable {name}": mask, f"missing {name}": ~mask & (np.arange(num_rows) % 2 == 0)}
     parts = range(0, num_rows, PART_ROWS)
     paths = [folder / f"{start}.arrow" for start in parts]
@@ -250,7 +261,7 @@ def test_selection_is_that_of_sorted_columns(name: str, tmp_path: Path) -> None:
         expected = [None if number < 0 else data.class_names[number] for number in label.tolist()]
         assert expected == [None if text is None else str(text) for text in texts]
     usable, missing = (
-        np.stack([status[f"{kind} {modality}"].to_numpy() for modality in "ab"], axis=1)
+        np.stack([status[f"{kind} {modality}"].to_numpy() for modality in case.modalities], axis=1)
         for kind in ("usable", "missing")
     )
     is_scored = (label >= 0) & (usable | missing).all(axis=1) & (usable.sum(axis=1) > 1)
@@ -265,7 +276,8 @@ def test_selection_is_that_of_sorted_columns(name: str, tmp_path: Path) -> None:
     assert selection.row.dtype == np.int32
     np.testing.assert_array_equal(selection.label, label[row])
     np.testing.assert_array_equal(selection.split, data.split[row])
-    np.testing.assert_array_equal(selection.usable, usable)
+    for index, column in enumerate(usable.T):
+        np.testing.assert_array_equal(selection.has_modality(index), column)
     if data.labels.values is not None:
         assert selection.target.values is not None
         np.testing.assert_array_equal(np.asarray(selection.target.values), np.asarray(data.labels.values)[row])

@@ -217,7 +217,7 @@ def _selection(
         cross_fits=tuple(
             CrossFit(fold=fold, num_folds=number, **common) for fold, number in zip(folds, state.num_folds, strict=True)
         ),
-        usable=encoded.usable,
+        usable_bits=encoded.usable_bits,
         quarantined=sort_quarantined(left_out, data.ids_of(np.flatnonzero(~is_scored))),
         fingerprint=fingerprint,
     )

@@ -318,6 +318,14 @@ class EncodedData:
         return self._read("usable")
 
     @property
+    def usable_bits(self) -> NDArray[np.uint8]:
+        """Whether each modality of each row was encoded, (n, ceil(m / 8)): a bit each, the first the highest."""
+        bits = np.empty((len(self.samples), -(-len(self.modalities) // 8)), np.uint8)
+        for part, mask in self._masks("usable"):
+            bits[part] = np.packbits(mask, axis=1)
+        return bits
+
+    @property
     def missing(self) -> NDArray[np.bool_]:
         """Whether the row lacks the modality in the source, (n, m)."""
         return self._read("missing")

@@ -38,7 +38,7 @@ class Selection:
         split: Index in SPLITS of each sample (n,).
         group: Index of each sample's group (n,); None without groups.
         cross_fits: Folds of each repeat. Their keys are zero except while probes are fitted.
-        usable: Which modalities each row of the dataset has, (N, m).
+        usable_bits: Which modalities each row of the dataset has, (N, ceil(m / 8)): a bit each, the first the highest.
         quarantined: Reasons why the other rows are not scored, in the order of the dataset.
         fingerprint: Fingerprint of the dataset.
         sums: Sum of the digests of the rows of each part, which the fingerprint follows from; of large data only.
@@ -51,7 +51,7 @@ class Selection:
     split: NDArray[np.int8]
     group: NDArray[np.int32] | None
     cross_fits: tuple[CrossFit, ...]
-    usable: NDArray[np.bool_]
+    usable_bits: NDArray[np.uint8]
     quarantined: Sequence[Quarantined]
     fingerprint: str
     sums: tuple[int, ...] = ()
@@ -73,7 +73,11 @@ class Selection:
     @property
     def num_rows(self) -> int:
         """Number of rows of the dataset, N."""
-        return len(self.usable)
+        return len(self.usable_bits)
+
+    def has_modality(self, index: int) -> NDArray[np.bool_]:
+        """Return which rows of the dataset (N,) have a modality."""
+        return np.asarray((self.usable_bits[:, index // 8] & (0x80 >> index % 8)).astype(bool))
 
     @property
     def not_test(self) -> NDArray[np.bool_]:
@@ -145,7 +149,7 @@ def describe_chosen(encoded: EncodedData, chosen: ChosenRows) -> Selection:
         split=gather(data.split, chosen.row),
         group=None if data.group is None else gather(data.group, chosen.row),
         cross_fits=chosen.cross_fits,
-        usable=encoded.usable,
+        usable_bits=encoded.usable_bits,
         quarantined=chosen.left_out,
         fingerprint=fingerprint_of_sums(sums) if sums else fingerprint(encoded),
         sums=sums,
@@ -235,7 +239,7 @@ def selection_tables(selection: Selection) -> tuple[pa.Table, pa.Table]:
         columns |= {f"bits {index}": column for index, column in enumerate(values.bits.T)}
     elif values is not None:
         columns |= {f"value {output}": values[:, output] for output in range(values.shape[1])}
-    rows = {f"usable {index}": column for index, column in enumerate(selection.usable.T)}
+    rows = {f"usable {index}": column for index, column in enumerate(selection.usable_bits.T)}
     return pa.table(columns), pa.table(rows)
 
 
@@ -285,9 +289,6 @@ def read_selection(samples: pa.Table, rows: pa.Table, quarantined: pa.Table, rec
         )
         for repeat, num_folds in enumerate(record["num_folds"])
     ]
-    usable = np.empty((rows.num_columns, rows.num_rows), dtype=bool)
-    for index, column in enumerate(rows.columns):
-        usable[index] = column.to_numpy(zero_copy_only=False)
     return Selection(
         row=samples["row"].to_numpy(),
         target=target,
@@ -296,7 +297,7 @@ def read_selection(samples: pa.Table, rows: pa.Table, quarantined: pa.Table, rec
         split=samples["split"].to_numpy(),
         group=samples["group"].to_numpy() if "group" in names else None,
         cross_fits=tuple(cross_fits),
-        usable=usable.T,
+        usable_bits=np.stack([column.to_numpy() for column in rows.columns], axis=1),
         quarantined=QuarantineTable(quarantined),
         fingerprint=record["fingerprint"],
         sums=tuple(int(text, 16) for text in record["sums"]),

@@ -232,7 +232,7 @@ def select(job: ScoringJob, data: RowData) -> Selection:
 def fit(job: ScoringJob, selection: Selection) -> Fitted:
     """Stage `fit`: fit the probes. The columns of all rows but those of the selection should be freed before."""
     statuses = [
-        UsableRows(modality=modality, usable=selection.usable[:, index])
+        UsableRows(modality=modality, usable=selection.has_modality(index))
         for index, modality in enumerate(job.dataset.modalities)
     ]
     return fit_probes(
