@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.formats import READERS
 from ..audit.dataset.modalities import Modality
-from ..audit.dataset.samples import read_samples
+from ..audit.engine.row_data import read_encoded
+from ..audit.engine.selection import fingerprint
 from ..audit.errors import Quarantined, RunError, printable
 from ..audit.features.backbone_inputs import with_backbone_inputs
 from ..audit.features.encode import EncodeTask, encode_dataset
-from ..audit.features.encoded_samples import collect_encoded
 from ..audit.features.encoders import ENCODERS
 from ..audit.parsing import build_config, plain
 from ..audit.workers import Progress
@@ -54,7 +57,7 @@ class LoadedSource:
     between: str
     made_from: dict[str, Any]
     saw_test_labels: bool = False
-    quarantined: tuple[Quarantined, ...] = ()
+    quarantined: Sequence[Quarantined] = ()
     modalities: tuple[Modality, ...] = ()
 
     @property
@@ -204,15 +207,15 @@ class UnscoredSource:
             device=self.device,
             progress=progress,
         )
-        samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+        encoded = read_encoded(trained, tasks, seed=config.seed, test_fraction=config.data.test_fraction)
+        num_rows, origin = len(encoded.samples), fingerprint(encoded)
         if dataset.columns.split is None:
-            num_test = int((samples.split == "test").sum())
-            log.info("no split column: %d of %d samples are held out as test", num_test, len(samples))
-        encoded = collect_encoded(trained, samples, tasks)
+            log.info("no split column: %d of %d samples are held out as test", encoded.samples.is_test.sum(), num_rows)
         manifest, quarantined = unscored_manifest(encoded, keep_duplicates=config.data.keep_duplicates)
-        num_quarantined = len({row.sample_id for row in quarantined})
+        del encoded
+        num_quarantined = pc.count_distinct(quarantined.table["sample_id"]).as_py()
         if num_quarantined:
-            log.warning("%d of %d samples cannot be used: see quarantine.parquet", num_quarantined, len(samples))
+            log.warning("%d of %d samples cannot be used: see quarantine.parquet", num_quarantined, num_rows)
         examples = load_examples(
             manifest,
             None,
@@ -224,10 +227,10 @@ class UnscoredSource:
         )
         made_from = {
             "source": absolute_source(dataset.source),
-            "fingerprint": encoded.fingerprint,
+            "fingerprint": origin,
             "modalities": described_modalities(dataset, config),
             "columns": asdict(dataset.columns),
-            "counts": {"input": len(samples), "used": len(manifest), "quarantined": num_quarantined},
+            "counts": {"input": num_rows, "used": len(manifest), "quarantined": num_quarantined},
             "quarantine": dict(Counter(row.reason.value for row in quarantined).most_common()),
         }
         return LoadedSource(

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from ..audit.errors import ConfigError, Quarantined
-from ..audit.features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
-from ..audit.hashing import canonical_order
+from ..audit.dataset.columns import SPLITS
+from ..audit.engine.row_data import EncodedData
+from ..audit.errors import ConfigError
+from ..audit.features.encoded_samples import digest_texts, usable_rows
+from ..audit.features.left_out import QuarantineTable
+from ..audit.row_arrays import slices
 from ..rebalance.manifest import COLUMNS, Manifest
 from .config import TrainConfig
 from .methods import resolve
 
 
-def unscored_manifest(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[Manifest, tuple[Quarantined, ...]]:
+def unscored_manifest(encoded: EncodedData, *, keep_duplicates: bool) -> tuple[Manifest, QuarantineTable]:
     """Return a manifest of all usable samples, without scores, and the samples that cannot be used, with the reasons.
 
     It is not written. Its digest identifies the samples: ids, labels, splits, groups and contents, whatever the order
     of the rows. All samples share rank 0; discrepancy, gap, balance and p_balanced are null.
     """
-    rows, left_out = select_usable(encoded, keep_duplicates=keep_duplicates)
-    samples = encoded.samples
-    rows = rows[canonical_order(samples.sample_id[rows])]
-    label = samples.label[rows]
-    values = {
-        "sample_id": samples.sample_id[rows],
-        "label": label,
-        "label_name": np.array(samples.class_names, dtype=object)[label],
-        "split": samples.split[rows],
-        "subset": ["all"] * len(rows),
-        "rank": np.zeros(len(rows), np.int32),
-        "weight": np.ones(len(rows), np.float32),
-        "content": encoded.content[rows],
-    }
-    if samples.group is not None:
-        values["group"] = samples.group[rows]
-    columns = {
-        name: pa.array(values[name], type_) if name in values else pa.nulls(len(rows), type_)
-        for name, type_ in COLUMNS.items()
-    }
-    return Manifest(table=pa.table(columns), provenance={}), sort_quarantined(left_out, samples.sample_id)
+    rows, left_out = usable_rows(encoded, keep_duplicates=keep_duplicates)
+    tables = _manifest_tables(encoded, encoded.samples.canonical_order(rows))
+    return Manifest(table=pa.concat_tables(tables), provenance={}), QuarantineTable(left_out.sorted().table)
+
+
+def _manifest_tables(encoded: EncodedData, rows: NDArray[np.integer]) -> Iterator[pa.Table]:
+    """Yield some rows as tables with the columns of a manifest, in their order."""
+    data, (high, low) = encoded.samples, (encoded.content_word(number) for number in (0, 1))
+    names = ["sample_id", *(["group"] if data.group is not None else [])]
+    texts = {name: data.texts({"sample_id": "id"}.get(name, name)) for name in names}
+    class_names, split_names = pa.array(data.class_names, pa.string()), pa.array(SPLITS, pa.string())
+    for part in slices(len(rows)):
+        own = rows[part]
+        values = {name: column.take(pa.array(own)) for name, column in texts.items()}
+        values |= {
+            "label": data.label[own],
+            "label_name": class_names.take(pa.array(data.label[own])),
+            "split": split_names.take(pa.array(data.split[own])),
+            "subset": pa.repeat("all", len(own)),
+            "rank": np.zeros(len(own), np.int32),
+            "weight": np.ones(len(own), np.float32),
+            "content": pa.array(digest_texts(np.stack([high[own], low[own]], axis=1))).cast(pa.string()),
+        }
+        columns = {
+            name: pa.array(values[name]).cast(type_) if name in values else pa.nulls(len(own), type_)
+            for name, type_ in COLUMNS.items()
+        }
+        yield pa.table(columns)
 
 
 def check_without_scores(config: TrainConfig, *, commands: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from ..features.vectors import check_lengths
 from ..hashing import hash_rank
 from ..probes.cross_fit import KEY_PURPOSE, fold_purposes
 from ..row_arrays import contains, gather, index_type, repeated_in, sorted_pieces, true_rows
+from .plan import PartsConfig, plan_parts
 from .stored_rows import (
     ReadTable,
     StoredRows,
@@ -243,6 +244,11 @@ class RowData(StoredRows):
         """Return hash(seed, purpose, id) of each row (n,); the seed is that of the row tables."""
         return read_hashes(self.read_rows, self.num_parts, purpose)
 
+    def texts(self, name: str) -> pa.LargeStringArray:
+        """Return the column `id` or `group` of all rows, (n,)."""
+        columns = [self.read_rows(index)[name].cast(pa.large_string()) for index in range(self.num_parts)]
+        return pa.chunked_array([chunk for column in columns for chunk in column.chunks]).combine_chunks()
+
     def sorted_ids(self) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
         """Yield all rows in pieces, in the order of the hashes of their ids, with these."""
         return sorted_rows(self.read_rows, self.num_parts, f"hash {ORDER_PURPOSE}", len(self))
@@ -392,3 +398,22 @@ class EncodedData:
                 problem = stated[f"problem {modality.name}".encode()].decode()
                 raise DatasetError(f"no sample has a usable {modality.name}; the first: {problem}")
             check_lengths(lengths, modality)
+
+
+def read_encoded(dataset: Dataset, tasks: Sequence[EncodeTask], *, seed: int, test_fraction: float) -> EncodedData:
+    """Read the rows of an encoded dataset and their encoding status into tables in memory, about 100 bytes a row.
+
+    Raises:
+        DatasetError: An id is null or not unique, a label or split cannot be read, no sample has a usable modality, or
+            the data have changed since they were encoded.
+    """
+    parts = plan_parts(dataset.shards, config=PartsConfig(), depends_on=()).parts
+    rows, statuses = [], []
+    for part in parts:
+        shards = slice(part.first_shard, part.end_shard)
+        rows.append(read_row_table(dataset, dataset.shards[shards], seed=seed, repeats=0))
+        statuses.append(read_status_table(dataset, tasks[shards], rows[-1]))
+    data = RowData.of(dataset, rows.__getitem__, num_parts=len(parts), seed=seed, test_fraction=test_fraction)
+    encoded = EncodedData(samples=data, tasks=tuple(tasks), read_status=statuses.__getitem__)
+    encoded.check()
+    return encoded
