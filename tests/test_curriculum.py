@@ -245,6 +245,7 @@ def test_draws_with_replacement_are_proportional_to_weights(weight: str) -> None
     assert left_out == pytest.approx(np.sum((1 - chance) ** n), abs=4 * math.sqrt(left_out))
 
 
+@pytest.mark.slow
 def test_more_than_2_to_the_24_rows_are_all_drawn_once() -> None:
     n = 2**24 + 3  # above the limit of torch.multinomial
     config = OrderConfig(order="weighted")

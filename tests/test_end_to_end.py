@@ -158,6 +158,7 @@ def test_manifests_open_in_datasets_and_pandas(planted: tuple[Path, dict[str, An
     assert dropped["reason"].null_count == 0
 
 
+@pytest.mark.slow  # quicker twin: tests/test_cross_fit.py, which rows probes are fitted on
 def test_probes_fitted_on_train_ignore_test_labels(data: Path, tmp_path: Path) -> None:
     """Scrambled labels of test samples do not change the scores of the others, except for rounding.
 

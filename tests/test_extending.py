@@ -134,6 +134,7 @@ def test_methods_lists_every_name_without_importing_it(package: Path) -> None:
     assert "my_package" not in sys.modules
 
 
+@pytest.mark.slow  # quicker twins: the tests of the same code in an installed package
 def test_a_file_and_a_line_add_each_to_mmaudit_itself(samples: Path, tmp_path: Path) -> None:
     """The same code in a copy of the source, without a package."""
     for folder in ("audit", "rebalance", "train", "cli"):

@@ -16,11 +16,11 @@ PRINTED = {
 
 
 def test_every_notebook_is_executed() -> None:
-    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(PRINTED)
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(PRINTED) == {"tour", "compare"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by nbclient, not by mmaudit
-@pytest.mark.parametrize("name", PRINTED)
+@pytest.mark.parametrize("name", ["tour", pytest.param("compare", marks=pytest.mark.slow)])
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

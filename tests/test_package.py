@@ -72,6 +72,7 @@ def test_help_imports_no_heavy_package() -> None:
     assert imported.stdout.strip() == "[]"
 
 
+@pytest.mark.slow  # its quicker twin: test_packages_match_the_folders
 def test_wheel_runs_the_demo_outside_the_checkout(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "mmaudit-*")
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)

@@ -210,7 +210,9 @@ def peak_of_select(stored: Stored) -> int:
 
 
 @pytest.mark.usefixtures("small_constants", "no_collection")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "many groups" else []) for name in CASES]
+)
 def test_select_holds_at_most_40_bytes_a_row(name: str, tmp_path: Path) -> None:
     sizes = (3_000, 9_000)
     stored = []
