@@ -16,14 +16,9 @@ from numpy.typing import NDArray
 from mmaudit.audit.dataset.samples import Samples
 from mmaudit.audit.errors import Reason, ScoreError
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import (
-    CrossFit,
-    assign_folds,
-    gather_fit_rows,
-    in_single_fold,
-    plan_cross_fits,
-    predict_out_of_fold,
-)
+from mmaudit.audit.probes.cross_fit import CrossFit, gather_fit_rows, in_single_fold, plan_cross_fits
+from mmaudit.audit.probes.folds import assign_folds
+from mmaudit.audit.probes.prediction import predict_out_of_fold
 from mmaudit.audit.row_arrays import smallest_rows
 
 

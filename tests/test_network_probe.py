@@ -19,7 +19,8 @@ from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import NetworkConfig
 from mmaudit.audit.probes.crops import PictureView
-from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
+from mmaudit.audit.probes.cross_fit import CrossFit
+from mmaudit.audit.probes.folds import assign_folds
 from mmaudit.audit.probes.network_probe import fit_network
 from mmaudit.audit.probes.probe_set import Probe
 from mmaudit.audit.workers import Progress, no_progress

@@ -21,7 +21,8 @@ from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.metrics import group_codes
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.probes.crops import PictureView
-from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
+from mmaudit.audit.probes.cross_fit import CrossFit
+from mmaudit.audit.probes.folds import assign_folds
 from mmaudit.audit.probes.network_probe import fit_network
 from mmaudit.audit.probes.network_weights import NetworkProbe
 from mmaudit.audit.probes.probe_set import (

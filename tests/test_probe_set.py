@@ -23,7 +23,8 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
+from mmaudit.audit.probes.cross_fit import CrossFit
+from mmaudit.audit.probes.folds import assign_folds
 from mmaudit.audit.probes.prediction import class_prior
 from mmaudit.audit.probes.probe_set import (
     CALIBRATION_ROWS,

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import gaussian_table
 from PIL import Image
 from runs import run_record
 from scipy.stats import kstest
@@ -32,6 +33,7 @@ from mmaudit.audit.storage import read_json, write_json, write_parquet, write_te
 from mmaudit.cli.report.page import chance_levels, report_numbers, write_report
 from mmaudit.cli.report.verdict import breakable, breakable_sentence
 from mmaudit.cli.run import Run
+from mmaudit.cli.scoring import score
 from mmaudit.rebalance.balanced import CURVE_TOLERANCES, BalancedConfig
 from mmaudit.rebalance.manifest import balance_path, dropped_path, read_dropped, read_manifest
 from mmaudit.rebalance.recipe import Recipe, make_split
@@ -773,15 +775,19 @@ def test_a_weak_joint_probe_has_the_name_of_the_table(tmp_path: Path) -> None:
     ]
 
 
-def test_split_and_report_need_no_torch(tmp_path: Path) -> None:
+def test_split_report_and_verify_need_no_torch(tmp_path: Path) -> None:
     """It takes 180 MB and seconds; checked in a separate process."""
-    run_of(tmp_path, planted())
+    pq.write_table(gaussian_table(num_samples=200), tmp_path / "data.parquet")
+    run = tmp_path / "run"
+    score(tmp_path / "data.parquet", run=run, repeats=1, num_workers=0, progress=False)
     program = f"""
 import sys
 from mmaudit.cli.reporting import report
 from mmaudit.cli.splitting import split
-split(balanced=True, run={str(tmp_path)!r})
-report(run={str(tmp_path)!r})
+from mmaudit.cli.verifying import verify
+split(balanced=True, run={str(run)!r})
+report(run={str(run)!r})
+assert verify("balanced", run={str(run)!r}).passed
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)

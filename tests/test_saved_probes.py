@@ -13,7 +13,8 @@ from mmaudit.audit.errors import RunError
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.probes import saved_probes
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
+from mmaudit.audit.probes.cross_fit import CrossFit
+from mmaudit.audit.probes.folds import assign_folds
 from mmaudit.audit.probes.network_weights import NetworkProbe
 from mmaudit.audit.probes.probe_set import ProbeSet, fit_calibrated_probe, fit_joint_probe, fit_probe
 from mmaudit.audit.probes.saved_probes import load_probes, read_calibrations, save_probes

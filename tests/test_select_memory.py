@@ -26,9 +26,9 @@ from mmaudit.audit.errors import Reason
 from mmaudit.audit.features import encoded_samples
 from mmaudit.audit.features.encode import EncodeTask, read_arrow, write_arrow
 from mmaudit.audit.hashing import digest, hash_rank
-from mmaudit.audit.probes import cross_fit
+from mmaudit.audit.probes import folds
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import fold_purposes
+from mmaudit.audit.probes.folds import fold_purposes
 
 PART_ROWS, WIDTH, FOLDS, REPEATS = 1_000, 9, 5, 3
 CONFIG = ProbeConfig(folds=FOLDS, repeats=REPEATS)
@@ -182,7 +182,7 @@ def small_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_arrays, "CHUNK_ROWS", PART_ROWS)
     monkeypatch.setattr(row_arrays, "_MIN_PIECE", 1_000)
     monkeypatch.setattr(encoded_samples, "SORTED_ROWS", 1_000)
-    monkeypatch.setattr(cross_fit, "_CELLS", 4_000)
+    monkeypatch.setattr(folds, "_CELLS", 4_000)
 
 
 def run_select(stored: Stored) -> tuple[ChosenRows, Selection, int, int]:
@@ -300,8 +300,8 @@ def test_selection_is_that_of_sorted_columns(name: str, tmp_path: Path) -> None:
         group_names = data.group_names  # read anew at each access
         np.testing.assert_array_equal(np.array(group_names)[data.group], names)
         groups, group = np.unique(data.group[row], return_inverse=True)
-    for repeat, folds in enumerate(selection.cross_fits):
-        for purpose, fold in zip(fold_purposes(repeat), (folds.fold, folds.inner), strict=True):
+    for repeat, cross_fit in enumerate(selection.cross_fits):
+        for purpose, fold in zip(fold_purposes(repeat), (cross_fit.fold, cross_fit.inner), strict=True):
             if groups is None:
                 keys = rows[f"hash {purpose}"].to_numpy()[row]
                 plain = plain_folds(keys, selection.target.label, np.ones(len(row), bool), FOLDS)

@@ -23,7 +23,8 @@ from ..features.matrix import Inputs, RowIndex
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
 from ..probes.crops import PictureView
-from ..probes.cross_fit import KEY_PURPOSE, CrossFit
+from ..probes.cross_fit import CrossFit
+from ..probes.folds import KEY_PURPOSE
 from ..probes.network import describe_cost, seconds_per_row
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (

@@ -15,7 +15,8 @@ from ..dataset.labels import NO_LABEL, NO_NAMES, OTHER, UNKNOWN_LABEL, Labels, T
 from ..errors import DatasetError, Quarantined, Reason
 from ..features.encoded_samples import select_usable, sort_quarantined
 from ..hashing import hash_rank
-from ..probes.cross_fit import KEY_PURPOSE, CrossFit, fold_purposes
+from ..probes.cross_fit import CrossFit
+from ..probes.folds import KEY_PURPOSE, fold_purposes
 from .fit_results import FitResults
 from .plan import Part
 from .row_data import CUT_PURPOSE, ORDER_PURPOSE, EncodedData, RowData

@@ -31,7 +31,7 @@ from ..features.encoded_samples import (
 )
 from ..features.vectors import check_lengths
 from ..hashing import hash_rank
-from ..probes.cross_fit import KEY_PURPOSE, fold_purposes
+from ..probes.folds import KEY_PURPOSE, fold_purposes
 from ..row_arrays import contains, gather, index_type, repeated_in, sorted_pieces, true_rows
 from .plan import PartsConfig, plan_parts
 from .stored_rows import (

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ..dataset.labels import Target
 from ..features.matrix import Inputs, JointInputs, Numbers, RowIndex, has_terms, read_terms
-from .cross_fit import CrossFit, FitRows, predict_out_of_fold
+from .cross_fit import CrossFit, FitRows
 from .design import Design, TermUnits, TorchTarget, Units, read_design, read_text_design
 from .gaussian import MAX_FEATURES, MAX_ROWS, Curve, MixedModels, mix_in_gaussian
 from .glm import GlmLoss, fit_glm, probe_batches
 from .l2_choice import choose_l2
 from .lbfgs import Minimum, merge_minima
+from .prediction import predict_out_of_fold
 
 if TYPE_CHECKING:
     from .config import ProbeConfig

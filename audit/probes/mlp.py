@@ -16,10 +16,11 @@ from torch.nn import functional
 from ..dataset.labels import Target
 from ..features.matrix import Inputs, RowIndex
 from ..workers import NETWORK_THREADS, fixed_threads
-from .cross_fit import CrossFit, FitRows, predict_out_of_fold
+from .cross_fit import CrossFit, FitRows
 from .design import Design, TorchTarget, Units, read_design
 from .glm import loss_and_residual
 from .linear import product_dtype
+from .prediction import predict_out_of_fold
 
 if TYPE_CHECKING:
     from .config import ProbeConfig

@@ -7,6 +7,7 @@ classifier, the standard deviation of a regression's residuals, both of the mean
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,10 @@ from scipy.special import expit, log_expit, logit, softmax
 from torch import Tensor
 
 from ..dataset.labels import Target
+from ..features.matrix import RowIndex
 from ..metrics import MIN_PROBABILITY, Floats, fuse_probabilities
 from ..row_arrays import slices
+from .cross_fit import CrossFit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,3 +282,26 @@ def _derivatives(scaled: Tensor, logits: Tensor, torch_target: Tensor) -> tuple[
     probability = scaled.sigmoid()
     curvature = (probability * (1 - probability) * logits.square()).sum(dim=1)
     return ((probability - torch_target) * logits).sum(dim=1), curvature
+
+
+def predict_out_of_fold(
+    cross_fits: Sequence[CrossFit], rows: RowIndex, predict: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Predict each row, in each repeat, with the probe that did not train on it: (r, b, k).
+
+    `predict` returns the logits (c, k) of a probe, by number, for the rows at the given positions (c,).
+    """
+    out: Tensor | None = None
+    first = 0
+    for index, cross_fit in enumerate(cross_fits):
+        fold = cross_fit.fold[rows]
+        order = torch.from_numpy(np.argsort(fold, kind="stable"))
+        ends = np.cumsum(np.bincount(fold, minlength=cross_fit.num_folds))
+        for probe, positions in enumerate(torch.tensor_split(order, torch.from_numpy(ends[:-1])), start=first):
+            logits = predict(probe, positions)
+            if out is None:
+                out = logits.new_empty(len(cross_fits), len(rows), logits.shape[1])
+            out[index, positions.to(out.device)] = logits
+        first += cross_fit.num_folds
+    assert out is not None
+    return out
