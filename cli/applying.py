@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from .. import __version__
-from ..audit.dataset.dataset import DataConfig, Dataset
+from ..audit.dataset.dataset import Dataset
 from ..audit.engine.fitting import NetworkSettings
 from ..audit.engine.new_rows import NewRows, read_as_in_run, save_selection, select_new
 from ..audit.engine.part_store import FolderStore, MemoryStore
@@ -50,6 +50,7 @@ from .provenance import (
 from .remote_run import with_run
 from .run import REPORT_ROWS, Run
 from .scoring import pairs, pick_device
+from .staging import describe_rows
 from .swap import replacing
 
 log = logging.getLogger("mmaudit")
@@ -140,20 +141,22 @@ def apply(
             f"--out {out}: pass a folder; without --out, the results of a run at a URL are published there"
         )
     run_dir = Run.open(run)
+    probes = _digest_probes(run_dir)
     record = run_dir.record()
     state = check_probes(run_dir, record)
     options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
     data_config, config = source_config(_origin(run_dir), options)
     columns = {"label": label, "id": id, "group": group, "split": split}
-    dataset = _open_data(str(data), record, replace(data_config, **_columns_of_run(record, columns)), config)
+    config = replace(config, data=replace(data_config, **_columns_of_run(record, columns)))
+    dataset = _open_data(str(data), record, config)
     folder = _default_folder(run_dir, data) if out is None else Path(out)
     _check_out(folder)
     Run.open(folder)  # completes a replacement that was interrupted
     with progress_bars(progress) as report_progress, write_lock(folder, command="mmaudit apply") as lock:
         workers = default_workers() if num_workers is None else num_workers
         work: dict[str, Any] = {"device": pick_device(device), "num_workers": workers, "progress": report_progress}
-        job = _open_job(run_dir, dataset, config, folder=folder, work=work)
-        _score_data(run_dir, job, state, record=record, folder=folder, lock=lock)
+        job = _open_job(run_dir, dataset, config, probes=probes, folder=folder, work=work)
+        _score_data(run_dir, job, state, record=record, probes=probes, folder=folder, lock=lock)
     return _result(folder)
 
 
@@ -178,10 +181,10 @@ def _columns_of_run(record: dict[str, Any], columns: Mapping[str, str | None]) -
     return {role: own[role] if name is None else name for role, name in columns.items()}
 
 
-def _open_data(data: str, record: dict[str, Any], data_config: DataConfig, config: RunConfig) -> Dataset:
+def _open_data(data: str, record: dict[str, Any], config: RunConfig) -> Dataset:
     """Open data with the modalities of a run; raise DatasetError if theirs are encoded otherwise."""
     try:
-        dataset = open_encodable(data, data_config)
+        dataset = open_encodable(data, config.data)
     except ConfigError as error:
         raise DatasetError(
             f"{data}: {error}; it is read with the columns of the run, since scores are confidences in the true class "
@@ -209,11 +212,12 @@ def _check_out(folder: Path) -> None:
         raise RunError(f"{folder} holds {foreign[0]} and is no result of apply; pass another folder with --out")
 
 
-def _open_job(run_dir: Run, dataset: Dataset, config: RunConfig, *, folder: Path, work: dict[str, Any]) -> ScoringJob:
+def _open_job(
+    run_dir: Run, dataset: Dataset, config: RunConfig, *, probes: Mapping[str, str], folder: Path, work: dict[str, Any]
+) -> ScoringJob:
     """Return the job that scores data by the probes of a run; its tables stay in memory if the data are one part."""
     parts = PartsConfig(rows=read_json(run_dir.shards_file, error=RunError, shape={"part_rows": int})["part_rows"])
-    files = sorted(run_dir.probes.iterdir())
-    depends_on = [json.dumps(config.scoring_config(), sort_keys=True), *map(file_digest, files)]
+    depends_on = [*describe_rows(dataset, config), *probes.values()]
     plan = plan_parts(dataset.shards, config=parts, depends_on=depends_on, own=folder)
     store = MemoryStore() if len(plan.parts) == 1 else resumable_store(folder / "stages", plan.config)
     features = folder / "features"
@@ -234,9 +238,19 @@ def _open_job(run_dir: Run, dataset: Dataset, config: RunConfig, *, folder: Path
 
 
 def _score_data(
-    run_dir: Run, job: ScoringJob, state: RunState, *, record: dict[str, Any], folder: Path, lock: Lock
+    run_dir: Run,
+    job: ScoringJob,
+    state: RunState,
+    *,
+    record: dict[str, Any],
+    probes: Mapping[str, str],
+    folder: Path,
+    lock: Lock,
 ) -> None:
-    """Score all rows of a job by the probes of a run, and write the results into a folder at once."""
+    """Score all rows of a job by the probes of a run, and write the results into a folder at once.
+
+    Raises RunError if the probes are no longer those of `probes`, digests by name.
+    """
     encoded = read_as_in_run(job, state, trust_unchanged=False)
     has_media = any(modality.kind not in ("features", "text") for modality in job.dataset.modalities)
     new = select_new(
@@ -256,7 +270,8 @@ def _score_data(
             new.num_trained,
         )
     score(job, save_selection(job, new.selection, state), job.plan.parts)
-    about = {"run": record["fingerprint"], "probes": digest(*(file.encode() for file in _probe_digests(run_dir)))}
+    weights = [value for name, value in probes.items() if name.endswith(".safetensors")]
+    about = {"run": record["fingerprint"], "probes": digest(*(value.encode() for value in weights))}
     provenance = score_provenance(_described(record, job.dataset, new)) | {"applied": about}
     with replacing(folder, _FILES, lock=lock) as staged:
         _write_table(job, state, Run(staged), provenance=provenance)
@@ -264,12 +279,17 @@ def _score_data(
         scores = read_report_scores(Run(staged).score_source, max_rows=REPORT_ROWS)
         comparison = compare_distributions(run_dir.report_scores(), scores)
         write_json(_apply_record(run_dir, job, new, record=record, comparison=comparison), staged / _RECORD)
+        if _digest_probes(run_dir) != probes:
+            raise RunError(f"{run_dir.folder} was scored anew while its probes were applied: repeat the command")
     if isinstance(job.store, FolderStore):
         shutil.rmtree(job.store.folder, ignore_errors=True)
 
 
-def _probe_digests(run_dir: Run) -> list[str]:
-    return [file_digest(file) for file in sorted(run_dir.probes.glob("*.safetensors"))]
+def _digest_probes(run_dir: Run) -> dict[str, str]:
+    """Return the digest of each file of the probes of a run, with what it knows of their samples; {} without any."""
+    with suppress(FileNotFoundError):
+        return {file.name: file_digest(file) for file in sorted(run_dir.probes.iterdir())}
+    return {}
 
 
 def _described(record: dict[str, Any], dataset: Dataset, new: NewRows) -> dict[str, Any]:

@@ -114,10 +114,9 @@ def open_job(
 
     Its results stay in memory if the data are one part, unless `staged`, or unless stages have been run before.
     """
-    modalities = described_modalities(dataset, config)
-    depends_on = [json.dumps(config.scoring_config(), sort_keys=True), json.dumps(modalities, sort_keys=True)]
-    depends_on += [_rows_digest(dataset)]
-    plan = plan_parts(dataset.shards, config=config.parts, depends_on=depends_on, own=run_dir.folder)
+    plan = plan_parts(
+        dataset.shards, config=config.parts, depends_on=describe_rows(dataset, config), own=run_dir.folder
+    )
     if store is None:
         in_memory = len(plan.parts) == 1 and not staged and not run_dir.stages.exists()
         store = MemoryStore() if in_memory else FolderStore(folder=run_dir.stages, config=plan.config)
@@ -139,6 +138,12 @@ def open_job(
         num_workers=default_workers() if num_workers is None else num_workers,
         progress=progress,
     )
+
+
+def describe_rows(dataset: Dataset, config: RunConfig) -> list[str]:
+    """Return what scores of a dataset depend on besides its files: settings, modalities, and rows held in memory."""
+    plain = (config.scoring_config(), described_modalities(dataset, config))
+    return [*(json.dumps(value, sort_keys=True) for value in plain), _rows_digest(dataset)]
 
 
 def _rows_digest(dataset: Dataset) -> str:

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ import mmaudit
 from mmaudit.audit.dataset.dataset import DataConfig
 from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError, RunError
 from mmaudit.audit.remote import requests
+from mmaudit.cli import applying
 from mmaudit.cli.applying import apply
 from mmaudit.cli.config import RunConfig
 from mmaudit.cli.main import app
@@ -130,6 +132,50 @@ def test_rerun_gives_same_bytes_and_replaces(run: Path, tmp_path: Path) -> None:
     assert {"apply.json", "scores.parquet", "quarantine.parquet"} == set(before)
     apply(run, tmp_path / "new.parquet", num_workers=0, out=tmp_path / "out")
     assert files(tmp_path / "out") == before
+
+
+def test_tables_of_an_interrupted_command_with_another_label_column_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = table(by_group=False)
+    rows = rows.append_column("other", rows["label"].take(pa.array(np.roll(np.arange(len(rows)), 1))))
+    write(rows, tmp_path / "d.parquet")
+    config = replace(IN_PARTS, data=DataConfig(modality=("audio=audio", "visual=visual")))
+    score(tmp_path / "d.parquet", run=tmp_path / "run", config=config, num_workers=0, label="label")
+    expected = scores_of(apply(tmp_path / "run", tmp_path / "d.parquet", num_workers=0, out=tmp_path / "clean").folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(applying, "score", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            apply(tmp_path / "run", tmp_path / "d.parquet", num_workers=0, label="other")
+    assert (tmp_path / "run" / "applied" / "d" / "stages").exists()
+    assert scores_of(apply(tmp_path / "run", tmp_path / "d.parquet", num_workers=0).folder).equals(expected)
+
+
+def test_probes_that_change_meanwhile_are_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(table().slice(60, 60), tmp_path / "new.parquet")
+    monkeypatch.setattr(applying, "_digest_probes", Mock(side_effect=[{"state.json": "a"}, {"state.json": "b"}]))
+    with pytest.raises(RunError, match="was scored anew while its probes were applied"):
+        apply(run, tmp_path / "new.parquet", num_workers=0, out=tmp_path / "out")
+    assert not files(tmp_path / "out")
+
+
+def test_vectors_of_two_labels_are_vectors_of_the_run(tmp_path: Path) -> None:
+    """Where no vector of the data repeats an element, they could be names of labels."""
+    rows, rng = table(by_group=False), np.random.default_rng(3)
+    vectors = rng.integers(0, 2, (len(rows), 2))
+    rows = rows.set_column(1, "label", pa.array(vectors.tolist()))
+    write(rows, tmp_path / "d.parquet")
+    config = replace(CONFIG, data=DataConfig(task="multilabel"))
+    score(tmp_path / "d.parquet", run=tmp_path / "run", config=config, num_workers=0)
+    own = Run(tmp_path / "run").scores().to_arrow()
+    one_label = np.flatnonzero(vectors.sum(axis=1) == 1)
+    write(rows.take(pa.array(one_label)), tmp_path / "few.parquet")
+    few = scores_of(apply(tmp_path / "run", tmp_path / "few.parquet", num_workers=0).folder)
+    names = dict(zip(own["sample_id"].to_pylist(), own["label_name"].to_pylist(), strict=True))
+    assert few["label_name"].to_pylist() == [names[name] for name in few["sample_id"].to_pylist()]
+    write(rows.set_column(1, "label", pa.array([["0", "1"]] * len(rows))), tmp_path / "names.parquet")
+    with pytest.raises(DatasetError, match="0/1 vectors of length 2, and those of the data not"):
+        apply(tmp_path / "run", tmp_path / "names.parquet", num_workers=0)
 
 
 def test_data_that_do_not_fit_are_refused(run: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from .labels import (
     ClassReader,
     Labels,
     PackedSets,
+    ReadAs,
     UnknownLabels,
     check_class_cells,
     coded_part,
@@ -161,7 +162,7 @@ def read_number_column(column: ColumnParts, *, name: str, edges: Sequence[float]
         outputs=(name,),
         values=values,
         unknown=UnknownLabels.of(pair for part in unknown for pair in part),
-        edges=edges,
+        read_as=ReadAs(edges=edges),
     )
 
 
@@ -202,9 +203,11 @@ def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes
     return read_set_column(ColumnParts.of_cells(cells), declared=declared, classes=classes)
 
 
-def read_set_column(column: ColumnParts, *, declared: Sequence[str], classes: Sequence[str]) -> Labels:
-    """Read label sets as `read_label_sets` does, of which a part at a time are objects."""
-    parse, counts = _survey(column, declared or classes)
+def read_set_column(
+    column: ColumnParts, *, declared: Sequence[str], classes: Sequence[str], width: int | None = None
+) -> Labels:
+    """Read label sets as `read_label_sets` does, of which a part at a time are objects; width: see ReadAs."""
+    parse, counts, width = _survey(column, declared or classes, width)
     if not declared and not classes:
         warn_of_counts(counts)
     present = list(counts)
@@ -229,16 +232,24 @@ def read_set_column(column: ColumnParts, *, declared: Sequence[str], classes: Se
         label[rows], bits[rows] = own_label[code], np.packbits(own_bits, axis=1)[code]
     names = _number_strata(bits, label, label_names)
     values = cast("NDArray[np.float32]", PackedSets(bits, len(label_names), label))
-    return Labels(label=label, names=names, outputs=tuple(label_names), values=values, unknown=_sorted_unknown(unknown))
+    return Labels(
+        label=label,
+        names=names,
+        outputs=tuple(label_names),
+        values=values,
+        unknown=_sorted_unknown(unknown),
+        read_as=ReadAs(width=width),
+    )
 
 
 Parse = Callable[[object], list[str] | None]
 
 
-def _survey(column: ColumnParts, names: Sequence[str]) -> tuple[Parse, Counter[str]]:
-    """Return how the label sets of a column are parsed, and how often each label occurs.
+def _survey(column: ColumnParts, names: Sequence[str], known_width: int | None) -> tuple[Parse, Counter[str], int]:
+    """Return how the label sets of a column are parsed, how often each label occurs, and the length of vectors.
 
-    Lists are 0/1 vectors, one entry per label, if one of them repeats an element; otherwise they list labels.
+    Lists are 0/1 vectors, one entry per label, if one of them repeats an element, or if that is known; otherwise they
+    list labels, and the length is 0.
     """
     set_counts, vector_counts = Counter[str](), Counter[int]()
     error: DatasetError | None = None
@@ -257,10 +268,13 @@ def _survey(column: ColumnParts, names: Sequence[str]) -> tuple[Parse, Counter[s
                     set_counts[text] += count
             except DatasetError as cause:
                 error = error or cause
-    if not repeats:
+    if known_width == 0 or (known_width is None and not repeats):
         if error is not None:
             raise error
-        return parse_label_set, set_counts
+        return parse_label_set, set_counts, 0
+    if known_width is not None and not (is_vector and width in (-1, known_width)):
+        raise DatasetError(f"the labels of the run are 0/1 vectors of length {known_width}, and those of the data not")
+    width = width if known_width is None else known_width
     if not is_vector:
         raise DatasetError("a list of labels repeats a label: list each once, or use 0/1 vectors of equal length")
     if names and len(names) != width:
@@ -271,7 +285,7 @@ def _survey(column: ColumnParts, names: Sequence[str]) -> tuple[Parse, Counter[s
     def parse(cell: object) -> list[str] | None:
         return [text for text, value in zip(texts, cell, strict=True) if value == 1] if isinstance(cell, list) else None
 
-    return parse, Counter({texts[position]: count for position, count in vector_counts.items()})
+    return parse, Counter({texts[position]: count for position, count in vector_counts.items()}), width
 
 
 def _distinct(cells: Iterable[object]) -> tuple[list[object], NDArray[np.intp]]:

@@ -183,14 +183,25 @@ class UnknownLabels(Sequence[tuple[int, str]]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReadAs:
+    """How labels are read where that is known, since other rows of the source were read before.
+
+    edges: bounds of the strata of a regression. width: of label sets, the length of 0/1 vectors, 0 for names of labels.
+    """
+
+    edges: tuple[float, ...] = ()
+    width: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
     """Labels of n rows.
 
     label: int32 (n,), the class, or the stratum if there are no classes; NO_LABEL if the row has none, UNKNOWN_LABEL
     if it is not among the classes, or infinite: `unknown` holds (row, original label) of these. names: of the classes
     or strata. values: float32 (n, k) or None, NaN in rows without a label. outputs: names of the k values, or of the
-    classes. texts: each class as it stands in the data, which a column of names may replace in `names`. edges: bounds
-    of the strata of a regression.
+    classes. texts: each class as it stands in the data, which a column of names may replace in `names`. read_as: what
+    other rows are read by, as these were.
     """
 
     label: NDArray[np.int32]
@@ -199,7 +210,7 @@ class Labels:
     values: NDArray[np.float32] | None = None
     unknown: Sequence[tuple[int, str]] = ()
     texts: tuple[str, ...] = ()
-    edges: tuple[float, ...] = ()
+    read_as: ReadAs = ReadAs()
 
 
 def read_classes(

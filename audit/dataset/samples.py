@@ -17,7 +17,7 @@ from ..row_arrays import count_codes, gather, slices, sorted_pieces, stable_orde
 from .columns import SPLIT_NAMES, SPLITS, compose_ids
 from .dataset import Dataset
 from .label_columns import ColumnParts, coded_parts, read_class_column, read_number_column, read_set_column
-from .labels import Labels, Target, declared_classes
+from .labels import Labels, ReadAs, Target, declared_classes
 from .modalities import is_text
 
 
@@ -267,14 +267,15 @@ def read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
 
 
 def read_label_parts(
-    dataset: Dataset, column: ColumnParts, names: ColumnParts | None, *, edges: Sequence[float] = ()
+    dataset: Dataset, column: ColumnParts, names: ColumnParts | None, *, read_as: ReadAs | None = None
 ) -> Labels:
-    """Read the labels of rows, and the names of classes; `edges`: those of a regression's strata."""
+    """Read the labels of rows, and the names of classes; `read_as`: as other rows were read."""
+    read_as = read_as or ReadAs()
     if dataset.task == "regression":
-        return read_number_column(column, name=dataset.columns.label, edges=edges)
+        return read_number_column(column, name=dataset.columns.label, edges=read_as.edges)
     declared = declared_classes(dataset.schema, dataset.columns.label)
     if dataset.task == "multilabel":
-        return read_set_column(column, declared=declared, classes=dataset.classes)
+        return read_set_column(column, declared=declared, classes=dataset.classes, width=read_as.width)
     return read_class_column(column, names, declared=declared, classes=dataset.classes)
 
 

@@ -38,7 +38,7 @@ def read_as_in_run(
     """
     parts = job.plan.parts if parts is None else parts
     read_rows(job, parts)
-    data = job.row_data(edges=state.labels["edges"], parts=parts)
+    data = job.row_data(read_as=state.read_as, parts=parts)
     encode(job, parts, trust_unchanged=trust_unchanged)
     return job.encoded(as_in_run(data, state, seed=job.seed, test_fraction=job.test_fraction), parts=parts)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..dataset.columns import SPLITS
 from ..dataset.dataset import Dataset
 from ..dataset.formats import Shard
-from ..dataset.labels import Labels, Target, coded_column
+from ..dataset.labels import Labels, ReadAs, Target, coded_column
 from ..dataset.modalities import Modality
 from ..dataset.samples import cut_by_keys, read_label_parts, read_split_codes, repeated_ids, unique_columns
 from ..errors import DatasetError, Reason
@@ -152,9 +152,9 @@ class RowData(StoredRows):
         num_parts: int,
         seed: int,
         test_fraction: float,
-        edges: Sequence[float] = (),
+        read_as: ReadAs | None = None,
     ) -> RowData:
-        """Read the columns of all parts from their row tables; `edges` of a regression's strata, if known.
+        """Read the columns of all parts from their row tables; `read_as`: how labels are read, if known.
 
         Raises:
             DatasetError: An id is null or not unique, or a label or a split cannot be read.
@@ -163,7 +163,7 @@ class RowData(StoredRows):
         column = columns_of_parts(read_rows, num_parts, num_rows)
         group, num_groups = code_groups(column("group")) if dataset.columns.group else (None, 0)
         names = column("label_name") if dataset.columns.label_name else None
-        labels = read_label_parts(dataset, column("label"), names, edges=edges)
+        labels = read_label_parts(dataset, column("label"), names, read_as=read_as)
         if dataset.columns.split:
             split = read_split_codes(column("split"), name=dataset.columns.split)
         else:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..dataset.labels import Labels
+from ..dataset.labels import Labels, ReadAs
 from ..errors import RunError
 from ..hashing import hash_rank
 from ..parsing import RequiredKeys, Shape
@@ -37,7 +37,7 @@ _SHAPE: Shape = RequiredKeys(
     num_features=[int],
     classes=[int],
     class_names=[str],
-    labels=RequiredKeys(texts=[str], edges=[float], outputs=[str]),
+    labels=RequiredKeys({"texts": [str], "edges": [float], "outputs": [str], "width?": int}),
     ranges=RequiredKeys(similarity=_RANGE, total_loss=_RANGE),
     mixture={},
     by_group=bool,
@@ -154,8 +154,9 @@ def hash_groups(names: Sequence[str]) -> NDArray[np.uint64]:
 
 
 def describe_labels(labels: Labels) -> dict[str, Any]:
-    """Return how labels are read, as JSON values: the classes as they stand in the data, strata of a regression."""
-    return {"texts": list(labels.texts), "edges": list(labels.edges), "outputs": list(labels.outputs)}
+    """Return how labels are read, as JSON values: the classes as they stand in the data, and ReadAs."""
+    described = {"texts": list(labels.texts), "edges": list(labels.read_as.edges), "outputs": list(labels.outputs)}
+    return described | ({} if labels.read_as.width is None else {"width": labels.read_as.width})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +216,11 @@ class RunState:
             raise RunError("the folds kept beside the probes are damaged: score the data again")
         if len(self.whole.similarity) != 2 or len(self.whole.total_loss) != 2:
             raise RunError("the ranges kept beside the probes are damaged: score the data again")
+
+    @property
+    def read_as(self) -> ReadAs:
+        """How labels of other rows are read."""
+        return ReadAs(edges=tuple(self.labels["edges"]), width=self.labels.get("width"))
 
     @property
     def num_groups(self) -> int | None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ..dataset.columns import SPLITS
 from ..dataset.dataset import Dataset
+from ..dataset.labels import ReadAs
 from ..features.cached_matrix import FeatureMatrix, UsableRows
 from ..features.encode import EncodeTask, encode_dataset
 from ..probes.config import ProbeConfig
@@ -91,10 +92,10 @@ class ScoringJob:
             for shard in self.dataset.shards[first:end]
         )
 
-    def row_data(self, *, edges: Sequence[float] = (), parts: Sequence[Part] | None = None) -> RowData:
+    def row_data(self, *, read_as: ReadAs | None = None, parts: Sequence[Part] | None = None) -> RowData:
         """Read the columns of all rows from the row tables of all parts, or of some consecutive ones.
 
-        edges: Of a regression's strata, if known.
+        read_as: How labels are read, if that is known.
         """
         parts = self.plan.parts if parts is None else parts
         return RowData.of(
@@ -103,7 +104,7 @@ class ScoringJob:
             num_parts=len(parts),
             seed=self.seed,
             test_fraction=self.test_fraction,
-            edges=edges,
+            read_as=read_as,
         )
 
     @property
