@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -168,7 +167,7 @@ def publish_appended(append: Append, stated: dict[str, Any], *, record: dict[str
                 file = staged.scores_file if len(job.plan.parts) == 1 else staged.score_part(part.index)
                 write_parquet(rows, file, provenance={**provenance, "paths": job.dataset.path_columns})
         write_parquet(_quarantined(append), staged.quarantine_file, provenance=provenance)
-        shutil.copy(run_dir.mixture_file, staged.mixture_file)
+        link_or_copy(run_dir.mixture_file, staged.mixture_file)
         write_json(job.plan.to_json(job.dataset.shards), staged.shards_file)
         copy_probes(run_dir.probes, staged.probes, networks=())
         state.write(staged.probes)

@@ -36,7 +36,7 @@ from ..audit.errors import ConfigError, choices, quarantine_table
 from ..audit.features.encoders import is_network
 from ..audit.hashing import digest
 from ..audit.locks import Lock, write_lock
-from ..audit.probes.saved_probes import copy_probes, has_weights, num_bytes, save_probes
+from ..audit.probes.saved_probes import copy_probes, has_weights, num_bytes, num_stored_bytes, save_probes
 from ..audit.storage import write_json, write_parquet
 from ..audit.workers import Progress, default_workers
 from .config import RunConfig
@@ -251,13 +251,15 @@ def _publish_probes(run_dir: Run, results: FitResults, whole: Whole, folder: Pat
     """Write the probes of a run into a folder, and what scoring other rows with them needs."""
     job, selection = results.job, results.selection
     networks = [modality.name for modality in job.dataset.modalities if is_network(modality)]
-    if results.kept is None:
-        copy_probes(job.probes, folder, networks=networks)
-    elif (size := num_bytes(results.kept[1].probe_set)) > _MAX_PROBE_BYTES:
+    probe_set = None if results.kept is None else results.kept[1].probe_set
+    size = num_stored_bytes(job.probes, networks=networks) if probe_set is None else num_bytes(probe_set)
+    if size > _MAX_PROBE_BYTES:
         log.info("probes of %.1f GB are not kept: no other rows can be scored with them", size / 1e9)
         return
+    if probe_set is None:
+        copy_probes(job.probes, folder, networks=networks)
     else:
-        save_probes(results.kept[1].probe_set, selection.cross_fits[0], folder, outputs=False)
+        save_probes(probe_set, selection.cross_fits[0], folder, outputs=False)
     if not has_weights(folder, networks, num_folds=[fit.num_folds for fit in selection.cross_fits]):
         log.warning(
             "the networks of %s were trained by a version that kept no weights, so that no other rows can be scored: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,13 @@ def test_unknown_label_and_missing_label_have_different_reasons() -> None:
         ("s1", None, Reason.NO_LABEL, "the label is null"),
         ("s2", None, Reason.UNKNOWN_LABEL, "'zebra' is not among the classes"),
     ]
+
+
+def test_number_without_a_stratum_is_said_to_be_no_number() -> None:
+    encoded = encoded_of("pq", "xy", label=[0, UNKNOWN_LABEL], unknown=((1, "inf"),))
+    encoded = replace(encoded, samples=replace(encoded.samples, task="regression"))
+    _, quarantined = select_usable(encoded, keep_duplicates=False)
+    assert reasons(quarantined) == [("s1", None, Reason.UNKNOWN_LABEL, "inf is not a number of at most 1e+15")]
 
 
 def test_no_scorable_sample_is_rejected_with_first_reason() -> None:

@@ -162,6 +162,15 @@ def test_processes_that_write_row_tables_get_a_pickled_job(
     assert files(tmp_path / "other" / "stages") == files(tmp_path / "stages")
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_large_probes_are_not_kept(in_parts: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether results are in memory or in files."""
+    monkeypatch.setattr(staging, "_MAX_PROBE_BYTES", 1_000)
+    config = CONFIG if in_parts else replace(CONFIG, parts=PartsConfig())
+    score(data, run=tmp_path / "run", config=config, num_workers=0)
+    assert not (tmp_path / "run" / "probes").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7])
 def test_other_numbers_of_processes_do_too(count: int, data: Path, local: Path, tmp_path: Path) -> None:

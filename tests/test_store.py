@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import picture
 from numpy.typing import NDArray
 
+from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.features.cached_matrix import FeatureMatrix
+from mmaudit.audit.features.encode import encode_dataset
+from mmaudit.audit.features.encoded_samples import read_status
 from mmaudit.audit.features.matrix import MatrixInputs, RowIndex
+from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.workers import no_progress
 from mmaudit.train.store import Store, fit_on_device
 
 torch.set_num_threads(1)
@@ -98,6 +107,24 @@ def test_one_modality_of_several_is_streamed() -> None:
             np.testing.assert_array_equal(tensor, WIDE[batch])
 
 
+def test_pictures_of_which_one_is_missing_are_counted_as_float32(tmp_path: Path) -> None:
+    cells = [picture(row % 3, RNG) for row in range(30)]
+    columns = {"id": [str(row) for row in range(30)], "label": [0, 1] * 15, "sound": [[1.0, 2.0]] * 30}
+    for name, pictures in (("whole", cells), ("lacking", [*cells[:-1], None])):
+        pq.write_table(pa.table({**columns, "picture": pa.array(pictures, pa.binary())}), tmp_path / f"{name}.parquet")
+        config = DataConfig(modality=("picture=picture", "sound=sound"), encoder=("picture=resnet18",))
+        dataset, media = open_dataset(tmp_path / f"{name}.parquet", config), MediaConfig(network_size=16)
+        tasks = encode_dataset(dataset, tmp_path / name, media=media, num_workers=0, progress=no_progress)
+        matrix = FeatureMatrix.of(tasks, read_status(tasks, dataset.modalities[0], None), np.arange(30))
+        num_bytes = 30 * matrix.num_features * (1 if name == "whole" else 4)
+        assert fit_on_device([matrix], max_bytes=num_bytes) == [True]
+        assert fit_on_device([matrix], max_bytes=num_bytes - 1) == [False]
+        store = Store([matrix], device="cpu", max_bytes=num_bytes)
+        assert store.resident[0] is not None
+        assert store.resident[0].nbytes == num_bytes
+        np.testing.assert_array_equal(store.resident[0], matrix.read(np.arange(30)))
+
+
 def test_smallest_inputs_are_on_the_device_first() -> None:
     inputs = [MatrixInputs(matrix=WIDE), MatrixInputs(matrix=BYTES)]
     assert fit_on_device(inputs, max_bytes=480) == [False, True]
@@ -127,6 +154,8 @@ import resource, sys
 from pathlib import Path
 import numpy as np, torch
 from mmaudit.audit.features.vector_files import FileInputs, VectorFile
+from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.workers import no_progress
 from mmaudit.train.store import Store
 
 class Matrix:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..audit.features.cached_matrix import FeatureMatrix
 from ..audit.features.matrix import Inputs, chunks, reading_order
 from ..audit.features.vector_files import FileInputs, from_files
 from ..audit.workers import prefetch_map
@@ -196,15 +197,11 @@ def _pin(batch: tuple[Item, list[Tensor]]) -> tuple[Item, list[Tensor]]:
 
 def _load(inputs: Inputs, device: torch.device) -> Tensor:
     """Read a whole matrix to the device, chunk by chunk."""
-    matrix: Tensor | None = None
+    dtype = torch.uint8 if _type_of(inputs) == np.uint8 else torch.float32
+    matrix = torch.empty((inputs.num_rows, inputs.num_features), dtype=dtype, device=device)
     for rows in chunks(inputs):
-        part = _tensor(inputs.read(rows))
-        if matrix is None:
-            matrix = torch.empty((inputs.num_rows, inputs.num_features), dtype=part.dtype, device=device)
-        elif matrix.dtype != part.dtype:  # missing rows are NaN, which uint8 cannot represent
-            matrix = matrix.float()
-        matrix[int(rows[0]) : int(rows[-1]) + 1] = part.to(device)
-    return torch.empty((0, inputs.num_features), device=device) if matrix is None else matrix
+        matrix[int(rows[0]) : int(rows[-1]) + 1] = _tensor(inputs.read(rows)).to(device)
+    return matrix
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
@@ -212,5 +209,13 @@ def _tensor(array: NDArray[Any]) -> Tensor:
 
 
 def _bytes_of_row(inputs: Inputs) -> int:
-    """Return the size of a row, by the dtype of the first one."""
-    return int(inputs.num_features * inputs.read(np.arange(1)).dtype.itemsize) if inputs.num_rows else 0
+    """Return the size of a row in memory."""
+    return inputs.num_features * _type_of(inputs).itemsize
+
+
+def _type_of(inputs: Inputs) -> np.dtype[Any]:
+    """Return the type of a whole matrix: float32, or uint8 where no row is missing, which is NaN."""
+    matrix = inputs.matrix if isinstance(inputs, FileInputs) else inputs
+    if not inputs.num_rows or (isinstance(matrix, FeatureMatrix) and not matrix.present.all()):
+        return np.dtype(np.float32)
+    return inputs.read(np.arange(1)).dtype

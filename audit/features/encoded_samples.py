@@ -242,6 +242,10 @@ class LabelledRows(Protocol):
     """Labels of n rows, and their ids."""
 
     @property
+    def task(self) -> str:
+        """classification, multilabel or regression."""
+
+    @property
     def label(self) -> NDArray[np.int32]:
         """Class or stratum (n,), negative without one."""
 
@@ -294,10 +298,10 @@ def _without_label(samples: LabelledRows) -> LeftOut:
     """Return an entry for each sample without a label, or with an unknown one."""
     rows = true_rows(samples.label < 0)
     unknown = samples.unknown if isinstance(samples.unknown, UnknownLabels) else UnknownLabels.of(samples.unknown)
-    if samples.class_names:
-        texts = [f"{text!r} is not among the classes" for text in unknown.texts]
-    else:
+    if samples.task == "regression":
         texts = [f"{text} is not a number of at most {MAX_NUMBER:g}" for text in unknown.texts]
+    else:
+        texts = [f"{text!r} is not among the classes" for text in unknown.texts]
     order = np.argsort(unknown.rows, kind="stable")
     is_unknown = np.isin(rows, unknown.rows)
     nothing = np.zeros(int((~is_unknown).sum()), np.int32)

@@ -99,6 +99,12 @@ def num_bytes(probe_set: ProbeSet) -> int:
     return sum(tensor.nbytes for values in tensors for tensor in values)
 
 
+def num_stored_bytes(folder: Path, *, networks: Sequence[str]) -> int:
+    """Return the size of the files of probes in a folder, without those of networks, modalities by name."""
+    files = [file for file in folder.glob("*.safetensors") if file.stem.partition("=")[0] not in networks]
+    return sum(file.stat().st_size for file in files)
+
+
 def read_calibrations(folder: Path, names: Sequence[str]) -> dict[str, Calibration]:
     """Return the calibration of the probe of each modality, and of `joint` if there is such a probe."""
     files = [*names, *([_JOINT] if (folder / f"{_JOINT}.safetensors").exists() else [])]
