@@ -20,6 +20,8 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.cli.demo import KeypadConfig, write_keypad
 from mmaudit.cli.main import app
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 QUICK = ["--repeats", "1", "--num-workers", "0", "--set", "probe.folds=2"]
 
 

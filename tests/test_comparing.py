@@ -44,6 +44,8 @@ from mmaudit.train.comparison.findings import Filtering
 from mmaudit.train.comparison.verdicts import Comparison
 from mmaudit.train.evaluate import compute_metrics
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 torch.set_num_threads(1)
 
 METHODS = ["joint", "bss-h+sum", "ogm-ge: balancing.ogm.alpha=0.8"]

@@ -19,6 +19,8 @@ from mmaudit.cli.effects import effects_in_scoring, media_settings
 from mmaudit.cli.main import app
 from mmaudit.cli.run import Run
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 FEW = ["--set", "probe.folds=2", "--repeats", "1", "--num-workers", "0"]
 TUNE = ["finetune", "--manifest", "all", "--num-workers", "0", "--epochs", "1", "--set", "finetune.hidden=8"]
 

@@ -51,6 +51,8 @@ from mmaudit.audit.media.pictures import decode_folders, decode_frames, decode_i
 from mmaudit.audit.workers import no_progress
 from mmaudit.cli.main import app
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 MEDIA = MediaConfig()
 TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64())]
 ROWS = [[1.0, 2.0, 3.0], None, [1.0, 2.0], [], [4.0, None, 6.0], [7.0, 8.0, 9.0]]

@@ -34,6 +34,8 @@ from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 FOLDERS = [name for name in EXPORTERS if EXPORTERS.load(name).files is not None]
 ROOT = Path(__file__).parent.parent
 NUMBER = 24

@@ -38,6 +38,8 @@ from mmaudit.audit.probes.probe_set import (
     fit_probe,
 )
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 Floats = NDArray[np.float32]
 N, FOLDS = 600, 5
 

@@ -24,6 +24,8 @@ from mmaudit.audit.workers import this_process
 from mmaudit.cli.remote_run import RECORDS, WorkingCopy, read_records
 from mmaudit.cli.run import Run
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 URL = "memory://bucket/run"
 QUICK = {"probe.repeats": 1, "probe.folds": 3}
 

@@ -25,6 +25,8 @@ from mmaudit.cli.scoring import score
 from mmaudit.cli.splitting import replay, split
 from mmaudit.cli.training import finetune
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 QUICK = replace(
     RunConfig(),
     probe=replace(RunConfig().probe, repeats=1, folds=2),

@@ -24,6 +24,8 @@ from mmaudit.rebalance import selection as external_sort_module
 from mmaudit.rebalance.score_tables import ManifestMembers, ScoreBatch, ScoreFiles, hash_keys, open_scores
 from mmaudit.rebalance.selection import RECORD, ExternalSort, RowOutcome, Selection, select_rows, share_total
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 Counts = NDArray[np.int64]
 
 

@@ -38,6 +38,8 @@ from mmaudit.train.examples import Examples
 from mmaudit.train.methods import check_task, list_methods, resolve
 from mmaudit.train.sampling import SAMPLERS
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 torch.set_num_threads(1)
 
 TASKS: dict[str, Callable[..., Examples]] = {"multilabel": make_label_sets, "regression": make_numbers}

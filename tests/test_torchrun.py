@@ -24,6 +24,8 @@ import mmaudit
 from mmaudit.cli.main import app
 from mmaudit.train.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 PAIRS = [
     ("uniform", "joint"),
     ("bss-l", "sum"),

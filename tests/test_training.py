@@ -24,6 +24,8 @@ from typer.testing import CliRunner, Result
 from mmaudit.cli.main import app
 from mmaudit.train.methods import list_methods
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 torch.set_num_threads(1)
 
 TUNE = ["finetune", "--manifest", "all", "--num-workers", "0", "--epochs", "3", "--set", "finetune.hidden=8"]

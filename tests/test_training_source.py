@@ -20,6 +20,8 @@ from mmaudit.cli.main import app
 from mmaudit.cli.report.outcomes import finetune_numbers
 from mmaudit.cli.run import Run
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 torch.set_num_threads(1)
 
 TUNE = ["finetune", "--num-workers", "0", "--epochs", "2", "--set", "finetune.hidden=8"]

@@ -32,6 +32,8 @@ from mmaudit.rebalance.manifest import (
     table_digest,
 )
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 CANARY = "a private file of the user"
 ENCODER = "import numpy as np\n\ndef mean(decoded, media):\n    return np.asarray(decoded, float).mean(axis=(0, 1))\n"
 HOSTILE = "from pathlib import Path\nPath({mark!r}).write_text('ran')\n\ndef run(*_):\n    return [1.0, 2.0]\n"

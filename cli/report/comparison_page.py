@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -23,7 +24,11 @@ from ...train.comparison.metrics import CLASS_PREFIX
 from ...train.comparison.verdicts import Comparison
 from ...train.difference import NO_VERDICT, format_p
 from .findings import Numbers
+from .page import compile_template
 from .verdict import breakable, breakable_sentence, signed
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _TEMPLATE = "compare.html.jinja"
 PAGE, STATED = "compare.html", "compare.json"
@@ -75,16 +80,15 @@ def _file_name(name: str) -> str:
 
 def render_comparison(numbers: Numbers, images: Mapping[str, bytes]) -> str:
     """Return the page as HTML from the numbers and the figures in SVG. Names of the user's data are escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    return _template().render(**numbers, images={name: _image(svg) for name, svg in images.items()}) + "\n"
 
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters |= {"breakable": breakable, "breakable_sentence": breakable_sentence}
-    environment.filters |= {"points": points, "points_interval": points_interval, "share": share}
-    environment.filters |= {"share_interval": share_interval, "thousands": "{:,}".format, "p": _p, "minus": minus}
-    template = environment.get_template(_TEMPLATE)
-    return template.render(**numbers, images={name: _image(svg) for name, svg in images.items()}) + "\n"
+
+@cache
+def _template() -> Template:
+    filters: dict[str, Callable[..., Any]] = {"breakable": breakable, "breakable_sentence": breakable_sentence}
+    filters |= {"points": points, "points_interval": points_interval, "share": share}
+    filters |= {"share_interval": share_interval, "thousands": "{:,}".format, "p": _p, "minus": minus}
+    return compile_template(_TEMPLATE, filters)
 
 
 def _image(svg: bytes) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...audit.errors import RunError
 from ...audit.scores.mixture import Mixture
@@ -35,6 +36,9 @@ from .verdict import (
     tested,
     verdict,
 )
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _TEMPLATE = "report.html.jinja"
 
@@ -124,24 +128,38 @@ def chance_levels(record: Mapping[str, Any]) -> dict[str, float]:
 
 def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
     """Return the page as HTML. Names and labels come from the user's data, so everything is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from .drawing import palette
     from .figures import coloured_names
+
+    images = {name: _image(image) for name, image in figures.items()}
+    page = _template().render(**numbers, images=images, colours=palette(coloured_names(numbers)))
+    return page + "\n"
+
+
+@cache
+def _template() -> Template:
+    filters: dict[str, Callable[..., Any]] = {
+        "percent": percent,
+        "interval": interval,
+        "signed": signed,
+        "small": small,
+    }
+    filters |= {"probe_metric": probe_metric, "gain": gain, "breakable": breakable}
+    filters |= {"tested": tested, "level_of_chance": level_of_chance}
+    filters |= {"breakable_sentence": breakable_sentence}
+    filters |= {"thousands": "{:,}".format, "amount": amount, "edge": edge}
+    return compile_template(_TEMPLATE, filters)
+
+
+def compile_template(name: str, filters: Mapping[str, Callable[..., Any]]) -> Template:
+    """Compile a template of this folder, which takes as long as three figures; undefined names are errors."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "small": small}
-    environment.filters |= {"probe_metric": probe_metric, "gain": gain, "breakable": breakable}
-    environment.filters |= {"tested": tested, "level_of_chance": level_of_chance}
-    environment.filters |= {"breakable_sentence": breakable_sentence}
-    environment.filters |= {"thousands": "{:,}".format, "amount": amount, "edge": edge}
-    images = {name: _image(image) for name, image in figures.items()}
-    page = environment.get_template(_TEMPLATE).render(
-        **numbers, images=images, colours=palette(coloured_names(numbers))
-    )
-    return page + "\n"
+    environment.filters |= filters
+    return environment.get_template(name)
 
 
 def _image(png: bytes) -> dict[str, Any]:
