@@ -267,7 +267,8 @@ def _record_name(path: str, record: FileRecord) -> str:
 
 def _is_own(path: str) -> bool:
     """Return whether a path is one of a file of a run: relative, without hidden names, links to parents or controls."""
-    return bool(path) and not any(part in ("", "..") or part[0] == "." for part in path.split("/")) and "\\" not in path
+    is_plain = path.isprintable() and "\\" not in path  # not printable either: what is no Unicode
+    return is_plain and not any(part in ("", "..") or part[0] == "." for part in path.split("/"))
 
 
 def _rank(path: str) -> int:
@@ -325,8 +326,8 @@ def working_copy(url: RemotePath, *, leave_out: Sequence[str], scope: str | None
             copy.publish()
 
 
-def fetch_parts(folder: Path, numbers: Sequence[int], caches: Sequence[Path]) -> None:
-    """Fetch what a stage of some parts reads: their tables, those of all parts together, and cache files.
+def fetch_parts(folder: Path, numbers: Sequence[int], caches: Sequence[Path], *, folders: Sequence[str] = ()) -> None:
+    """Fetch what a stage of some parts reads: their tables, those of all parts together, cache files, and folders.
 
     Has no effect in a run folder that is no working copy.
     """
@@ -338,7 +339,7 @@ def fetch_parts(folder: Path, numbers: Sequence[int], caches: Sequence[Path]) ->
     def wanted(path: str) -> bool:
         part = _PART.fullmatch(path.rpartition("/")[2])
         in_stage = path.startswith("stages/") and (part is None or int(part[1]) in numbers or _is_shared(path))
-        return in_stage or path in names
+        return in_stage or path in names or path.partition("/")[0] in folders
 
     copy.fetch(wanted)
 
@@ -357,15 +358,19 @@ def share_files(folder: Path, *, is_first: bool) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteRun:
-    """A run at a URL in the workers of Ray, each of which has the working copy of its machine: a RunFolder."""
+    """A run at a URL in the workers of Ray, each of which has the working copy of its machine: a RunFolder.
+
+    folders: Those of the run that every stage reads, such as the probes of a finished run.
+    """
 
     url: str
+    folders: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, folder: Path) -> RemoteRun | None:
+    def of(cls, folder: Path, *, folders: tuple[str, ...] = ()) -> RemoteRun | None:
         """Return the run of a working copy; None for a folder that is none, which all machines have to see."""
         copy = _active.get(folder)
-        return None if copy is None else cls(url=copy.url.url)
+        return None if copy is None else cls(url=copy.url.url, folders=folders)
 
     def open(self) -> Path:
         """Return the working copy of this machine as a folder."""
@@ -376,7 +381,7 @@ class RemoteRun:
 
     def fetch(self, folder: Path, parts: Sequence[int], files: Sequence[Path]) -> None:
         """Fetch what a stage of some parts reads."""
-        fetch_parts(folder, parts, files)
+        fetch_parts(folder, parts, files, folders=self.folders)
 
     def publish(self, folder: Path) -> None:
         """Publish what has changed."""

@@ -10,17 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grown
 import pyarrow.parquet as pq
 import pytest
 from conftest import gaussian_table
 from fsspec.implementations.memory import MemoryFileSystem
 
 import mmaudit
+from mmaudit.audit.engine import selection
 from mmaudit.audit.errors import ConfigError, RemoteError, RunError
+from mmaudit.audit.features import encoded_samples
 from mmaudit.audit.remote import locks, requests
 from mmaudit.audit.remote.locks import remote_lock
 from mmaudit.audit.remote.paths import RemotePath
 from mmaudit.audit.workers import this_process
+from mmaudit.cli import appending
 from mmaudit.cli.remote_run import RECORDS, WorkingCopy, read_records
 from mmaudit.cli.run import Run
 
@@ -176,7 +180,10 @@ def test_files_that_are_gone_are_removed_in_both_directions(copy: WorkingCopy, c
     assert not (cache / "other/scores.parquet").exists()
 
 
-@pytest.mark.parametrize("path", ["../run.json", "/etc/x", ".hidden", "a/../../b", "a//b"])
+@pytest.mark.parametrize(
+    "path",
+    ["../run.json", "/etc/x", ".hidden", "a/../../b", "a//b", "a\0b", "a\nb", "a\x7f", "\x1b[31m", "a\u202eb", "a\\b"],
+)
 def test_a_run_may_not_name_files_outside(path: str, copy: WorkingCopy, cache: Path) -> None:
     from urllib.parse import quote
 
@@ -261,23 +268,29 @@ class TwoMachines:
                 work(self.jobs[machine], unit)
 
 
-def test_workers_that_share_no_folder_have_the_bytes_of_one_process(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its slow twin, test_two_machines_on_ray_share_a_bucket_alone, does so on Ray and a server of the S3 protocol."""
+@pytest.fixture
+def pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TwoMachines]:
+    """The pools that were opened, of two machines in place of Ray's."""
     from mmaudit.audit.engine import ray_executor
 
-    data, settings = write_parts(tmp_path), {**QUICK, "parts.rows": 15}
-    mmaudit.score(data, run=tmp_path / "local", settings=settings, progress=False)
     pools: list[TwoMachines] = []
 
     @contextmanager
     def open_pool(options: Any, *, shared: Any, folder: Path | None, **_: Any) -> Iterator[TwoMachines]:
         assert folder is None
         pools.append(TwoMachines([tmp_path / "first", tmp_path / "second"], shared, monkeypatch))
-        yield pools[0]
+        yield pools[-1]
 
     monkeypatch.setattr(ray_executor, "open_pool", open_pool)
+    return pools
+
+
+def test_workers_that_share_no_folder_have_the_bytes_of_one_process(
+    tmp_path: Path, cache: Path, pools: list[TwoMachines]
+) -> None:
+    """Its slow twin, test_two_machines_on_ray_share_a_bucket_alone, does so on Ray and a server of the S3 protocol."""
+    data, settings = write_parts(tmp_path), {**QUICK, "parts.rows": 15}
+    mmaudit.score(data, run=tmp_path / "local", settings=settings, progress=False)
     mmaudit.score(data, run=URL, settings=settings, engine="ray", num_workers=2, progress=False)
     assert pools[0].stages == ["rows", "encode", "status", "probe", "score"]
     parts = sorted((tmp_path / "local/scores").glob("*.parquet"))
@@ -290,6 +303,34 @@ def test_workers_that_share_no_folder_have_the_bytes_of_one_process(
     # A second call finds the run finished.
     mmaudit.score(data, run=URL, settings=settings, engine="ray", num_workers=2, progress=False)
     assert len(pools) == 1
+
+
+@pytest.mark.parametrize("is_all_read", [True, False])
+def test_workers_that_share_no_folder_append_the_bytes_of_one_process(
+    is_all_read: bool, tmp_path: Path, cache: Path, pools: list[TwoMachines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New rows include a copy of an old one, so that features are read while rows are selected."""
+    if not is_all_read:  # fingerprints are sums of digests, as those of more than a million rows are
+        for module in (encoded_samples, selection, appending):
+            monkeypatch.setattr(module, "SORTED_ROWS", 40)
+    rows, settings = grown.table(), {**QUICK, "parts.rows": 15, "data.group": "group"}
+    source = str(tmp_path / "data/*.parquet")
+    grown.write(rows.slice(0, grown.NUM_OLD), tmp_path / "data/a.parquet")
+    for run in (tmp_path / "local", URL):
+        mmaudit.score(source, run=run, settings=settings, progress=False)
+    grown.write(rows.slice(grown.NUM_OLD), tmp_path / "data/b.parquet")
+    grown.write(grown.with_copy(rows, of=100, name="copy"), tmp_path / "data/c.parquet")
+    mmaudit.score(source, run=tmp_path / "local", settings=settings, append=True, progress=False)
+    shutil.rmtree(cache)  # another machine starts the command
+    mmaudit.score(source, run=URL, settings=settings, append=True, engine="ray", num_workers=2, progress=False)
+    assert [pool.stages for pool in pools] == [["rows", "encode_unchanged", "status", "score"]]
+    local = {path for path in (tmp_path / "local").rglob("*") if path.is_file()}
+    names = {path.relative_to(tmp_path / "local").as_posix() for path in local}
+    compared = {name for name in names if name.startswith(("scores/", "probes/", "quarantine.", "mixture."))}
+    assert len(compared) > 10
+    for name in sorted(compared):
+        assert remote_bytes(name) == (tmp_path / "local" / name).read_bytes(), name
+    assert not any(path.startswith("stages/") for path in read_records(RemotePath.parse(URL)))
 
 
 def test_one_process_of_several_writes_and_commands_of_one_process_are_refused(
