@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import mmaudit
 from mmaudit.audit.engine import selection
+from mmaudit.audit.engine.plan import PartsConfig
 from mmaudit.audit.errors import ConfigError, RemoteError, RunError
 from mmaudit.audit.features import encoded_samples
 from mmaudit.audit.remote import locks, requests
@@ -220,11 +223,63 @@ def test_a_lock_of_another_machine_is_taken_over_unless_it_is_renewed(monkeypatc
     requests.call(str(path), "pipe_file", json.dumps(other).encode())
     with remote_lock(folder, "score"):
         pass
-    read, count = locks._read, iter(range(100))
-    monkeypatch.setattr(locks, "_read", lambda path: {**read(path), "renewal": str(next(count))})
+    count = iter(range(100))
+    monkeypatch.setattr(RemotePath, "read_bytes", lambda path: json.dumps({**other, "renewal": next(count)}).encode())
     requests.call(str(path), "pipe_file", json.dumps(other).encode())
     with pytest.raises(RunError, match="wait until it has ended"), remote_lock(folder, "score"):
         pass
+
+
+def lock_of(command: str, *, is_running: bool = True) -> bytes:
+    """Return the lock of this process, or of one of this machine that has ended."""
+    process = str(this_process())
+    about = {"token": command, "command": command, "host": "here", "renewal": "00000000"}
+    return json.dumps({**about, "process": process if is_running else f"{process.rpartition('-')[0]}-1"}).encode()
+
+
+@pytest.mark.parametrize("case", ["released", "taken over", "cut short"])
+def test_a_lock_that_changes_while_it_is_read_is_not_removed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two readings find the lock of a process that ends, or a part of one: a third process gets its own."""
+    monkeypatch.setattr(locks, "_WATCH_SECONDS", 0.3)
+    folder, num_read = RemotePath.parse(URL), 0
+    path = folder / f"{locks.FOLDER}/score.json"
+    read_bytes = RemotePath.read_bytes
+
+    def write(content: bytes) -> None:
+        requests.call(str(path), "pipe_file", content)
+
+    def read(self: RemotePath) -> bytes:
+        nonlocal num_read
+        num_read += 1
+        try:
+            if num_read == 2 and case == "released":
+                requests.call(str(path), "rm_file")
+            return read_bytes(self)[: -1 if num_read <= 2 and case == "cut short" else None]
+        finally:
+            if num_read == 2:
+                write(lock_of("another"))
+
+    write(lock_of("first", is_running=case == "released"))
+    monkeypatch.setattr(RemotePath, "read_bytes", read)
+    with pytest.raises(RunError, match=r"held by another \(process"), remote_lock(folder, "score"):
+        pass
+    assert read_bytes(path) == lock_of("another")
+
+
+def test_a_damaged_lock_is_taken_over_when_it_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_WATCH_SECONDS", 0.3)
+    folder = RemotePath.parse(URL)
+    for content in (b"", b"{}", b"{", b"[1]", b"\xff", b"[" * 100_000):
+        requests.call(str(folder / f"{locks.FOLDER}/score.json"), "pipe_file", content)
+        start = time.monotonic()
+        with remote_lock(folder, "score") as lock:
+            lock.check()
+        assert time.monotonic() - start >= 0.3
+
+
+def test_renewals_have_the_length_of_the_first_lock() -> None:
+    lock = locks.RemoteLock(path=RemotePath.parse(URL), token="x", command="mmaudit score")
+    assert len({len(replace(lock, renewal=number).content()) for number in (0, 9, 10, 99, 100_000)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -305,31 +360,32 @@ def test_workers_that_share_no_folder_have_the_bytes_of_one_process(
     assert len(pools) == 1
 
 
-@pytest.mark.parametrize("is_all_read", [True, False])
+@pytest.mark.usefixtures("no_reports")
+@pytest.mark.parametrize("copied", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_workers_that_share_no_folder_append_the_bytes_of_one_process(
-    is_all_read: bool, tmp_path: Path, cache: Path, pools: list[TwoMachines], monkeypatch: pytest.MonkeyPatch
+    copied: int | None, tmp_path: Path, cache: Path, pools: list[TwoMachines], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """New rows include a copy of an old one, so that features are read while rows are selected."""
-    if not is_all_read:  # fingerprints are sums of digests, as those of more than a million rows are
-        for module in (encoded_samples, selection, appending):
-            monkeypatch.setattr(module, "SORTED_ROWS", 40)
-    rows, settings = grown.table(), {**QUICK, "parts.rows": 15, "data.group": "group"}
-    source = str(tmp_path / "data/*.parquet")
+    """Of the last parts alone; where new rows include a copy of an old one all parts are read, and their features."""
+    for module in (encoded_samples, selection, appending):  # parts that have not changed are not read
+        monkeypatch.setattr(module, "SORTED_ROWS", 40)
+    rows, config = grown.table(), replace(grown.CONFIG, parts=PartsConfig(rows=15))
+    source, local = str(tmp_path / "data/*.parquet"), tmp_path / "local"
     grown.write(rows.slice(0, grown.NUM_OLD), tmp_path / "data/a.parquet")
-    for run in (tmp_path / "local", URL):
-        mmaudit.score(source, run=run, settings=settings, progress=False)
-    grown.write(rows.slice(grown.NUM_OLD), tmp_path / "data/b.parquet")
-    grown.write(grown.with_copy(rows, of=100, name="copy"), tmp_path / "data/c.parquet")
-    mmaudit.score(source, run=tmp_path / "local", settings=settings, append=True, progress=False)
+    mmaudit.score(source, run=local, config=config, num_workers=0, progress=False)
+    shutil.copytree(local, WorkingCopy.of(RemotePath.parse(URL)).folder)
+    WorkingCopy.of(RemotePath.parse(URL)).publish()
     shutil.rmtree(cache)  # another machine starts the command
-    mmaudit.score(source, run=URL, settings=settings, append=True, engine="ray", num_workers=2, progress=False)
+    grown.write(rows.slice(grown.NUM_OLD), tmp_path / "data/b.parquet")
+    if copied is not None:
+        grown.write(grown.with_copy(rows, of=copied, name="copy"), tmp_path / "data/c.parquet")
+    mmaudit.score(source, run=local, config=config, append=True, num_workers=0, progress=False)
+    mmaudit.score(source, run=URL, config=config, append=True, engine="ray", num_workers=2, progress=False)
     assert [pool.stages for pool in pools] == [["rows", "encode_unchanged", "status", "score"]]
-    local = {path for path in (tmp_path / "local").rglob("*") if path.is_file()}
-    names = {path.relative_to(tmp_path / "local").as_posix() for path in local}
+    names = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
     compared = {name for name in names if name.startswith(("scores/", "probes/", "quarantine.", "mixture."))}
     assert len(compared) > 10
     for name in sorted(compared):
-        assert remote_bytes(name) == (tmp_path / "local" / name).read_bytes(), name
+        assert remote_bytes(name) == (local / name).read_bytes(), name
     assert not any(path.startswith("stages/") for path in read_records(RemotePath.parse(URL)))
 
 
