@@ -46,6 +46,7 @@ _RECORD = re.compile(r"(?P<path>[^@]+)@(?P<size>\d+)-(?P<digest>[0-9a-f]{64})")
 _FINISHED = re.compile(r"(.*/)?(metrics|compare|report|apply|part-\d+)\.json")
 _PART = re.compile(r"part-(\d+)\.(arrow|json)")
 _WAIT_SECONDS = 3_600.0  # for another process of this machine that fetches or publishes
+_MAX_NAME_BYTES = 200  # of a URL in the name of its working copy: file systems allow 255
 _MAX_READS = 3  # of a run that is replaced while it is fetched
 
 
@@ -128,7 +129,8 @@ class WorkingCopy:
         """Open the working copy of a run, in the folder of the cache that is named after its URL."""
         if urlsplit(url.url).scheme not in WRITABLE or len(url.parts) < 2:
             raise RunError(f"--run {url}: a run folder at a URL is s3://BUCKET/NAME or gs://BUCKET/NAME")
-        name = f"{url.name}-{hashlib.sha256(url.url.encode()).hexdigest()[:16]}"
+        short = url.name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
+        name = f"{short}-{hashlib.sha256(url.url.encode()).hexdigest()[:16]}"
         return cls(url=url, folder=remote_settings().cache / "runs" / name)
 
     @contextmanager
@@ -184,6 +186,8 @@ class WorkingCopy:
     def _publish(self) -> None:
         present = {path: _stamp(self.folder / path) for path in _files(self.folder)}
         changed = [path for path in present if not self._is_unchanged(path)]
+        if unfit := next((path for path in changed if not _is_own(path)), None):
+            raise RunError(f"{self.folder / printable(unfit)}: no file of a run at a URL has such a name; rename it")
         gone = [path for path in self.synced if path not in present]
         records = {path: FileRecord.of(self.folder / path) for path in changed}
         known = read_records(self.url)
@@ -267,7 +271,7 @@ def _record_name(path: str, record: FileRecord) -> str:
 
 def _is_own(path: str) -> bool:
     """Return whether a path is one of a file of a run: relative, without hidden names, links to parents or controls."""
-    is_plain = path.isprintable() and "\\" not in path  # not printable either: what is no Unicode
+    is_plain = printable(path) == path and "\\" not in path
     return is_plain and not any(part in ("", "..") or part[0] == "." for part in path.split("/"))
 
 

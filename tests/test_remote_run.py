@@ -230,6 +230,17 @@ def test_a_lock_of_another_machine_is_taken_over_unless_it_is_renewed(monkeypatc
         pass
 
 
+def test_a_file_that_could_not_be_read_again_is_not_published(copy: WorkingCopy) -> None:
+    copy.publish()
+    before = dict(MemoryFileSystem.store)
+    for name in ("a\nb.parquet", "a\\b.parquet"):
+        (copy.folder / name).write_text("x", encoding="utf-8")
+        with pytest.raises(RunError, match="no file of a run at a URL has such a name"):
+            copy.publish()
+        (copy.folder / name).unlink()
+    assert MemoryFileSystem.store.keys() == before.keys()
+
+
 def lock_of(command: str, *, is_running: bool = True) -> bytes:
     """Return the lock of this process, or of one of this machine that has ended."""
     process = str(this_process())
@@ -285,6 +296,10 @@ def test_renewals_have_the_length_of_the_first_lock() -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
+        ("memory://bucket/a\0b", "may not hold control characters"),
+        ("memory://bucket/a%00b", "may not hold control characters"),
+        ("file:///a%00b", "may not hold control characters"),
+        (f"memory://bucket/{'x' * 300}", "holds no finished run"),
         ("s3://KEY:SECRET@bucket/run", "holds credentials"),
         ("https://host.example/run", "a run folder at a URL is s3"),
         ("memory://bucket", "a run folder at a URL is s3"),
