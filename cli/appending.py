@@ -21,7 +21,7 @@ from ..audit.engine.executors import RayOptions
 from ..audit.engine.known_rows import KnownPart, KnownRows, Tail, contains
 from ..audit.engine.new_rows import NewRows, OtherRowsNeeded, read_as_in_run, save_selection, select_new, selected
 from ..audit.engine.part_store import FolderStore, MemoryStore
-from ..audit.engine.plan import SINGLE, take_parts
+from ..audit.engine.plan import SINGLE, Part, take_parts
 from ..audit.engine.row_data import ORDER_PURPOSE, EncodedData
 from ..audit.engine.run_state import RunState, folds_of_contents, folds_of_keys
 from ..audit.engine.selection import fingerprint, fingerprints_of, row_sums
@@ -55,7 +55,7 @@ from .provenance import (
     check_config,
     own_record,
 )
-from .remote_run import fetch_parts
+from .remote_run import RemoteRun, fetch_parts
 from .run import Run
 from .staging import StageResult, open_job
 
@@ -299,8 +299,7 @@ def run_append_stage(
         )
     job, tail = append.job, append.tail.parts
     parts = tail if shard is None else tuple(take_parts(shard, tail))
-    caches = [task.file(modality) for part in parts for task in job.tasks(part) for modality in dataset.modalities]
-    fetch_parts(run_dir.folder, [part.index for part in parts], caches)
+    _fetch(append, parts)
     scope = f"stages/append-{stage}" + ("" if shard is None else f"-{shard.replace('/', '-of-')}")
     with write_lock(run_dir.folder, scope, command=name):
         if stage == "encode":
@@ -319,17 +318,29 @@ def run_append_stage(
     )
 
 
+def _fetch(append: Append, parts: Sequence[Part]) -> None:
+    """Fetch the tables and the cache files of parts, which a stage reads, of a run at a URL."""
+    job = append.job
+    caches = [task.file(modality) for part in parts for task in job.tasks(part) for modality in job.dataset.modalities]
+    fetch_parts(append.run_dir.folder, [part.index for part in parts], caches)
+
+
 def _run_on_ray(append: Append, ray: RayOptions) -> None:
     """Run all stages but `merge` in the workers of Ray; the rows are selected by this process."""
     from ..audit.engine.ray_executor import open_executor, shards_of
 
     job, parts = append.job, append.tail.parts
-    with open_executor(job, ray) as executor:
+    run = RemoteRun.of(append.run_dir.folder, folders=("probes",))
+    with open_executor(job, ray, run=run) as executor:
         executor.run(read_rows, job, parts)
         executor.run(encode_unchanged, job, shards_of(job.dataset.shards, parts))
         executor.run(read_status, job, parts)
+        _fetch(append, parts)
         select_rows(append)
+        if run is not None:
+            run.publish(append.run_dir.folder)
         executor.run(score_saved, job, append.tail.parts)
+    fetch_parts(append.run_dir.folder, [part.index for part in append.tail.parts], ())
 
 
 def select_rows(append: Append) -> None:
@@ -343,6 +354,7 @@ def select_rows(append: Append) -> None:
         first_part = append.first_part
     except OtherRowsNeeded:
         log.info("rows of the first %d parts are read too: new ones have ids or contents of theirs", append.first_part)
+        _fetch(append, job.plan.parts)
         first_part, (grown, new) = 0, _select(append, state, first_part=0)
     job.store.write("keys", folds_of_keys(grown.encoded.samples, new.selection).to_table())
     job.store.write("contents", folds_of_contents(grown.encoded, new.selection).to_table())

@@ -170,7 +170,7 @@ def load_settings(
             stated = read_toml(Path(config))
             _update(content, stated)
             given = {key: Path(config).name for key, _ in leaves(stated)}
-        for key, text in _environment_settings().items():
+        for key, text in environment_settings().items():
             _set(content, key, _parse_value(key, text), source=f"{_variable(key)}={text}")
             given[key] = _variable(key)
     pairs = [*(settings.items() if isinstance(settings, Mapping) else map(parse_setting, settings))]
@@ -255,7 +255,7 @@ def _differences(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     return differing
 
 
-def _environment_settings() -> dict[str, str]:
+def environment_settings() -> dict[str, str]:
     """Return the settings made by environment variables, by key; log those that look like one and are none."""
     variables = {name: text for name, text in os.environ.items() if name.startswith(_PREFIX)}
     keys = {_variable(key): key for key in config_keys()} if variables else {}
@@ -314,6 +314,40 @@ def without_none(content: dict[str, Any]) -> dict[str, Any]:
     """Remove keys with value None at every depth."""
     with_values = {key: value for key, value in content.items() if value is not None}
     return {key: without_none(value) if isinstance(value, dict) else value for key, value in with_values.items()}
+
+
+def setting_text(key: str, value: Any) -> str:
+    """Format a setting as KEY=VALUE, which `parse_setting` reads back; ConfigError for a value that TOML lacks.
+
+    Example:
+        >>> setting_text("probe.thorough", True), setting_text("data.modality", ("a=b", "c d"))
+        ('probe.thorough=true', 'data.modality=["a=b", "c d"]')
+    """
+    if isinstance(value, str) and _is_bare(value):
+        return f"{key}={value}"
+    try:
+        return f"{key}={_toml_value(value)}"
+    except TypeError as error:
+        raise ConfigError(f"{key}: {value!r} is no value that --set can state: leave it out") from error
+
+
+def _is_bare(text: str) -> bool:
+    """Return whether a string is read back without quotes."""
+    try:
+        return bool(_parse_value("", text) == text)
+    except ConfigError:
+        return False
+
+
+def _toml_value(value: Any) -> str:
+    """Format a value as TOML on one line."""
+    import tomli_w
+
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_value(str(key))} = {_toml_value(item)}" for key, item in value.items()) + "}"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").removesuffix("\n")
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:

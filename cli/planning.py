@@ -11,12 +11,30 @@ from typing import Any
 
 from ..audit.engine.plan import plan_parts
 from ..audit.errors import ConfigError
-from .config import load_config
+from ..audit.hashing import digest
+from .config import environment_settings, load_config, setting_text
 from .provenance import open_encodable
 from .staging import BY_PART, STAGES
 
 _GRACE_SECONDS = 30  # between SIGTERM and SIGKILL
-_DONE = "--for=condition=complete"
+_RETRIES = 6  # of one process of a Job, as many as Kubernetes grants a whole Job by default
+# Evictions and drained nodes do not count as failures.
+_DISRUPTIONS = {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]}
+# kubectl itself waits for one condition, and for ever if a Job fails. Arguments: a Job.
+_WAIT_FOR_JOB = """\
+finish() {
+    while :; do
+        state=$(kubectl get "job/$1" -o 'jsonpath={.status.conditions[?(@.status=="True")].type}')
+        case " $state " in
+            *" Complete "*) return ;;
+            *" Failed "*)
+                echo "job $1 failed, see: kubectl describe job/$1; then run this script again" >&2
+                exit 1 ;;
+        esac
+        sleep 10
+    done
+}
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +80,9 @@ def plan(
     """Print a script that scores large data on a cluster, as jobs that depend on each other.
 
     The stages encode and score run as arrays of processes, fit and merge as one. Data and run folder are on a file
-    system that all of them see. A job that is stopped or fails can be submitted again: what is done stays.
+    system that all of them see. A job that is stopped or fails can be submitted again: what is done stays. Slurm sends
+    SIGTERM 30 s before a time limit. Kubernetes has to be of version 1.29 or later, and the script waits for its Jobs:
+    it ends with an error that names one that has failed, and replaces the Jobs of before when it is run again.
 
     Args:
         data: The data, as for `score`.
@@ -75,7 +95,8 @@ def plan(
         image: Container image of Kubernetes, with mmaudit in it.
         claim: Persistent volume claim of Kubernetes that is mounted at /data.
         config: TOML file with settings, such as data.label, which the jobs read too.
-        settings: One setting, such as data.label=emotion; in Python also {"data.label": "emotion"}.
+        settings: One setting, such as data.label=emotion; in Python also {"data.label": "emotion"}. Those made by
+            environment variables are passed to the jobs too.
 
     Returns:
         The number of parts, and the script.
@@ -98,7 +119,9 @@ def plan(
     command = ["mmaudit", "score", str(data), "--run", str(run)]
     command += ["--append"] if append else []
     command += [] if config is None else ["--config", str(config)]
-    pairs = [f"{key}={value}" for key, value in settings.items()] if isinstance(settings, Mapping) else settings
+    # The jobs may have another environment.
+    pairs = [f"{key}={text}" for key, text in environment_settings().items()]
+    pairs += [setting_text(*pair) for pair in settings.items()] if isinstance(settings, Mapping) else settings
     command += [word for pair in pairs for word in ("--set", pair)]
     what = "Appends the new ones of" if append else "Scores"
     header = f"#!/bin/sh\n# {what} {dataset.num_rows:,} rows in {len(parts)} parts. Submit again what failed.\nset -e\n"
@@ -106,16 +129,22 @@ def plan(
     if slurm:
         script = header + _slurm_script(command, name, num_tasks=num_tasks, gpu=gpu)
     else:
+        name += f"-{digest(claim.encode(), str(run).encode())[:8]}"  # no other run has Jobs of this name
         script = header + _kubernetes_script(command, name, num_tasks=num_tasks, gpu=gpu, image=image, claim=claim)
     return PlanResult(num_rows=dataset.num_rows, num_parts=len(parts), num_tasks=num_tasks, script=script)
 
 
 def _slurm_script(command: Sequence[str], name: str, *, num_tasks: int, gpu: bool) -> str:
+    """Return the calls of sbatch.
+
+    Without `B:` Slurm signals the steps that srun has started, and not the batch shell; `exec` makes that mmaudit.
+    """
     lines: list[str] = []
     previous = ""
     for stage in STAGES:
-        task = shlex.join([*command, "--stage", stage])
-        words = ["sbatch", "--parsable", f"--job-name={name}-{stage}", "--requeue", f"--signal=TERM@{_GRACE_SECONDS}"]
+        task = "exec " + shlex.join([*command, "--stage", stage])
+        words = ["sbatch", "--parsable", f"--job-name={name}-{stage}", "--requeue", f"--signal=B:TERM@{_GRACE_SECONDS}"]
+        words += ["--kill-on-invalid-dep=yes"] if previous else []  # or a job waits for ever for one that has failed
         if stage in BY_PART:
             words.append(f"--array=1-{num_tasks}")
             task += f' --shard "$SLURM_ARRAY_TASK_ID/{num_tasks}"'
@@ -128,7 +157,8 @@ def _slurm_script(command: Sequence[str], name: str, *, num_tasks: int, gpu: boo
 
 
 def _kubernetes_script(command: Sequence[str], name: str, *, num_tasks: int, gpu: bool, image: str, claim: str) -> str:
-    lines = []
+    """Return the calls of kubectl; a Job of before is removed first, since it neither changes nor restarts."""
+    lines = [_WAIT_FOR_JOB]
     for stage in STAGES:
         task = "exec " + shlex.join([*command, "--stage", stage])
         if stage in BY_PART:
@@ -141,13 +171,14 @@ def _kubernetes_script(command: Sequence[str], name: str, *, num_tasks: int, gpu
             image=image,
             claim=claim,
         )
+        lines.append(f"kubectl delete job/{name}-{stage} --ignore-not-found --cascade=foreground")
         lines += ["kubectl apply -f - <<'JOB'", json.dumps(job, indent=2), "JOB"]
-        lines.append(f"kubectl wait {_DONE} --timeout=-1s job/{name}-{stage}")
+        lines.append(f"finish {name}-{stage}")
     return "\n".join([*lines, ""])
 
 
 def _kubernetes_job(name: str, task: str, *, completions: int, gpu: bool, image: str, claim: str) -> dict[str, Any]:
-    """Return an indexed Job; JSON is YAML."""
+    """Return an indexed Job; JSON is YAML. A process that fails again and again does not end the others."""
     container: dict[str, Any] = {
         "name": "mmaudit",
         "image": image,
@@ -157,7 +188,7 @@ def _kubernetes_job(name: str, task: str, *, completions: int, gpu: bool, image:
     if gpu:
         container["resources"] = {"limits": {"nvidia.com/gpu": 1}}
     pod = {
-        "restartPolicy": "OnFailure",
+        "restartPolicy": "Never",  # which a limit for each index needs
         "terminationGracePeriodSeconds": _GRACE_SECONDS,
         "containers": [container],
         "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": claim}}],
@@ -170,6 +201,8 @@ def _kubernetes_job(name: str, task: str, *, completions: int, gpu: bool, image:
             "completionMode": "Indexed",
             "completions": completions,
             "parallelism": completions,
+            "backoffLimitPerIndex": _RETRIES,
+            "podFailurePolicy": _DISRUPTIONS,
             "template": {"spec": pod},
         },
     }

@@ -46,6 +46,7 @@ _RECORD = re.compile(r"(?P<path>[^@]+)@(?P<size>\d+)-(?P<digest>[0-9a-f]{64})")
 _FINISHED = re.compile(r"(.*/)?(metrics|compare|report|apply|part-\d+)\.json")
 _PART = re.compile(r"part-(\d+)\.(arrow|json)")
 _WAIT_SECONDS = 3_600.0  # for another process of this machine that fetches or publishes
+_MAX_NAME_BYTES = 200  # of a URL in the name of its working copy: file systems allow 255
 _MAX_READS = 3  # of a run that is replaced while it is fetched
 
 
@@ -128,7 +129,8 @@ class WorkingCopy:
         """Open the working copy of a run, in the folder of the cache that is named after its URL."""
         if urlsplit(url.url).scheme not in WRITABLE or len(url.parts) < 2:
             raise RunError(f"--run {url}: a run folder at a URL is s3://BUCKET/NAME or gs://BUCKET/NAME")
-        name = f"{url.name}-{hashlib.sha256(url.url.encode()).hexdigest()[:16]}"
+        short = url.name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
+        name = f"{short}-{hashlib.sha256(url.url.encode()).hexdigest()[:16]}"
         return cls(url=url, folder=remote_settings().cache / "runs" / name)
 
     @contextmanager
@@ -184,6 +186,8 @@ class WorkingCopy:
     def _publish(self) -> None:
         present = {path: _stamp(self.folder / path) for path in _files(self.folder)}
         changed = [path for path in present if not self._is_unchanged(path)]
+        if unfit := next((path for path in changed if not _is_own(path)), None):
+            raise RunError(f"{self.folder / printable(unfit)}: no file of a run at a URL has such a name; rename it")
         gone = [path for path in self.synced if path not in present]
         records = {path: FileRecord.of(self.folder / path) for path in changed}
         known = read_records(self.url)
@@ -267,7 +271,8 @@ def _record_name(path: str, record: FileRecord) -> str:
 
 def _is_own(path: str) -> bool:
     """Return whether a path is one of a file of a run: relative, without hidden names, links to parents or controls."""
-    return bool(path) and not any(part in ("", "..") or part[0] == "." for part in path.split("/")) and "\\" not in path
+    is_plain = printable(path) == path and "\\" not in path
+    return is_plain and not any(part in ("", "..") or part[0] == "." for part in path.split("/"))
 
 
 def _rank(path: str) -> int:
@@ -325,8 +330,8 @@ def working_copy(url: RemotePath, *, leave_out: Sequence[str], scope: str | None
             copy.publish()
 
 
-def fetch_parts(folder: Path, numbers: Sequence[int], caches: Sequence[Path]) -> None:
-    """Fetch what a stage of some parts reads: their tables, those of all parts together, and cache files.
+def fetch_parts(folder: Path, numbers: Sequence[int], caches: Sequence[Path], *, folders: Sequence[str] = ()) -> None:
+    """Fetch what a stage of some parts reads: their tables, those of all parts together, cache files, and folders.
 
     Has no effect in a run folder that is no working copy.
     """
@@ -338,7 +343,7 @@ def fetch_parts(folder: Path, numbers: Sequence[int], caches: Sequence[Path]) ->
     def wanted(path: str) -> bool:
         part = _PART.fullmatch(path.rpartition("/")[2])
         in_stage = path.startswith("stages/") and (part is None or int(part[1]) in numbers or _is_shared(path))
-        return in_stage or path in names
+        return in_stage or path in names or path.partition("/")[0] in folders
 
     copy.fetch(wanted)
 
@@ -357,15 +362,19 @@ def share_files(folder: Path, *, is_first: bool) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteRun:
-    """A run at a URL in the workers of Ray, each of which has the working copy of its machine: a RunFolder."""
+    """A run at a URL in the workers of Ray, each of which has the working copy of its machine: a RunFolder.
+
+    folders: Those of the run that every stage reads, such as the probes of a finished run.
+    """
 
     url: str
+    folders: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, folder: Path) -> RemoteRun | None:
+    def of(cls, folder: Path, *, folders: tuple[str, ...] = ()) -> RemoteRun | None:
         """Return the run of a working copy; None for a folder that is none, which all machines have to see."""
         copy = _active.get(folder)
-        return None if copy is None else cls(url=copy.url.url)
+        return None if copy is None else cls(url=copy.url.url, folders=folders)
 
     def open(self) -> Path:
         """Return the working copy of this machine as a folder."""
@@ -376,7 +385,7 @@ class RemoteRun:
 
     def fetch(self, folder: Path, parts: Sequence[int], files: Sequence[Path]) -> None:
         """Fetch what a stage of some parts reads."""
-        fetch_parts(folder, parts, files)
+        fetch_parts(folder, parts, files, folders=self.folders)
 
     def publish(self, folder: Path) -> None:
         """Publish what has changed."""

@@ -275,8 +275,8 @@ _MAX_NAME_BYTES = 200  # file systems allow 255 bytes, and NAME.dropped.parquet 
 
 def _checked_name(name: str) -> str:
     """Return the name; raise ConfigError if it leads out of the run, is hidden, or names a table of dropped rows."""
-    if len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES or "\0" in name:
-        raise ConfigError(f"--name {name[:40]!r}: a name has at most {_MAX_NAME_BYTES} bytes and no NUL")
+    if len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES or printable(name) != name:
+        raise ConfigError(f"--name {name[:40]!r}: a name has at most {_MAX_NAME_BYTES} bytes and no control characters")
     if not name or name[0] == "." or name.endswith(".dropped") or set(name) & set("/\\"):
         raise ConfigError(f"--name {name!r}: a name must not contain / or \\, begin with . or end in .dropped")
     return name

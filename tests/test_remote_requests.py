@@ -132,3 +132,13 @@ def test_settings_out_of_range_are_refused(name: str, text: str, monkeypatch: py
     monkeypatch.setenv(name, text)
     with pytest.raises(ConfigError, match=name):
         remote_settings()
+
+
+@pytest.mark.parametrize("name", ["a/../../b.wav", "./b.wav", "a/.."])
+def test_an_object_that_no_relative_path_names_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, info = "memory://bucket/clips", {"size": 1, "type": "file"}
+    names = {"find": {f"/bucket/clips/{name}": info}, "ls": [{**info, "name": f"/bucket/clips/{name.split('/')[-1]}"}]}
+    monkeypatch.setattr(requests, "call", lambda url, method, **_: names[method])
+    for read in (requests.find, requests.list_folder) if name.endswith("..") else (requests.find,):
+        with pytest.raises(RemoteError, match="which is no plain path"):
+            read(url)

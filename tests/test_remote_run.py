@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grown
 import pyarrow.parquet as pq
 import pytest
 from conftest import gaussian_table
 from fsspec.implementations.memory import MemoryFileSystem
 
 import mmaudit
+from mmaudit.audit.engine import selection
+from mmaudit.audit.engine.plan import PartsConfig
 from mmaudit.audit.errors import ConfigError, RemoteError, RunError
+from mmaudit.audit.features import encoded_samples
 from mmaudit.audit.remote import locks, requests
 from mmaudit.audit.remote.locks import remote_lock
 from mmaudit.audit.remote.paths import RemotePath
 from mmaudit.audit.workers import this_process
+from mmaudit.cli import appending
 from mmaudit.cli.remote_run import RECORDS, WorkingCopy, read_records
 from mmaudit.cli.run import Run
 
@@ -178,7 +185,10 @@ def test_files_that_are_gone_are_removed_in_both_directions(copy: WorkingCopy, c
     assert not (cache / "other/scores.parquet").exists()
 
 
-@pytest.mark.parametrize("path", ["../run.json", "/etc/x", ".hidden", "a/../../b", "a//b"])
+@pytest.mark.parametrize(
+    "path",
+    ["../run.json", "/etc/x", ".hidden", "a/../../b", "a//b", "a\0b", "a\nb", "a\x7f", "\x1b[31m", "a\u202eb", "a\\b"],
+)
 def test_a_run_may_not_name_files_outside(path: str, copy: WorkingCopy, cache: Path) -> None:
     from urllib.parse import quote
 
@@ -215,16 +225,83 @@ def test_a_lock_of_another_machine_is_taken_over_unless_it_is_renewed(monkeypatc
     requests.call(str(path), "pipe_file", json.dumps(other).encode())
     with remote_lock(folder, "score"):
         pass
-    read, count = locks._read, iter(range(100))
-    monkeypatch.setattr(locks, "_read", lambda path: {**read(path), "renewal": str(next(count))})
+    count = iter(range(100))
+    monkeypatch.setattr(RemotePath, "read_bytes", lambda path: json.dumps({**other, "renewal": next(count)}).encode())
     requests.call(str(path), "pipe_file", json.dumps(other).encode())
     with pytest.raises(RunError, match="wait until it has ended"), remote_lock(folder, "score"):
         pass
 
 
+def test_a_file_that_could_not_be_read_again_is_not_published(copy: WorkingCopy) -> None:
+    copy.publish()
+    before = dict(MemoryFileSystem.store)
+    for name in ("a\nb.parquet", "a\\b.parquet"):
+        (copy.folder / name).write_text("x", encoding="utf-8")
+        with pytest.raises(RunError, match="no file of a run at a URL has such a name"):
+            copy.publish()
+        (copy.folder / name).unlink()
+    assert MemoryFileSystem.store.keys() == before.keys()
+
+
+def lock_of(command: str, *, is_running: bool = True) -> bytes:
+    """Return the lock of this process, or of one of this machine that has ended."""
+    process = str(this_process())
+    about = {"token": command, "command": command, "host": "here", "renewal": "00000000"}
+    return json.dumps({**about, "process": process if is_running else f"{process.rpartition('-')[0]}-1"}).encode()
+
+
+@pytest.mark.parametrize("case", ["released", "taken over", "cut short"])
+def test_a_lock_that_changes_while_it_is_read_is_not_removed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two readings find the lock of a process that ends, or a part of one: a third process gets its own."""
+    monkeypatch.setattr(locks, "_WATCH_SECONDS", 0.3)
+    folder, num_read = RemotePath.parse(URL), 0
+    path = folder / f"{locks.FOLDER}/score.json"
+    read_bytes = RemotePath.read_bytes
+
+    def write(content: bytes) -> None:
+        requests.call(str(path), "pipe_file", content)
+
+    def read(self: RemotePath) -> bytes:
+        nonlocal num_read
+        num_read += 1
+        try:
+            if num_read == 2 and case == "released":
+                requests.call(str(path), "rm_file")
+            return read_bytes(self)[: -1 if num_read <= 2 and case == "cut short" else None]
+        finally:
+            if num_read == 2:
+                write(lock_of("another"))
+
+    write(lock_of("first", is_running=case == "released"))
+    monkeypatch.setattr(RemotePath, "read_bytes", read)
+    with pytest.raises(RunError, match=r"held by another \(process"), remote_lock(folder, "score"):
+        pass
+    assert read_bytes(path) == lock_of("another")
+
+
+def test_a_damaged_lock_is_taken_over_when_it_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_WATCH_SECONDS", 0.3)
+    folder = RemotePath.parse(URL)
+    for content in (b"", b"{}", b"{", b"[1]", b"\xff", b"[" * 100_000):
+        requests.call(str(folder / f"{locks.FOLDER}/score.json"), "pipe_file", content)
+        start = time.monotonic()
+        with remote_lock(folder, "score") as lock:
+            lock.check()
+        assert time.monotonic() - start >= 0.3
+
+
+def test_renewals_have_the_length_of_the_first_lock() -> None:
+    lock = locks.RemoteLock(path=RemotePath.parse(URL), token="x", command="mmaudit score")
+    assert len({len(replace(lock, renewal=number).content()) for number in (0, 9, 10, 99, 100_000)}) == 1
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
+        ("memory://bucket/a\0b", "may not hold control characters"),
+        ("memory://bucket/a%00b", "may not hold control characters"),
+        ("file:///a%00b", "may not hold control characters"),
+        (f"memory://bucket/{'x' * 300}", "holds no finished run"),
         ("s3://KEY:SECRET@bucket/run", "holds credentials"),
         ("https://host.example/run", "a run folder at a URL is s3"),
         ("memory://bucket", "a run folder at a URL is s3"),
@@ -263,23 +340,29 @@ class TwoMachines:
                 work(self.jobs[machine], unit)
 
 
-def test_workers_that_share_no_folder_have_the_bytes_of_one_process(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its slow twin, test_two_machines_on_ray_share_a_bucket_alone, does so on Ray and a server of the S3 protocol."""
+@pytest.fixture
+def pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TwoMachines]:
+    """The pools that were opened, of two machines in place of Ray's."""
     from mmaudit.audit.engine import ray_executor
 
-    data, settings = write_parts(tmp_path), {**QUICK, "parts.rows": 15}
-    mmaudit.score(data, run=tmp_path / "local", settings=settings, progress=False)
     pools: list[TwoMachines] = []
 
     @contextmanager
     def open_pool(options: Any, *, shared: Any, folder: Path | None, **_: Any) -> Iterator[TwoMachines]:
         assert folder is None
         pools.append(TwoMachines([tmp_path / "first", tmp_path / "second"], shared, monkeypatch))
-        yield pools[0]
+        yield pools[-1]
 
     monkeypatch.setattr(ray_executor, "open_pool", open_pool)
+    return pools
+
+
+def test_workers_that_share_no_folder_have_the_bytes_of_one_process(
+    tmp_path: Path, cache: Path, pools: list[TwoMachines]
+) -> None:
+    """Its slow twin, test_two_machines_on_ray_share_a_bucket_alone, does so on Ray and a server of the S3 protocol."""
+    data, settings = write_parts(tmp_path), {**QUICK, "parts.rows": 15}
+    mmaudit.score(data, run=tmp_path / "local", settings=settings, progress=False)
     mmaudit.score(data, run=URL, settings=settings, engine="ray", num_workers=2, progress=False)
     assert pools[0].stages == ["rows", "encode", "status", "probe", "score"]
     parts = sorted((tmp_path / "local/scores").glob("*.parquet"))
@@ -292,6 +375,35 @@ def test_workers_that_share_no_folder_have_the_bytes_of_one_process(
     # A second call finds the run finished.
     mmaudit.score(data, run=URL, settings=settings, engine="ray", num_workers=2, progress=False)
     assert len(pools) == 1
+
+
+@pytest.mark.usefixtures("no_reports")
+@pytest.mark.parametrize("copied", [pytest.param(None, marks=pytest.mark.slow), 3])
+def test_workers_that_share_no_folder_append_the_bytes_of_one_process(
+    copied: int | None, tmp_path: Path, cache: Path, pools: list[TwoMachines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last parts alone; where new rows include a copy of an old one all parts are read, and their features."""
+    for module in (encoded_samples, selection, appending):  # parts that have not changed are not read
+        monkeypatch.setattr(module, "SORTED_ROWS", 40)
+    rows, config = grown.table(), replace(grown.CONFIG, parts=PartsConfig(rows=15))
+    source, local = str(tmp_path / "data/*.parquet"), tmp_path / "local"
+    grown.write(rows.slice(0, grown.NUM_OLD), tmp_path / "data/a.parquet")
+    mmaudit.score(source, run=local, config=config, num_workers=0, progress=False)
+    shutil.copytree(local, WorkingCopy.of(RemotePath.parse(URL)).folder)
+    WorkingCopy.of(RemotePath.parse(URL)).publish()
+    shutil.rmtree(cache)  # another machine starts the command
+    grown.write(rows.slice(grown.NUM_OLD), tmp_path / "data/b.parquet")
+    if copied is not None:
+        grown.write(grown.with_copy(rows, of=copied, name="copy"), tmp_path / "data/c.parquet")
+    mmaudit.score(source, run=local, config=config, append=True, num_workers=0, progress=False)
+    mmaudit.score(source, run=URL, config=config, append=True, engine="ray", num_workers=2, progress=False)
+    assert [pool.stages for pool in pools] == [["rows", "encode_unchanged", "status", "score"]]
+    names = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
+    compared = {name for name in names if name.startswith(("scores/", "probes/", "quarantine.", "mixture."))}
+    assert len(compared) > 10
+    for name in sorted(compared):
+        assert remote_bytes(name) == (local / name).read_bytes(), name
+    assert not any(path.startswith("stages/") for path in read_records(RemotePath.parse(URL)))
 
 
 def test_one_process_of_several_writes_and_commands_of_one_process_are_refused(

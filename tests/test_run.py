@@ -154,10 +154,10 @@ def test_manifest_is_found_by_name_and_by_path(tmp_path: Path) -> None:
         Run(tmp_path / "none").find_manifest("balanced")
 
 
-@pytest.mark.parametrize("name", ["a" * 250, "é" * 120, "a\0b"])
+@pytest.mark.parametrize("name", ["a" * 250, "é" * 120, "a\0b", "a\nb", "\x1b[31m"])
 def test_name_no_file_system_allows_is_refused(tmp_path: Path, name: str) -> None:
     for path_of in (Run(tmp_path).manifest, Run(tmp_path).finetune):
-        with pytest.raises(ConfigError, match="a name has at most 200 bytes and no NUL"):
+        with pytest.raises(ConfigError, match="a name has at most 200 bytes and no control characters"):
             path_of(name)
 
 

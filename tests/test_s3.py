@@ -212,6 +212,8 @@ def keep(self, *values, **options):
 ray_pool.RayPool.run = keep
 options = dict(run=url, engine="ray", ray_address=cluster.address, num_workers=2, progress=False)
 settings = {"probe.repeats": 1, "probe.folds": 3, "parts.rows": 15, "ray.memory_gb": 1.0}
+"""
+SCORE_AND_TRAIN = """
 mmaudit.score(data, settings=settings, **options)
 assert len(pids) == 2, pids
 mmaudit.split(subset="most-balanced:100%", name="all", run=url)
@@ -220,6 +222,11 @@ result = mmaudit.finetune("all", settings=settings, name="on-ray", **options)
 assert result.metrics["counts"]["train"], result.metrics
 again = mmaudit.finetune("all", settings=settings, name="on-ray", **options)
 assert again.metrics == result.metrics
+cluster.shutdown()
+"""
+APPEND = """
+mmaudit.score(data, settings=settings, append=True, **options)
+assert len(pids) == 2, pids
 cluster.shutdown()
 """
 TRAINING = ["finetune.epochs=3", "finetune.hidden=8", "finetune.batch_size=32"]
@@ -279,16 +286,11 @@ def check_training(url: str, local: Path) -> None:
     assert metrics[0] == metrics[1]
 
 
-def test_two_machines_on_ray_share_a_bucket_alone(server: str, tmp_path: Path) -> None:
-    """Their scores, manifests and weights have the bytes of one machine; its quick twin is in test_remote_run.py."""
-    pytest.importorskip("ray")
-    data, local = write_parts(tmp_path), tmp_path / "local"
-    score_locally(data, local)
-    requests.call("s3://clips/two/data.parquet", "pipe_file", data.read_bytes())
+def run_on_two_machines(commands: str, folder: Path, data: str, run: str) -> None:
+    """Run commands with a cluster of Ray, whose two machines have caches in a folder."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"TMPDIR": "/tmp"}
-    arguments = [str(tmp_path), "s3://clips/two/data.parquet", "s3://clips/two/run"]
     done = subprocess.run(
-        [sys.executable, "-c", TWO_MACHINES, *arguments],
+        [sys.executable, "-c", TWO_MACHINES + commands, str(folder), data, run],
         env=environment,
         capture_output=True,
         text=True,
@@ -296,6 +298,37 @@ def test_two_machines_on_ray_share_a_bucket_alone(server: str, tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_two_machines_on_ray_append_by_a_bucket_alone(server: str, tmp_path: Path) -> None:
+    """The appended run has the bytes of one machine; its quick twin is in test_remote_run.py."""
+    pytest.importorskip("ray")
+    rows, local, url = pq.read_table(write_parts(tmp_path)), tmp_path / "local", "s3://clips/grown/run"
+    data, settings = "s3://clips/grown/data.parquet", {"probe.repeats": 1, "probe.folds": 3, "parts.rows": 15}
+
+    def put(num_rows: int) -> None:
+        pq.write_table(rows.slice(0, num_rows), tmp_path / "grown.parquet", row_group_size=15)
+        requests.call(data, "pipe_file", (tmp_path / "grown.parquet").read_bytes())
+
+    put(90)
+    for run in (str(local), url):
+        mmaudit.score(data, run=run, settings=settings, progress=False)
+    put(120)
+    mmaudit.score(data, run=local, settings=settings, append=True, progress=False)
+    run_on_two_machines(APPEND, tmp_path, data, url)
+    names = [f"scores/{path.name}" for path in sorted((local / "scores").glob("*.parquet"))]
+    assert len(names) == 8
+    for name in (*names, "quarantine.parquet", "mixture.json"):
+        assert requests.call(f"{url}/{name}", "cat_file") == (local / name).read_bytes(), name
+
+
+def test_two_machines_on_ray_share_a_bucket_alone(server: str, tmp_path: Path) -> None:
+    """Their scores, manifests and weights have the bytes of one machine; its quick twin is in test_remote_run.py."""
+    pytest.importorskip("ray")
+    data, local = write_parts(tmp_path), tmp_path / "local"
+    score_locally(data, local)
+    requests.call("s3://clips/two/data.parquet", "pipe_file", data.read_bytes())
+    run_on_two_machines(SCORE_AND_TRAIN, tmp_path, "s3://clips/two/data.parquet", "s3://clips/two/run")
     assert {path.name for path in tmp_path.iterdir()} >= {"first", "second"}
     check_scores("s3://clips/two/run", local)
     words = ["finetune", "--manifest", "all", "--run", str(local), "--name", "on-ray", "--device", "cpu"]

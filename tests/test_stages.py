@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from clusters import submit, write_commands
 from conftest import gaussian_table
 
 import mmaudit
@@ -189,42 +189,10 @@ def test_scripts_of_a_plan_give_the_bytes_of_one_process(kind: str, data: Path, 
         data, run=run, slurm=kind == "slurm", kubernetes=kind == "kubernetes", tasks=3, settings=settings
     )
     assert (plan.num_parts, plan.num_tasks) == (8, 3)
-    fake = tmp_path / "bin"
-    fake.mkdir()
-    (fake / "mmaudit").write_text(f'#!/bin/sh\nexec {sys.executable} -m mmaudit --quiet "$@"\n')
-    (fake / "sbatch").write_text(SBATCH)
-    (fake / "kubectl").write_text(f"#!{sys.executable}\n{KUBECTL}")
-    for path in fake.iterdir():
-        path.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{fake}:{os.environ['PATH']}", "MMAUDIT_NUM_WORKERS": "0"}
-    script = tmp_path / "submit.sh"
-    script.write_text(plan.script)
-    done = subprocess.run(["sh", script], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    commands = write_commands(tmp_path / "bin", mmaudit=f'exec {sys.executable} -m mmaudit --quiet "$@"')
+    done = submit(plan.script, commands, MMAUDIT_NUM_WORKERS="0")
     assert done.returncode == 0, done.stderr
     check_same(run, local)
-
-
-SBATCH = """#!/bin/sh
-# Runs the tasks of a job at once, the last one first, and prints a number for it.
-for word in "$@"; do
-    case "$word" in --array=1-*) last=${word#--array=1-};; esac
-    command=$word
-done
-for task in $(seq "${last:-1}" -1 1); do
-    SLURM_ARRAY_TASK_ID=$task sh -c "$command" >&2 || exit 1
-done
-echo 1
-"""
-KUBECTL = """# Runs the container's command of an indexed Job for every index, the last one first.
-import json, os, subprocess, sys
-
-if sys.argv[1] == "apply":
-    spec = json.load(sys.stdin)["spec"]
-    (container,) = spec["template"]["spec"]["containers"]
-    for index in reversed(range(spec["completions"])):
-        environment = {**os.environ, "JOB_COMPLETION_INDEX": str(index)}
-        subprocess.run(container["command"], env=environment, check=True)
-"""
 
 
 def test_stages_in_the_wrong_order_are_refused(data: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Locks of folders at URLs: objects that are created only if they are absent, renewed while they are held.
 
 A lock names host, process and command. That of a process of this machine that has ended is taken over at once, that of
-another machine when it was not renewed while it was watched: clocks are not compared. Where a store cannot create
-conditionally, two processes that begin at the same moment may both get the lock.
+another machine, or a damaged one, when it was not renewed while it was watched: clocks are not compared. A lock is read
+once more before it is removed. There is no removal on a condition: a lock that is created between that reading and the
+removal is lost, and its process ends with an error before it publishes. Where a store cannot create conditionally, two
+processes that begin at the same moment may both get the lock.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class RemoteLock:
 
     def content(self) -> bytes:
         """Return the content of the object."""
-        about = {"token": self.token, "command": self.command, "renewal": self.renewal, "host": socket.gethostname()}
+        renewal = f"{self.renewal:08d}"  # of one length: a reader asks for the size before it reads
+        about = {"token": self.token, "command": self.command, "renewal": renewal, "host": socket.gethostname()}
         about |= {"process": str(this_process()), "started": datetime.now().isoformat(" ", "seconds")}
         return json.dumps(about, sort_keys=True).encode()
 
@@ -60,9 +63,10 @@ def remote_lock(folder: RemotePath, scope: str) -> Iterator[RemoteLock]:
     while not create(str(path), lock.content()):
         if _read(path).get("token") == lock.token:  # it was written, and the answer was lost
             break
-        _wait_until_stale(path)
-        with suppress(FileNotFoundError):
-            call(str(path), "rm_file")
+        stale = _wait_until_stale(path)
+        if stale is not None and _content(path) == stale:
+            with suppress(FileNotFoundError):
+                call(str(path), "rm_file")
     stop = threading.Event()
     thread = threading.Thread(target=_renew, args=(lock, stop), daemon=True, name="lock")
     thread.start()
@@ -84,31 +88,49 @@ def _renew(lock: RemoteLock, stop: threading.Event) -> None:
             call(str(lock.path), "pipe_file", lock.content())
 
 
-def _wait_until_stale(path: RemotePath) -> None:
-    """Return when a lock may be taken over; raise RunError if it is renewed."""
-    first = _read(path)
-    process = ProcessId.parse(first.get("process", ""))
-    if not first or (process is not None and process.is_local() and not process.is_running()):
-        return
-    holder = f"{first.get('command', 'a process')} (process {process.pid if process else 0} on {first.get('host')})"
-    if process is not None and process.is_local():
-        raise RunError(f"{path} is held by {printable(holder)}: wait until it has ended")
+def _wait_until_stale(path: RemotePath) -> bytes | None:
+    """Return the content of a lock that may be taken over, None if there is no lock; raise RunError if it is held."""
+    first = _content(path)
+    about = _parse(first)
+    process = ProcessId.parse(about.get("process", ""))
+    is_local = process is not None and process.is_local()
+    if first is None or (process is not None and is_local and not process.is_running()):
+        return first
+    holder = f"{about.get('command', 'a process')} (process {process.pid if process else 0} on {about.get('host')})"
+    held = RunError(f"{path} is held by {printable(holder)}: wait until it has ended")
+    if is_local:
+        raise held
     log.info("%s is held by %s: watching for %.0f s whether it still runs", path, printable(holder), _WATCH_SECONDS)
     end = time.monotonic() + _WATCH_SECONDS
     while time.monotonic() < end:
         time.sleep(min(1.0, _WATCH_SECONDS / 10))
-        now = _read(path)
-        if now and now != first:
-            raise RunError(f"{path} is held by {printable(holder)}: wait until it has ended")
-        if not now:
-            return
+        now = _content(path)
+        if now is None:
+            return None
+        if now != first and about:
+            raise held
+        if now != first:  # it was damaged, or read while it was replaced
+            return _wait_until_stale(path)
+    return first
+
+
+def _content(path: RemotePath) -> bytes | None:
+    """Read the bytes of a lock; None if there is none."""
+    forget(str(path))
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _parse(content: bytes | None) -> dict[str, str]:
+    """Return what a lock states; {} if there is none, or it is damaged."""
+    try:
+        return {str(key): str(value) for key, value in dict(json.loads(content or b"{}")).items()}
+    except (ValueError, TypeError, RecursionError):
+        return {}
 
 
 def _read(path: RemotePath) -> dict[str, str]:
-    """Read a lock; {} if there is none, or it is damaged."""
-    forget(str(path))
-    try:
-        content = json.loads(path.read_bytes())
-        return {str(key): str(value) for key, value in dict(content).items()}
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
+    """Read what a lock states, again if it is damaged; {} if there is none, or it stays so."""
+    return _parse(_content(path)) or _parse(_content(path))

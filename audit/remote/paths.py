@@ -14,6 +14,7 @@ from .ranged_file import RangedFile
 from .requests import PACKAGES, FileStatus, find, is_page, list_folder, read_ranges, status_of, thread_pool
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 
 def is_url(text: object) -> bool:
@@ -57,6 +58,7 @@ class RemotePath:
         path = text[len(parts.scheme) + 3 :].strip("/")
         if ".." in unquote(path).split("/") or "::" in text:
             raise RemoteError(f"{shown_url(text)}: a URL may not hold .. or ::")
+        _check_characters(path)
         return cls(f"{scheme}://{re.sub('/+', '/', path)}")
 
     def __str__(self) -> str:
@@ -152,6 +154,12 @@ class RemotePath:
         return b"".join(data for _, data in read_ranges(self.url, [(0, size)], size=size)) if size else b""
 
 
+def _check_characters(path: str) -> None:
+    """Raise RemoteError for a control character in the path of a URL, written out or as %00."""
+    if _CONTROL.search(unquote(path)):
+        raise RemoteError(f"{printable(path)}: a URL may not hold control characters")
+
+
 AnyPath = Path | RemotePath
 
 
@@ -164,6 +172,7 @@ def source_path(text: str | Path) -> AnyPath:
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):
             raise RemoteError(f"{shown_url(text)}: file:// needs an absolute path, as in file:///data/clips")
+        _check_characters(parts.path)
         return Path(unquote(parts.path))
     return RemotePath.parse(text)
 

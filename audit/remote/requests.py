@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ..errors import RemoteError, printable
 from .settings import remote_settings
@@ -311,10 +311,19 @@ def _entries(url: str, infos: Sequence[Mapping[str, Any]]) -> dict[str, FileStat
         name = path[len(prefix) + 1 :]
         if not path.startswith(f"{prefix}/") or not name or "/" in name or "?" in name or "#" in name:
             continue
+        if is_page(url) and unquote(name) in (".", ".."):
+            continue
+        _check_listed(url, name)
         is_folder = info.get("type") == "directory" or str(info["name"]).endswith("/")
         known = {**info, "size": info.get("size") or 0, "type": "directory" if is_folder else "file"}
         entries[name] = _read_status(url, known)
     return dict(sorted(entries.items()))
+
+
+def _check_listed(url: str, path: str) -> None:
+    """Raise RemoteError for an object that no relative path names: stores take . and .. for names like any other."""
+    if {".", ".."} & set(path.split("/")):
+        raise RemoteError(f"{url} holds {printable(path)[:200]}, which is no plain path: rename or remove that object")
 
 
 def find(url: str) -> dict[str, FileStatus]:
@@ -332,6 +341,8 @@ def find(url: str) -> dict[str, FileStatus]:
     except FileNotFoundError:
         return {}
     files = {path[len(prefix) + 1 :]: _read_status(url, info) for path, info in infos.items() if path != prefix}
+    for path in files:
+        _check_listed(url, path)
     return {path: status for path, status in files.items() if path and not path.endswith("/")}
 
 
