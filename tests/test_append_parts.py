@@ -15,7 +15,7 @@ import pytest
 from grown import CONFIG, NUM_OLD, check_close, files, record, table, with_copy, write
 
 from mmaudit.audit.engine import selection, stages
-from mmaudit.audit.engine.known_rows import KnownRows, contains, merge_hashes
+from mmaudit.audit.engine.known_rows import KnownRows, merge_hashes
 from mmaudit.audit.engine.plan import PartsConfig
 from mmaudit.audit.engine.run_state import Folds
 from mmaudit.audit.errors import ConfigError, DatasetError, RunError
@@ -288,8 +288,6 @@ def test_ray_gives_the_bytes_of_one_process(folder: Path, tmp_path: Path) -> Non
 def test_hashes_are_merged_in_order() -> None:
     first, second = np.array([2, 5, 9], np.uint64), np.array([7, 2, 7, 1], np.uint64)
     assert merge_hashes(first, second).tolist() == [1, 2, 5, 7, 9]
-    assert contains(first, second).tolist() == [False, True, False, False]
-    assert not contains(first[:0], second).any()
 
 
 def test_folds_of_new_entries_are_merged_into_known_ones() -> None:

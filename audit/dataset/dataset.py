@@ -220,6 +220,10 @@ class Dataset:
         with self._naming_source():
             return self._loader(modality).stamp(cell, source_stamp)
 
+    def local_stamps(self, cell: Any, modality: Modality) -> list[tuple[int, int] | None]:
+        """Return the sizes and times of the local files that a cell names; see CellLoader.local_stamps."""
+        return self._loader(modality).local_stamps(cell)
+
     def _loader(self, modality: Modality) -> CellLoader:
         return CellLoader(modality=modality, root=self.root, allow_outside=self.allow_outside)
 
