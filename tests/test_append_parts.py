@@ -205,6 +205,27 @@ def test_ids_and_copies_of_unread_parts_are_found(folder: Path, monkeypatch: pyt
     assert [(row["sample_id"], row["reason"]) for row in quarantined] == [("copy", "duplicate")]
 
 
+@pytest.mark.usefixtures("sums")
+def test_new_rows_and_the_last_part_may_lack_a_modality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(IN_PARTS, probe=replace(IN_PARTS.probe, folds=2, repeats=1))
+    rows, num_known = table(), NUM_OLD - 15
+    third = pa.array([*rows["audio"].to_pylist()[:num_known], *[None] * (len(rows) - num_known)], rows["audio"].type)
+    rows = rows.append_column("third", third)
+    options: dict[str, Any] = {"config": config, "num_workers": 0}
+    write(rows.slice(0, NUM_OLD), tmp_path / "data" / "a.parquet")
+    score(tmp_path / "data" / "*.parquet", run=tmp_path / "run", **options)
+    write(rows.slice(NUM_OLD, 40), tmp_path / "data" / "b.parquet")
+    shutil.copytree(tmp_path / "run", tmp_path / "all")
+    (tmp_path / "all" / "probes" / "rows.json").unlink()
+    read = read_shards(monkeypatch)
+    score(tmp_path / "data" / "*.parquet", run=tmp_path / "run", append=True, **options)
+    assert read == [5, 6, 7, 8]
+    score(tmp_path / "data" / "*.parquet", run=tmp_path / "all", append=True, **options)
+    tables = [Run(tmp_path / name).scores().to_arrow() for name in ("run", "all")]
+    assert tables[0].equals(tables[1])
+    assert tables[0]["confidence_third"].null_count == 55
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["select_new", "score_part", "publish_appended", "replacing"])
 def test_killed_between_stages_is_resumed_to_the_same_bytes(
