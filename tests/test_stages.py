@@ -349,6 +349,24 @@ def test_media_that_change_after_the_fit_are_refused(media: Path, tmp_path: Path
         os.utime(media.parent / "a20.npy", ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def test_media_that_change_between_stages_of_an_append_are_noticed(media: Path, tmp_path: Path) -> None:
+    lines = media.read_text()
+    media.write_text("\n".join(lines.splitlines()[:41]))
+    score_media(media, tmp_path / "run")
+    media.write_text(lines)
+    append: dict[str, Any] = {"run": tmp_path / "run", "config": MEDIA, "num_workers": 0, "append": True}
+    score(media, stage="encode", **append)
+    replace_file(media, 50)
+    with pytest.raises(RunError, match=r"part 5 have changed since they were encoded"):
+        score(media, stage="fit", **append)
+    score(media, stage="encode", **append)
+    score(media, stage="fit", **append)
+    replace_file(media, 51)
+    for stage in ("encode", "score", "merge"):
+        with pytest.raises(RunError, match=r"rows 50 to 54 name has changed"):
+            score(media, stage=stage, **append)
+
+
 def test_media_are_not_opened_to_compare_them(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score_media(media, tmp_path / "run", "encode")
     monkeypatch.setattr(Dataset, "load", None)

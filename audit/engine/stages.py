@@ -184,7 +184,8 @@ def _is_encoded(job: ScoringJob, part: Part) -> bool:
     if job.in_memory or not job.store.has("status", part.index):
         return job.store.has("status", part.index)
     known = job.store.counts("status", part.index).get("media", {})
-    tasks = [task for task in job.tasks(part) if known.get(str(task.shard.index)) not in (None, task.media_digest())]
+    with_media = [task for task in job.tasks(part) if str(task.shard.index) in known]
+    tasks = [task for task in with_media if task.media_digest() != known[str(task.shard.index)]]
     if tasks and job.store.has("selection"):
         raise RunError(f"{_changed(tasks[0])}, and later stages were made of it: restore it, or pass --overwrite")
     return not tasks
