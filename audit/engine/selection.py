@@ -299,7 +299,8 @@ def quarantined_tables(selection: Selection) -> Iterator[pa.Table]:
 
 def read_selection(samples: pa.Table, rows: pa.Table, quarantined: pa.Table, record: dict[str, Any]) -> Selection:
     """Build a selection from its tables and its record, without copies of the columns."""
-    names, values = samples.column_names, None
+    names = samples.column_names
+    values: Any = None
     if "bits" in names:
         values = PackedSets(_rows_of_column(samples, "bits", np.uint8), record["num_outputs"])
     elif "values" in names:
