@@ -22,14 +22,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.dataset import open_dataset
-from mmaudit.audit.engine.fitting import NetworkSettings
-from mmaudit.audit.engine.in_memory import Scored, score_in_memory
-from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.engine.stages import finished_parts, run_all
 from mmaudit.audit.metrics import confidence, gap, is_dominated, mean_interval
-from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
+from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.scores.gap_checks import permute_within_classes
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
-from mmaudit.audit.scores.stability import intervals_of_sets
+from mmaudit.audit.scores.stability import BisectionAudit, HalfAudit, intervals_of_sets
+from mmaudit.audit.scores.table import ScoreTable, scores_of_table
+from mmaudit.audit.workers import no_progress
+from mmaudit.cli.config import RunConfig
+from mmaudit.cli.run import Run
+from mmaudit.cli.staging import open_job
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.rebalance.recipe import Recipe, make_split
 from mmaudit.rebalance.score_tables import open_scores
@@ -49,6 +52,14 @@ class Row(NamedTuple):
     met: bool
 
 
+class Scored(NamedTuple):
+    """What is read of the results of scoring."""
+
+    scores: ScoreTable
+    halves: HalfAudit | None
+    bisections: BisectionAudit | None
+
+
 def draw_features(rng: np.random.Generator, n: int, *, strength: Floats, noise: float = 1.0) -> dict[str, Any]:
     """Draw two modalities of features around the same class means, at distances (n, 2), so that neither is better."""
     label = rng.integers(0, NUM_CLASSES, n)
@@ -62,12 +73,16 @@ def draw_features(rng: np.random.Generator, n: int, *, strength: Floats, noise: 
 
 def audit(columns: dict[str, Any], probe: ProbeConfig, *, seed: int) -> Scored:
     """Score a dataset with these columns."""
+    config = RunConfig(probe=probe, seed=seed)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pq.write_table(pa.table(columns), folder / "d.parquet")
-        dataset = open_dataset(folder / "d.parquet")
-        networks = NetworkSettings(config=NetworkConfig(), media=MediaConfig(), folder=folder / "n")
-        return score_in_memory(dataset, features=folder / "f", probe=probe, networks=networks, seed=seed)
+        pq.write_table(pa.table(columns), Path(name) / "d.parquet")
+        dataset = open_dataset(Path(name) / "d.parquet")
+        run = Run(Path(name) / "run")
+        job = open_job(run, dataset, config, device="cpu", num_workers=0, progress=no_progress)
+        results, merged, _ = run_all(job)
+        table = pa.concat_tables([table for _, table, _ in finished_parts(job, merged.whole)])
+        scores = scores_of_table(table, {"paths": dataset.path_columns}, where="the score table")
+        return Scored(scores=scores, halves=results.halves, bisections=results.bisections)
 
 
 def leans(num_datasets: int) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.modalities import Modality
 from ..audit.engine.executors import RayOptions
-from ..audit.engine.known_rows import KnownPart, KnownRows, Tail, contains
+from ..audit.engine.known_rows import KnownPart, KnownRows, Tail
 from ..audit.engine.new_rows import NewRows, OtherRowsNeeded, read_as_in_run, save_selection, select_new, selected
 from ..audit.engine.part_store import FolderStore, MemoryStore
 from ..audit.engine.plan import SINGLE, Part, take_parts
@@ -26,6 +26,7 @@ from ..audit.engine.row_data import ORDER_PURPOSE, EncodedData
 from ..audit.engine.run_state import RunState, folds_of_contents, folds_of_keys
 from ..audit.engine.selection import fingerprint, fingerprints_of, row_sums
 from ..audit.engine.stages import (
+    check_media,
     encode,
     encode_unchanged,
     fingerprint_of_data,
@@ -39,6 +40,7 @@ from ..audit.features.encoders import is_network
 from ..audit.hashing import digest
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.probes.saved_probes import has_weights
+from ..audit.row_arrays import contains
 from ..audit.storage import read_json, scratch_folder, write_json
 from .append_files import (
     Append,
@@ -270,6 +272,7 @@ def append_rows(
     )
     if stage is not None:
         fetch_parts(run_dir.folder, [part.index for part in append.tail.parts], ())
+        check_media(append.job, append.tail.parts)
     elif ray is not None:
         _run_on_ray(append, ray)
     else:
@@ -306,8 +309,10 @@ def run_append_stage(
             read_rows(job, parts)
             encode(job, parts, trust_unchanged=True)
         elif stage == "score":
+            check_media(job, parts)
             score_saved(job, parts)
         else:
+            check_media(job, tail)
             select_rows(append)
     return StageResult(
         run=run_dir.folder,

@@ -183,8 +183,9 @@ def _columns_of_run(record: dict[str, Any], columns: Mapping[str, str | None]) -
 
 def _open_data(data: str, record: dict[str, Any], config: RunConfig) -> Dataset:
     """Open data with the modalities of a run; raise DatasetError if theirs are encoded otherwise."""
+    lengths = {entry["name"]: entry["length"] for entry in record["modalities"] if entry.get("length")}
     try:
-        dataset = open_encodable(data, config.data)
+        dataset = open_encodable(data, config.data, lengths=lengths)  # which may lack a modality in all rows
     except ConfigError as error:
         raise DatasetError(
             f"{data}: {error}; it is read with the columns of the run, since scores are confidences in the true class "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -291,12 +291,15 @@ class SourceOptions:
     allow_outside: bool = False
 
 
-def open_encodable(data: str | Path, config: DataConfig) -> Dataset:
-    """Open a dataset, and check that the encoder of each modality exists and reads the modality's kind."""
+def open_encodable(data: str | Path, config: DataConfig, *, lengths: Mapping[str, int] | None = None) -> Dataset:
+    """Open a dataset, and check that the encoder of each modality exists and reads the modality's kind.
+
+    lengths: see open_dataset.
+    """
     from ..audit.dataset.dataset import open_dataset
     from ..audit.features.encoders import check_encoder
 
-    dataset = open_dataset(data, config)
+    dataset = open_dataset(data, config, lengths=lengths)
     for modality in dataset.modalities:
         check_encoder(modality)
     return dataset

@@ -23,6 +23,7 @@ from ..audit.engine.run_state import RunState
 from ..audit.engine.scoring import Whole
 from ..audit.engine.stages import (
     ScoringJob,
+    check_media,
     encode,
     finished_parts,
     fit_and_save,
@@ -175,6 +176,7 @@ def run_merge(job: ScoringJob) -> tuple[FitResults, Merged, dict[str, float]]:
     """Run the stage `merge` on the results of earlier ones."""
     seconds: dict[str, float] = {}
     fetch_parts(job.features.parent, [part.index for part in job.plan.parts], ())
+    check_media(job, job.plan.parts)
     results = FitResults(job=job)
     with timed(seconds, "merge"):
         return results, merge_parts(job, results), seconds
@@ -193,8 +195,10 @@ def run_stage(run_dir: Run, job: ScoringJob, stage: str, *, shard: str | None) -
             executor.run(read_rows, job, job.plan.parts)
             executor.run(encode, job, job.plan.parts)
         elif stage == "score":
+            executor.run(check_media, job, job.plan.parts)
             executor.run(score_saved, job, job.plan.parts)
         else:
+            check_media(job, job.plan.parts)
             fit_and_save(job)
     return StageResult(
         run=run_dir.folder,

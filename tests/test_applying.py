@@ -125,6 +125,34 @@ def test_content_in_another_group_is_counted(run: Path, tmp_path: Path, caplog: 
     assert scores_of(tmp_path / "out")["fold"].to_pylist() == [folds[group]]
 
 
+THREE = replace(CONFIG, data=DataConfig(modality=("audio=audio", "visual=visual", "third=third")))
+
+
+def with_third(rows: pa.Table, *, type_: pa.DataType | None = None) -> pa.Table:
+    """Add a third modality; with a type, one that is null in all rows."""
+    third = pa.nulls(len(rows), type_) if type_ is not None else rows["audio"].combine_chunks()
+    return rows.append_column("third", third)
+
+
+def test_data_that_lack_a_modality_are_scored_by_the_others(tmp_path: Path) -> None:
+    rows = table(by_group=False)
+    write(with_third(rows.slice(0, NUM_OLD)), tmp_path / "old.parquet")
+    score(tmp_path / "old.parquet", run=tmp_path / "run", config=THREE, num_workers=0)
+    types = {"vectors": rows["audio"].type, "lists": pa.list_(pa.float32())}
+    tables = []
+    for name, type_ in types.items():
+        write(with_third(rows.slice(NUM_OLD), type_=type_), tmp_path / f"{name}.parquet")
+        result = apply(tmp_path / "run", tmp_path / f"{name}.parquet", num_workers=0)
+        assert (result.num_samples, result.num_scored) == (60, 60)
+        tables.append(scores_of(result.folder))
+        assert tables[-1]["confidence_third"].null_count == 60
+        assert tables[-1]["confidence_audio"].null_count == tables[-1]["gap"].null_count == 0
+        assert tables[-1].equals(tables[0])
+    write(with_third(rows, type_=pa.null()), tmp_path / "untyped.parquet")
+    with pytest.raises(DatasetError, match="a column of type null cannot be read as features"):
+        apply(tmp_path / "run", tmp_path / "untyped.parquet", num_workers=0)
+
+
 def test_rerun_gives_same_bytes_and_replaces(run: Path, tmp_path: Path) -> None:
     write(table().slice(60, 60), tmp_path / "new.parquet")
     apply(run, tmp_path / "new.parquet", num_workers=0, out=tmp_path / "out")

@@ -20,6 +20,7 @@ import transformers as typed
 from numpy.typing import NDArray
 from PIL import Image
 
+import mmaudit
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
@@ -342,6 +343,19 @@ def test_dataset_of_texts_and_vectors_is_encoded(models: Path, tmp_path: Path) -
     matrix = FeatureMatrix.of(tasks, status, np.array([0, 2])).read(np.arange(2))
     expected = [vector(models, "bert", "text", texts[row]) for row in (0, 2)]
     np.testing.assert_allclose(matrix, expected, atol=1e-5)
+
+
+def test_stage_without_parts_to_encode_does_nothing(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"text": [f"word {row}" for row in range(8)], "label": [0, 1] * 4, "v": [[float(row)] for row in range(8)]}
+    pq.write_table(pa.table(rows), tmp_path / "d.parquet")
+    options: dict[str, Any] = {"encoder": [f"text=hf:{models / 'bert'}"], "num_workers": 0, "stage": "encode"}
+    mmaudit.score(tmp_path / "d.parquet", run=tmp_path / "run", **options)
+    monkeypatch.setattr(encode, "encode_inputs", None)
+    mmaudit.score(tmp_path / "d.parquet", run=tmp_path / "run", **options)
+    result = mmaudit.score(tmp_path / "d.parquet", run=tmp_path / "other", shard="5/7", **options)
+    assert result.to_dict()["parts"] == []
 
 
 @pytest.mark.parametrize("weights_name", ["pytorch_model.bin", "model.bin"])

@@ -68,6 +68,7 @@ def test_repeated_values_are_found(keys: NDArray[np.uint64], others: NDArray[np.
     values, counts = np.unique(keys, return_counts=True)
     np.testing.assert_array_equal(repeated_in(np.sort(keys)), values[counts > 1])
     np.testing.assert_array_equal(contains(values, others), np.isin(others, values))
+    assert not contains(values[:0], others).any()
 
 
 def test_indices_have_32_bits_where_that_is_enough() -> None:

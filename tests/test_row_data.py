@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,41 @@ def test_selection_is_written_and_read(tmp_path: Path) -> None:
         quarantined = pa.concat_tables(quarantined_tables(selection))
         again = read_selection(*selection_tables(selection), quarantined, selection_record(selection))
         for field in selection.__dataclass_fields__:
-            if field not in ("target", "cross_fits"):
+            if field not in ("target", "cross_fits", "order"):
                 np.testing.assert_array_equal(getattr(again, field), getattr(selection, field))
         for first, second in zip(again.cross_fits, selection.cross_fits, strict=True):
             for field in ("fold", "inner", "fits", "key"):
                 np.testing.assert_array_equal(getattr(first, field), getattr(second, field))
         np.testing.assert_array_equal(again.target.label, selection.target.label)
+        np.testing.assert_array_equal(again.dataset_order, np.argsort(selection.row))
+        assert again.dataset_order is again.order
+        pairs = [(getattr(again, field), getattr(selection, field)) for field in ("row", "usable_bits", "split")]
+        pairs.append((again.cross_fits[0].fits, selection.cross_fits[0].fits))
+        if selection.target.values is not None:
+            np.testing.assert_array_equal(again.target.values, selection.target.values)
+            pairs.append((again.target.values, selection.target.values))
+        assert all(np.shares_memory(*pair) for pair in pairs)  # without copies
         counted = sorted([*selection.row.tolist(), *(int(entry.sample_id[1:]) for entry in selection.quarantined)])
         assert counted == list(range(N))
+
+
+def test_part_reads_its_own_samples_only(tmp_path: Path) -> None:
+    columnar = both(open_case("plain", tmp_path), tmp_path / "plain", part_rows=20)[1]
+    selection = select(columnar, probe=ProbeConfig(folds=2, repeats=2), seed=3, keep_duplicates=False)
+    read: list[int] = []
+
+    class Rows(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+    counted: Any = {"row": Rows(selection.row.tolist()), "order": selection.dataset_order}
+    for first in (0, 3, 40, N - 7, N):
+        expected = np.flatnonzero((selection.row >= first) & (selection.row < first + 20))
+        np.testing.assert_array_equal(selection.samples_in(first, 20), expected)
+        read.clear()
+        np.testing.assert_array_equal(replace(selection, **counted).samples_in(first, 20), expected)
+        assert len(read) <= 2 * np.ceil(np.log2(len(selection) + 1))
 
 
 def test_groups_are_numbered_by_occurrence() -> None:

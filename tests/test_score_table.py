@@ -231,6 +231,15 @@ def test_labels_are_numbers_or_names(
     assert (table.label.tolist(), table.label_name.tolist()) == (label, names)
 
 
+def test_modality_may_be_null_in_all_rows(tmp_path: Path) -> None:
+    columns = {"prediction_x": [0, 1], "prediction_y": [1, 1], "prediction_z": pa.nulls(2, pa.int32())}
+    table = read_scores(foreign(tmp_path / "t.parquet", confidence_z=pa.nulls(2, pa.float32()), **columns))
+    assert table.present.tolist() == [[True, True, False]] * 2
+    assert table.prediction is not None
+    assert table.prediction.tolist() == [[0, 1, -1], [1, 1, -1]]
+    assert table.training_confidence is None
+
+
 def test_integer_ids_are_read_as_strings(tmp_path: Path) -> None:
     assert read_scores(foreign(tmp_path / "t.parquet", sample_id=[10, 2])).sample_id.tolist() == ["10", "2"]
 
@@ -256,7 +265,7 @@ def test_integer_ids_are_read_as_strings(tmp_path: Path) -> None:
         ({"confidence_x": [None, 0.5], "confidence_z": [None, 0.1]}, r"1 samples have .* \(the first: a\)"),
         ({"confidence_x": [-0.1, 0.5], "confidence_z": [None, 1.5]}, "2 values of confidence are null or outside"),
         ({"confidence_x": ["much", "0.5"]}, "column confidence_x cannot be read as float32"),
-        ({"confidence_x": pa.nulls(2, pa.float32())}, "a column confidence_M is null"),
+        ({"confidence_x": pa.nulls(2, pa.float32())}, "2 samples have fewer than two values of confidence"),
         ({"similarity": [0.0, 1.5]}, r"1 values of similarity are null or outside \[-1, 1\]"),
         ({"balance": [None, 0.5]}, "1 values of balance"),
         ({"p_balanced": [-0.5, 0.5]}, r"outside \[0, 1\]"),

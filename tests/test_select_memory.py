@@ -21,7 +21,14 @@ from mmaudit.audit.dataset.columns import SPLITS
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.engine.row_data import ORDER_PURPOSE, EncodedData, RowData
 from mmaudit.audit.engine.run_state import Folds, tables_of_contents, tables_of_keys
-from mmaudit.audit.engine.selection import ChosenRows, Selection, choose_rows, describe_chosen, fingerprint
+from mmaudit.audit.engine.selection import (
+    ChosenRows,
+    Selection,
+    choose_rows,
+    describe_chosen,
+    fingerprint,
+    selection_tables,
+)
 from mmaudit.audit.errors import Reason
 from mmaudit.audit.features import encoded_samples
 from mmaudit.audit.features.encode import EncodeTask, read_arrow, write_arrow
@@ -192,7 +199,10 @@ def run_select(stored: Stored) -> tuple[ChosenRows, Selection, int, int]:
     chosen = choose_rows(encoded, probe=CONFIG, seed=0, keep_duplicates=False)
     num_contents = sum(table.num_rows for table in tables_of_contents(encoded, chosen))
     num_keys = sum(table.num_rows for table in tables_of_keys(data, chosen))
-    return chosen, describe_chosen(encoded, chosen), num_contents, num_keys
+    selection = describe_chosen(encoded, chosen)
+    del data, encoded
+    selection_tables(selection)  # as the stage fit writes them
+    return chosen, selection, num_contents, num_keys
 
 
 def peak_of_select(stored: Stored) -> int:

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from in_memory import Scored, score_in_memory
 from numpy.typing import NDArray
 from scipy.stats import t
 
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.engine.fitting import NetworkSettings
-from mmaudit.audit.engine.in_memory import Scored, score_in_memory
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.scores import stability

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from clusters import submit, write_commands
 from conftest import gaussian_table
+from in_memory import Scored, score_in_memory
 
 import mmaudit
-from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.engine import stages
 from mmaudit.audit.engine.fitting import NetworkSettings
-from mmaudit.audit.engine.in_memory import Scored, score_in_memory
 from mmaudit.audit.engine.plan import PartsConfig
 from mmaudit.audit.errors import ConfigError, RunError
 from mmaudit.audit.media.files import MediaConfig
@@ -270,6 +270,84 @@ def test_damaged_part_is_scored_again(data: Path, local: Path, tmp_path: Path) -
     score(data, run=tmp_path, config=CONFIG, num_workers=0, stage="score", shard="2/2")
     score(data, run=tmp_path, config=CONFIG, num_workers=0)  # without a stage it finishes them
     check_same(tmp_path, local)
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Path:
+    """A csv file of 60 rows that name .npy files, in six parts."""
+    rng, n = np.random.default_rng(0), 60
+    lines = ["id,label,a,b"]
+    for row in range(n):
+        for name in "ab":
+            np.save(tmp_path / f"{name}{row}.npy", rng.standard_normal(9).astype(np.float32) + row % 2)
+        lines.append(f"s{row},{row % 2},a{row}.npy,b{row}.npy")
+    (tmp_path / "d.csv").write_text("\n".join(lines))
+    return tmp_path / "d.csv"
+
+
+MEDIA = replace(CONFIG, data=DataConfig(shard_rows=5), parts=PartsConfig(rows=10))
+
+
+def score_media(data: Path, run: Path, *stages: str | None) -> None:
+    for stage in stages or (None,):
+        score(data, run=run, config=MEDIA, num_workers=0, stage=stage)
+
+
+def replace_file(data: Path, row: int) -> None:
+    np.save(data.parent / f"a{row}.npy", np.full(9, 3.0, np.float32))
+
+
+def test_changed_media_are_encoded_again(media: Path, tmp_path: Path) -> None:
+    score_media(media, tmp_path / "run", "encode")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/stages/status").glob("*.arrow")}
+    assert len(before) == 6
+    replace_file(media, 20)
+    with pytest.raises(RunError, match=r"part 2 have changed since they were encoded: run --stage encode again"):
+        score_media(media, tmp_path / "run", "fit")
+    score_media(media, tmp_path / "run", "encode")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/stages/status").glob("*.arrow")}
+    assert [name for name in sorted(after) if after[name] != before[name]] == ["part-00002.arrow"]
+    (media.parent / "b50.npy").unlink()  # a run without stages notices it, too
+    score_media(media, tmp_path / "run")
+    score_media(media, tmp_path / "other")
+    check_same(tmp_path / "run", tmp_path / "other")
+
+
+def test_media_that_change_after_the_fit_are_refused(media: Path, tmp_path: Path) -> None:
+    score_media(media, tmp_path / "run", "encode", "fit")
+    status, content = (media.parent / "a20.npy").stat(), (media.parent / "a20.npy").read_bytes()
+    for before, refused in (((), ("encode", "fit", "score", None)), (("score",), ("merge", None))):
+        score_media(media, tmp_path / "run", *before or ("encode",))
+        replace_file(media, 20)
+        for stage in refused:
+            with pytest.raises(RunError, match=r"rows 20 to 24 name has changed .* restore it, or pass --overwrite"):
+                score_media(media, tmp_path / "run", stage)
+        (media.parent / "a20.npy").write_bytes(content)
+        os.utime(media.parent / "a20.npy", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_media_that_change_between_stages_of_an_append_are_noticed(media: Path, tmp_path: Path) -> None:
+    lines = media.read_text()
+    media.write_text("\n".join(lines.splitlines()[:41]))
+    score_media(media, tmp_path / "run")
+    media.write_text(lines)
+    append: dict[str, Any] = {"run": tmp_path / "run", "config": MEDIA, "num_workers": 0, "append": True}
+    score(media, stage="encode", **append)
+    replace_file(media, 50)
+    with pytest.raises(RunError, match=r"part 5 have changed since they were encoded"):
+        score(media, stage="fit", **append)
+    score(media, stage="encode", **append)
+    score(media, stage="fit", **append)
+    replace_file(media, 51)
+    for stage in ("encode", "score", "merge"):
+        with pytest.raises(RunError, match=r"rows 50 to 54 name has changed"):
+            score(media, stage=stage, **append)
+
+
+def test_media_are_not_opened_to_compare_them(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score_media(media, tmp_path / "run", "encode")
+    monkeypatch.setattr(Dataset, "load", None)
+    score_media(media, tmp_path / "run", "encode", "fit", "score", "merge")
 
 
 def in_memory(data: Path, folder: Path, *, part_rows: int, probe: ProbeConfig = QUICK) -> Scored:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -220,6 +220,10 @@ class Dataset:
         with self._naming_source():
             return self._loader(modality).stamp(cell, source_stamp)
 
+    def local_stamps(self, cell: Any, modality: Modality) -> list[tuple[int, int] | None]:
+        """Return the sizes and times of the local files that a cell names; see CellLoader.local_stamps."""
+        return self._loader(modality).local_stamps(cell)
+
     def _loader(self, modality: Modality) -> CellLoader:
         return CellLoader(modality=modality, root=self.root, allow_outside=self.allow_outside)
 
@@ -231,7 +235,9 @@ class Dataset:
             raise DatasetError(f"{self.source}: {error}") from error
 
 
-def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
+def open_dataset(
+    data: str | Path, config: DataConfig | None = None, *, lengths: Mapping[str, int] | None = None
+) -> Dataset:
     """Open a dataset: find its rows, the roles of its columns and its modalities; no medium is decoded.
 
     Args:
@@ -241,6 +247,7 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
             if `config.reader` names it.
         config: Roles of the columns and options of reading; by default they are inferred. Inferred modalities are
             logged.
+        lengths: Numbers of the vectors of modalities by name, where the data may have none.
 
     Returns:
         The dataset, with at least one row and two modalities.
@@ -287,7 +294,7 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     if not config.modality:
         dataset = replace(dataset, modalities=tuple(_drop_silent_audio(dataset, sample)))
     check_modalities(dataset.modalities, sample.column_names)
-    with_length = [_set_vector_length(dataset, modality, sample) for modality in dataset.modalities]
+    with_length = [_set_vector_length(dataset, modality, sample, lengths or {}) for modality in dataset.modalities]
     dataset = replace(dataset, modalities=tuple(choose_encoders(with_length, config.encoder)))
     log.info("modalities: %s", ", ".join(map(str, dataset.modalities)))
     log_forms(dataset.modalities, sample)
@@ -350,8 +357,8 @@ def _has_any_sound(dataset: Dataset, cells: Iterable[Any], modality: Modality) -
     return num_readable == 0
 
 
-def _set_vector_length(dataset: Dataset, modality: Modality, sample: pa.Table) -> Modality:
-    """Set the length of a feature vector: that of the column type, else the most frequent one."""
+def _set_vector_length(dataset: Dataset, modality: Modality, sample: pa.Table, lengths: Mapping[str, int]) -> Modality:
+    """Set the length of a feature vector: that of the column type, else the most frequent, else that in `lengths`."""
     if modality.kind != "features":
         return modality
     type_ = dataset.schema.field(modality.column).type
@@ -363,6 +370,8 @@ def _set_vector_length(dataset: Dataset, modality: Modality, sample: pa.Table) -
     else:
         for shard in dataset.shards:
             rows_of_length.update(_list_lengths(shard.read([modality.column])[modality.column]))
+    if not rows_of_length and modality.name in lengths:
+        return replace(modality, length=lengths[modality.name])
     if not rows_of_length:
         raise DatasetError(f"{dataset.source}: column {modality.column!r} holds no vector")
     return replace(modality, length=max(rows_of_length, key=lambda length: (rows_of_length[length], -length)))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..dataset.formats import Shard
 from ..errors import RunError
 from ..parsing import RequiredKeys, Shape
+from ..row_arrays import contains
 from ..storage import read_json, read_table, write_json, write_parquet
 from .part_store import Store
 from .plan import Part, ShardPlan, part_stamp
@@ -93,14 +94,6 @@ def hashes_of_ids(store: Store, num_parts: int) -> Hashes:
     """Return the hashes of all ids, ascending, from the row tables of all parts."""
     name = f"hash {ORDER_PURPOSE}"
     return np.sort(np.concatenate([store.read("rows", index)[name].to_numpy() for index in range(num_parts)]))
-
-
-def contains(hashes: Hashes, wanted: Hashes) -> NDArray[np.bool_]:
-    """Return which of the wanted hashes (b,) are among ascending ones (n,)."""
-    if not len(hashes):
-        return np.zeros(len(wanted), dtype=bool)
-    position = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-    return np.asarray(hashes[position] == wanted)
 
 
 def merge_hashes(hashes: Hashes, added: Hashes) -> Hashes:

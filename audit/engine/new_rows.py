@@ -40,7 +40,8 @@ def read_as_in_run(
     read_rows(job, parts)
     data = job.row_data(read_as=state.read_as, parts=parts)
     encode(job, parts, trust_unchanged=trust_unchanged)
-    return job.encoded(as_in_run(data, state, seed=job.seed, test_fraction=job.test_fraction), parts=parts)
+    data = as_in_run(data, state, seed=job.seed, test_fraction=job.test_fraction)
+    return job.encoded(data, parts=parts, num_features=state.num_features)
 
 
 def as_in_run(data: RowData, state: RunState, *, seed: int, test_fraction: float) -> RowData:

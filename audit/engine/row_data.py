@@ -388,11 +388,17 @@ class EncodedData:
                         if rows[first + row]:
                             yield first + row, modality.name, reason, detail
 
-    def check(self) -> None:
-        """Raise DatasetError if a modality is usable nowhere, or has vectors of several lengths."""
-        for modality in self.modalities:
-            metadata = [self.read_status(index).schema.metadata or {} for index in range(self.samples.num_parts)]
+    def check(self, num_features: Sequence[int] = ()) -> None:
+        """Raise DatasetError if a modality is usable nowhere, or has vectors of several lengths.
+
+        num_features: Of each modality in a run whose probes score the rows: vectors must have as many numbers, and a
+            modality may be usable in none of these rows.
+        """
+        for index, modality in enumerate(self.modalities):
+            metadata = [self.read_status(part).schema.metadata or {} for part in range(self.samples.num_parts)]
             lengths = {int(text) for stated in metadata for text in stated[f"lengths {modality.name}".encode()].split()}
+            if num_features:
+                lengths.add(num_features[index])
             if not lengths:
                 stated = next(stated for stated in metadata if f"problem {modality.name}".encode() in stated)
                 problem = stated[f"problem {modality.name}".encode()].decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from ..dataset.columns import SPLITS
 from ..dataset.labels import PackedSets, Target
 from ..errors import Quarantined, ScoreError, quarantine_table
+from ..features.encode import column_of
 from ..features.encoded_samples import DIGEST_SUM, SORTED_ROWS, fingerprint_of, fingerprint_of_sums, usable_rows
 from ..features.left_out import LeftOut, QuarantineTable
 from ..hashing import digest
@@ -42,6 +44,7 @@ class Selection:
         quarantined: Reasons why the other rows are not scored, in the order of the dataset.
         fingerprint: Fingerprint of the dataset.
         sums: Sum of the digests of the rows of each part, which the fingerprint follows from; of large data only.
+        order: The samples in the order of the dataset (n,), if they were sorted before; see dataset_order.
     """
 
     row: NDArray[np.integer[Any]]
@@ -55,6 +58,7 @@ class Selection:
     quarantined: Sequence[Quarantined]
     fingerprint: str
     sums: tuple[int, ...] = ()
+    order: NDArray[np.integer[Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.row)
@@ -98,12 +102,19 @@ class Selection:
     @property
     def dataset_order(self) -> NDArray[np.integer[Any]]:
         """The samples in the order of the dataset, (n,)."""
+        if self.order is not None:
+            return self.order
         positions = positions_of(self.row, self.num_rows)
         return positions[positions >= 0]
 
     def samples_in(self, first: int, num_rows: int) -> NDArray[np.intp]:
-        """Return the samples among `num_rows` rows of the dataset from row `first`, ascending."""
-        return np.flatnonzero((self.row >= first) & (self.row < first + num_rows))
+        """Return the samples among `num_rows` rows of the dataset from row `first`, ascending.
+
+        Where they were sorted before, only these samples are read, and some forty others to find them.
+        """
+        order = self.dataset_order
+        start, stop = (bisect_left(order, end, key=self.row.__getitem__) for end in (first, first + num_rows))
+        return np.sort(order[start:stop]).astype(np.intp)
 
 
 def number_by_occurrence(codes: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -226,21 +237,42 @@ def content_digests(status: pa.Table) -> list[str]:
 
 
 def selection_tables(selection: Selection) -> tuple[pa.Table, pa.Table]:
-    """Return a selection as the tables of its n samples and of the N rows of the dataset, but for `quarantined`."""
+    """Return a selection as the tables of its n samples and of the N rows of the dataset, but for `quarantined`.
+
+    Columns have the bytes of the arrays, so that they can be mapped into memory: `bits`, `values` and `usable` have
+    those of a whole row.
+    """
     first = selection.cross_fits[0]
     values: Any = selection.target.values
-    columns: dict[str, Any] = {"row": selection.row, "split": selection.split}
-    columns |= {"target": selection.target.label, "fits": first.fits}
+    columns: dict[str, Any] = {"row": selection.row, "order": selection.dataset_order, "split": selection.split}
+    columns |= {"target": selection.target.label, "fits": first.fits.view(np.uint8)}
     if selection.group is not None:
         columns["group"] = selection.group
     for repeat, cross_fit in enumerate(selection.cross_fits):
         columns |= {f"fold {repeat}": cross_fit.fold, f"inner {repeat}": cross_fit.inner}
     if isinstance(values, PackedSets):
-        columns |= {f"bits {index}": column for index, column in enumerate(values.bits.T)}
+        columns["bits"] = _column_of_rows(values.bits)
     elif values is not None:
-        columns |= {f"value {output}": values[:, output] for output in range(values.shape[1])}
-    rows = {f"usable {index}": column for index, column in enumerate(selection.usable_bits.T)}
-    return pa.table(columns), pa.table(rows)
+        columns["values"] = _column_of_rows(np.asarray(values, np.float32))
+    return pa.table(columns), pa.table({"usable": _column_of_rows(selection.usable_bits)})
+
+
+def _column_of_rows(matrix: NDArray[Any]) -> pa.Array:
+    """Return a matrix (n, d) as a column of n cells, each the bytes of a row."""
+    width = matrix.shape[1] * matrix.itemsize
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), len(matrix), [None, pa.py_buffer(np.ascontiguousarray(matrix))]
+    )
+
+
+def _rows_of_column(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any]:
+    """Return the matrix (n, d) of a column of `_column_of_rows`, without a copy."""
+    column = column_of(table, name)
+    width, size = column.type.byte_width, np.dtype(dtype).itemsize
+    if not len(column):
+        return np.empty((0, width // size), dtype)
+    matrix = np.frombuffer(column.buffers()[1], dtype, len(column) * width // size, column.offset * width)
+    return matrix.reshape(len(column), -1)
 
 
 def selection_record(selection: Selection) -> dict[str, Any]:
@@ -267,15 +299,12 @@ def quarantined_tables(selection: Selection) -> Iterator[pa.Table]:
 
 def read_selection(samples: pa.Table, rows: pa.Table, quarantined: pa.Table, record: dict[str, Any]) -> Selection:
     """Build a selection from its tables and its record, without copies of the columns."""
-    fits, names = samples["fits"].to_numpy(zero_copy_only=False), samples.column_names
-    values: Any = [samples[name].to_numpy() for name in names if name.startswith("value ")]
-    bits = [samples[name].to_numpy() for name in names if name.startswith("bits ")]
-    if bits:
-        values = PackedSets(np.stack(bits, axis=1), record["num_outputs"])
-    elif len(values) > 1:
-        values = np.stack(values, axis=1)
-    else:
-        values = values[0][:, None] if values else None
+    names = samples.column_names
+    values: Any = None
+    if "bits" in names:
+        values = PackedSets(_rows_of_column(samples, "bits", np.uint8), record["num_outputs"])
+    elif "values" in names:
+        values = _rows_of_column(samples, "values", np.float32)
     target = Target(
         task=record["task"], label=samples["target"].to_numpy(), num_outputs=record["num_outputs"], values=values
     )
@@ -283,7 +312,7 @@ def read_selection(samples: pa.Table, rows: pa.Table, quarantined: pa.Table, rec
         CrossFit(
             fold=samples[f"fold {repeat}"].to_numpy(),
             inner=samples[f"inner {repeat}"].to_numpy(),
-            fits=fits,
+            fits=samples["fits"].to_numpy().view(bool),
             key=no_keys(samples.num_rows),
             num_folds=num_folds,
         )
@@ -297,8 +326,9 @@ def read_selection(samples: pa.Table, rows: pa.Table, quarantined: pa.Table, rec
         split=samples["split"].to_numpy(),
         group=samples["group"].to_numpy() if "group" in names else None,
         cross_fits=tuple(cross_fits),
-        usable_bits=np.stack([column.to_numpy() for column in rows.columns], axis=1),
+        usable_bits=_rows_of_column(rows, "usable", np.uint8),
         quarantined=QuarantineTable(quarantined),
         fingerprint=record["fingerprint"],
         sums=tuple(int(text, 16) for text in record["sums"]),
+        order=samples["order"].to_numpy(),
     )

@@ -15,6 +15,7 @@ import pyarrow as pa
 from ..dataset.columns import SPLITS
 from ..dataset.dataset import Dataset
 from ..dataset.labels import ReadAs
+from ..errors import RunError
 from ..features.cached_matrix import FeatureMatrix, UsableRows
 from ..features.encode import EncodeTask, encode_dataset
 from ..probes.config import ProbeConfig
@@ -129,15 +130,20 @@ class ScoringJob:
             networks=replace(self.networks, folder=folder / self.networks.folder.relative_to(own)),
         )
 
-    def encoded(self, data: RowData, *, parts: Sequence[Part] | None = None) -> EncodedData:
-        """Return the rows with their encoding status, read from the status tables of the parts of row_data."""
+    def encoded(
+        self, data: RowData, *, parts: Sequence[Part] | None = None, num_features: Sequence[int] = ()
+    ) -> EncodedData:
+        """Return the rows with their encoding status, read from the status tables of the parts of row_data.
+
+        num_features: See EncodedData.check.
+        """
         parts = self.plan.parts if parts is None else parts
         encoded = EncodedData(
             samples=data,
             tasks=tuple(task for part in parts for task in self.tasks(part)),
             read_status=lambda number: self.store.read("status", parts[number].index),
         )
-        encoded.check()
+        encoded.check(num_features)
         return encoded
 
 
@@ -163,29 +169,70 @@ def _write_rows(job: ScoringJob, part: Part) -> None:
 
 
 def _write_status(job: ScoringJob, part: Part) -> None:
-    table = read_status_table(job.dataset, job.tasks(part), job.store.read("rows", part.index))
-    job.store.write("status", table, part=part.index)
+    tasks = job.tasks(part)
+    table = read_status_table(job.dataset, tasks, job.store.read("rows", part.index))
+    media = {} if job.in_memory else {str(task.shard.index): task.media_digest(with_cache=True) for task in tasks}
+    counts = {"media": {number: value for number, value in media.items() if value}}
+    job.store.write("status", table, part=part.index, counts=counts)
+
+
+def _is_encoded(job: ScoringJob, part: Part) -> bool:
+    """Return whether a part has a status, or the part of a piece, and its media are those that it was made of.
+
+    Raises:
+        RunError: They are not, and later stages have used them.
+    """
+    if job.in_memory or not job.store.has("status", part.index):
+        return job.store.has("status", part.index)
+    known = job.store.counts("status", part.index).get("media", {})
+    with_media = [task for task in job.tasks(part) if str(task.shard.index) in known]
+    tasks = [task for task in with_media if task.media_digest() != known[str(task.shard.index)]]
+    if tasks and job.store.has("selection"):
+        raise RunError(f"{_changed(tasks[0])}, and later stages were made of it: restore it, or pass --overwrite")
+    return not tasks
+
+
+def _changed(task: EncodeTask) -> str:
+    shard = task.shard
+    rows = f"rows {shard.first} to {shard.first + shard.num_rows - 1}"
+    return f"{task.dataset.source}: a file that {rows} name has changed since it was encoded"
+
+
+def check_media(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """Raise RunError if local media of encoded parts have changed since: a stat for each file, none is opened."""
+    for part in parts:
+        if job.store.has("status", part.index) and not _is_encoded(job, part):
+            raise RunError(
+                f"{job.dataset.source}: media of part {part.index} have changed since they were encoded: run --stage "
+                "encode again"
+            )
 
 
 def encode(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = False) -> None:
     """Stage `encode`: encode what the feature cache lacks of parts, and read the status of their rows.
 
+    Parts that have a status are left as they are, unless media of theirs have changed.
+
     trust_unchanged: see encode_dataset.
     """
-    encode_shards(job, parts, trust_unchanged=trust_unchanged)
-    read_status(job, parts)
+    parts = [part for part in parts if not _is_encoded(job, part)]
+    _encode_shards(job, parts, trust_unchanged=trust_unchanged)
+    _run_by_part(_write_status, job, parts)
 
 
 def encode_unchanged(job: ScoringJob, parts: Sequence[Part]) -> None:
     """Do encode_shards, and open no media whose size and times are those of the cache."""
-    encode_shards(job, parts, trust_unchanged=True)
+    _encode_shards(job, [part for part in parts if not _is_encoded(job, part)], trust_unchanged=True)
+
+
+def encode_shards(job: ScoringJob, parts: Sequence[Part]) -> None:
+    """First half of the stage `encode`: encode what the feature cache lacks of parts, or of pieces of parts."""
+    _encode_shards(job, [part for part in parts if not _is_encoded(job, part)])
 
 
 @fixed_threads()
-def encode_shards(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = False) -> None:
-    """First half of the stage `encode`: encode what the feature cache lacks of parts, or of pieces of parts."""
-    missing = [part for part in parts if not job.store.has("status", part.index)]
-    shards = tuple(shard for part in missing for shard in job.dataset.shards[part.first_shard : part.end_shard])
+def _encode_shards(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bool = False) -> None:
+    shards = tuple(shard for part in parts for shard in job.dataset.shards[part.first_shard : part.end_shard])
     encode_dataset(
         replace(job.dataset, shards=shards),
         job.features,
@@ -199,7 +246,7 @@ def encode_shards(job: ScoringJob, parts: Sequence[Part], *, trust_unchanged: bo
 
 def read_status(job: ScoringJob, parts: Sequence[Part]) -> None:
     """Second half of the stage `encode`: read the status of the rows of whole parts from the feature cache."""
-    _run_by_part(_write_status, job, [part for part in parts if not job.store.has("status", part.index)])
+    _run_by_part(_write_status, job, [part for part in parts if not _is_encoded(job, part)])
 
 
 def fingerprint_of_data(job: ScoringJob) -> str:

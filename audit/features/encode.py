@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..dataset.dataset import Dataset
 from ..dataset.formats import Shard
-from ..dataset.modalities import Modality
+from ..dataset.modalities import Modality, is_array
 from ..errors import DatasetError, Reason, UnusableError, attach_file_name
 from ..hashing import digest
 from ..media.files import MediaConfig
@@ -187,6 +187,41 @@ class EncodeTask:
         shard_stamp = digest(repr((stamp, position, column)).encode("utf-8", "surrogatepass"))
         return [f"{shard_stamp} {row}" for row in range(self.shard.num_rows)]
 
+    def media_digest(self, *, with_cache: bool = False) -> str:
+        """Return a digest of the sizes and times of the local files that the shard's cells name; "" if they name none.
+
+        No file is opened, and nothing is asked about URLs. with_cache: Return a digest that no later call returns where
+        a file has changed since the cache was written.
+        """
+        modalities = [modality for modality in self.dataset.modalities if self._names_files(modality)]
+        if not modalities:
+            return ""
+        rows = self.dataset.read(self.shard, data=any(self.dataset.holds_data(m.column) for m in modalities))
+        stamps, is_current = [], True
+        for modality in modalities:
+            cells = rows[modality.column].to_pylist()
+            stamps.append([self.dataset.local_stamps(cell, modality) for cell in cells])
+            if with_cache:
+                cached = read_arrow(self.file(modality))["stamp"].to_pylist()
+                own: Stamps = self.row_stamps(modality.column) or [None] * len(cells)
+                is_current &= all(
+                    known is None or known == self.dataset.stamp(cell, modality, stamp)
+                    for known, cell, stamp, files in zip(cached, cells, own, stamps[-1], strict=True)
+                    if files
+                )
+        if not any(files for column in stamps for files in column):
+            return ""
+        return digest(repr(stamps).encode()) if is_current else "changed meanwhile"
+
+    def _names_files(self, modality: Modality) -> bool:
+        """Return whether cells of a modality may name files: not if all hold their data, by the stamps of the cache."""
+        if is_array(self.dataset.schema.field(modality.column).type):
+            return False
+        if not self.dataset.holds_data(modality.column):
+            return modality.kind != "text" or modality.in_files
+        cached = CachedVectors.of(self.file(modality))
+        return not cached.matches(stamp=self.row_stamps(modality.column))
+
 
 @fixed_threads()
 def encode_dataset(
@@ -210,6 +245,8 @@ def encode_dataset(
         EncodeTask(dataset=without_shards, shard=shard, media=media, folder=folder, trust_unchanged=trust_unchanged)
         for shard in dataset.shards
     ]
+    if not tasks:
+        return []
     models = [modality for modality in dataset.modalities if is_pretrained(modality)]
     modalities = [modality for modality in dataset.modalities if not is_pretrained(modality)]
     opens_media = any(

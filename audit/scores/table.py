@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -371,18 +372,20 @@ def scores_of_table(table: pa.Table, provenance: dict[str, Any], *, where: str) 
     label, label_name = _labels(table)
     split = _strings(table, "split")
     check_splits(() if split is None else set(split))
+    names = [f"confidence_{name}" for name in modalities]
+    stack = partial(_stack, table, may_be_null=any(table[name].null_count == len(table) for name in names))
     return ScoreTable(
         sample_id=_required(_strings(table, "sample_id")),
         label=label,
         label_name=label_name,
         modalities=modalities,
-        confidence=_required(_stack(table, [f"confidence_{name}" for name in modalities])),
+        confidence=_required(stack(names)),
         split=split,
         group=_strings(table, "group"),
         fold=_numbers(table, "fold", np.int16),
-        **{kind: _stack(table, [f"{kind}_{name}" for name in modalities]) for kind in BY_MODALITY},
+        **{kind: stack([f"{kind}_{name}" for name in modalities]) for kind in BY_MODALITY},
         **{name: _numbers(table, name) for name in (*_FUSED, *_CHECKED)},
-        discrepancy_sd=_stack(table, [f"discrepancy_sd{suffix}" for suffix in discrepancy_suffixes(modalities)]),
+        discrepancy_sd=stack([f"discrepancy_sd{suffix}" for suffix in discrepancy_suffixes(modalities)]),
         content=_strings(table, "content"),
         paths=table.select(path_columns) if path_columns else None,
         provenance=provenance,
@@ -490,10 +493,17 @@ def _numbers(table: pa.Table, name: str, dtype: type[np.generic] = np.float32) -
     return np.array(column.to_numpy(), dtype=dtype)
 
 
-def _stack(table: pa.Table, names: Sequence[str]) -> NDArray[Any] | None:
-    """Read columns of numbers or predicted classes as (n, m); None if one of them is missing or all null."""
-    columns = [column for name in names if (column := _numbers(table, name)) is not None]
-    return np.stack(columns, axis=1) if len(columns) == len(names) else None
+def _stack(table: pa.Table, names: Sequence[str], *, may_be_null: bool = False) -> NDArray[Any] | None:
+    """Read columns of numbers or predicted classes as (n, m); None if one of them is missing or all null.
+
+    may_be_null: Whether some of them may be all null, since no row has a modality.
+    """
+    columns = [_numbers(table, name) for name in names]
+    known = [column for column in columns if column is not None]
+    if may_be_null and known and all(name in table.column_names for name in names):
+        null = np.full_like(known[0], np.nan if known[0].dtype.kind == "f" else -1)
+        known = [null if column is None else column for column in columns]
+    return np.stack(known, axis=1) if len(known) == len(names) else None
 
 
 def _required(values: NDArray[Any] | None) -> NDArray[Any]:

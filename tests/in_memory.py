@@ -1,4 +1,4 @@
-"""Scoring without a run folder: all stages in one process, and their results in memory."""
+"""Scoring without a run folder, which several tests share: all stages in one process, their results in memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ..dataset.dataset import Dataset
-from ..probes.config import ProbeConfig
-from ..scores.mixture import MixtureConfig
-from ..scores.table import ScoreTable, scores_of_table
-from ..workers import Progress, no_progress
-from .fitting import NetworkSettings
-from .merging import Audit
-from .part_store import MemoryStore
-from .plan import PartsConfig, plan_parts
-from .stages import ScoringJob, finished_parts, run_all
+from mmaudit.audit.dataset.dataset import Dataset
+from mmaudit.audit.engine.fitting import NetworkSettings
+from mmaudit.audit.engine.merging import Audit
+from mmaudit.audit.engine.part_store import MemoryStore
+from mmaudit.audit.engine.plan import PartsConfig, plan_parts
+from mmaudit.audit.engine.stages import ScoringJob, finished_parts, run_all
+from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.audit.scores.mixture import MixtureConfig
+from mmaudit.audit.scores.table import ScoreTable, scores_of_table
+from mmaudit.audit.workers import Progress, no_progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
