@@ -150,12 +150,12 @@ class LargeBytes(Protocol):
         """Yield the bytes that are hashed."""
 
 
-def digest(*parts: bytes | LargeBytes) -> str:
+def digest(*parts: bytes | memoryview | LargeBytes) -> str:
     """Return a digest of bytes, 32 hexadecimal digits; the boundaries between the parts are part of it."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))
-        for block in [part] if isinstance(part, bytes) else part.digest_blocks():
+        for block in [part] if isinstance(part, (bytes, memoryview)) else part.digest_blocks():
             hasher.update(block)
     return hasher.hexdigest()
 

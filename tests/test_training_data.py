@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from training import QUICK, build_training_data, make_examples, with_options
 
+from mmaudit.audit import row_arrays
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.features.encoders import StoredPictures
 from mmaudit.audit.features.matrix import MatrixInputs
@@ -224,7 +225,11 @@ def test_reporting_and_saving_do_not_change_the_identity(options: dict[str, Any]
 def test_identity_of_resident_matrices_is_that_of_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = identity_of(make_examples())
     monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(row_arrays, "CHUNK_ROWS", 7)
     assert identity_of(make_examples()) == whole
+    texts = ["a", "", "é", "bcd"]
+    joined = checkpoint._Joined(np.arange(4).repeat(5), lambda rows: [texts[row].encode() for row in rows])
+    assert digest(joined) == digest("\0".join(text for text in texts for _ in range(5)).encode())
     matrix, rows = torch.arange(60.0).reshape(20, 3), np.array([7, 3, 19, 0, 3])
     blocks = checkpoint._RowBytes(matrix, rows)
     assert digest(blocks) == digest(matrix[rows].numpy().tobytes())

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     is, without the modules that it imports.
     """
     train, train_and_validation = training_data.train, np.r_[training_data.train, training_data.validation]
-    ids = ["\0".join(examples.ids(rows)) for rows in (train, training_data.validation)]
+    ids = [_Joined(rows, examples.encoded_ids) for rows in (train, training_data.validation)]
     arrays: list[NDArray[Any]] = [
         getattr(training_data.pool, name) for name in ("rank", "discrepancy", "balance", "p_balanced")
     ]
@@ -148,7 +148,7 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     resident = [
         _RowBytes(matrix, train_and_validation) for matrix in training_data.store.resident if matrix is not None
     ]
-    content = b"\0".join(examples.content[train_and_validation].tolist())
+    content = _Joined(train_and_validation, lambda rows: examples.content[rows].tolist())
     config = asdict(training_data.config)
     for name in ("report_to", "resident_mib", "read_ahead_mib", "save_steps", "gradient_checkpointing"):
         del config["finetune"][name]
@@ -157,8 +157,22 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     source = b"" if model is None else function_version(model).encode()
     inputs = (examples.class_names, examples.modalities, examples.shapes, examples.views, examples.backbones)
     settings = repr((_STATE_VERSION, config, *inputs, training_data.seed))
-    texts = (settings.encode(), content, *(text.encode() for text in ids))
-    return digest(*texts, *(np.ascontiguousarray(array).tobytes() for array in arrays), *resident, weights, source)
+    buffers = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
+    return digest(settings.encode(), content, *ids, *buffers, *resident, weights, source)
+
+
+class _Joined:
+    """The texts of rows, joined by zero bytes, of which those of some rows at a time are in memory."""
+
+    def __init__(self, rows: NDArray[np.integer[Any]], read: Callable[[NDArray[np.integer[Any]]], list[bytes]]) -> None:
+        self.rows, self.read = rows, read
+
+    def __len__(self) -> int:
+        return sum(map(len, self.digest_blocks()))
+
+    def digest_blocks(self) -> Iterator[bytes]:
+        for part in slices(len(self.rows)):
+            yield b"\0" * (part.start > 0) + b"\0".join(self.read(self.rows[part]))
 
 
 class _RowBytes:

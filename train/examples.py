@@ -112,6 +112,10 @@ class Examples:
         ids = self.sample_id if rows is None else self.sample_id.take(pa.array(rows))
         return np.array(ids.to_pylist(), dtype=object)
 
+    def encoded_ids(self, rows: NDArray[np.integer[Any]]) -> list[bytes]:
+        """Return the ids of some rows in UTF-8."""
+        return list(self.sample_id.take(pa.array(rows)).cast(pa.large_binary()).to_pylist())
+
     def rows(self, split: str) -> NDArray[np.intp]:
         """Return the rows of one split."""
         return np.flatnonzero(self.split == split)
