@@ -72,6 +72,7 @@ def add_trained(root: Path, run: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(next((root / "small-run" / "finetune").glob("*/metrics.json")).parent, target)
     metrics = json.loads((target / "metrics.json").read_text())
+    metrics["manifest"] = "peaks"
     metrics["manifest_digest"] = read_stated_digests(run / "manifests" / "peaks.parquet")["digest"]
     write_json(metrics, target / "metrics.json")
 
