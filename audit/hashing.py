@@ -78,7 +78,7 @@ def hash_ids(ids: pa.Array, *, seed: int, purpose: str) -> NDArray[np.uint64]:
 
 _ONES = np.uint64(2**64 - 1)
 _STRINGS = 1 << 14  # Python objects at a time
-_HASHED_STRINGS = 1 << 18
+_HASHED_STRINGS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

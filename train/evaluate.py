@@ -52,7 +52,7 @@ from .task_metrics import (
 from .training_data import NetworkReader, TrainingData
 
 CorrectMask = NDArray[np.bool_]
-_EVALUATION_MIB = 32  # ours: of inputs, on the device or read ahead
+_EVALUATION_MIB = 16  # ours: of inputs, on the device or read ahead; they are read in the order of the files
 
 
 def measure_contribution(
@@ -193,7 +193,8 @@ def evaluate(
         if not rows.any():
             continue
         if measure is None:
-            branches = {key: compute_metrics(entry.select(rows), label[rows]) for key, entry in classes.items()}
+            own = label if rows.all() else label[rows]
+            branches = {key: compute_metrics(entry.select(rows), own) for key, entry in classes.items()}
             report[name]["branches"] = branches
         else:
             measured = {key: dict(measure(scores[rows], label[rows])) for key, scores in predictions.items()}
@@ -305,6 +306,7 @@ def evaluate_network(
             "contribution": {"n": len(rows), "contribution": shares},
         }
     predictions = {name: _as_predictions(scores) for name, scores in predictions.items()}
+    target = target.astype(np.int32)
     unimodal_correct = np.stack([predictions[name].predicted == target for name in examples.modalities], axis=1)
     correct_by_modalities = {key: values[key] > 0.5 for key in sets}
     del values

@@ -27,7 +27,8 @@ from ..audit.features.found_rows import FoundRows, find_rows
 from ..audit.features.matrix import Inputs
 from ..audit.hashing import IdIndex, canonical_order, hash_ids
 from ..audit.probes.crops import PictureView
-from ..audit.workers import NETWORK_THREADS, NUM_THREADS, fixed_threads
+from ..audit.row_arrays import index_type
+from ..audit.workers import NETWORK_THREADS, NUM_THREADS, fixed_threads, release_memory
 from ..rebalance.curriculum import cut_validation
 from ..rebalance.manifest import DROPPED_COLUMNS, Manifest, ManifestFile, states_split
 
@@ -180,14 +181,17 @@ def load_examples(
     names = [name for name in ROWS if not only_test or name in _TESTED]
     if not only_test and validation_fraction > 0 and not states_split(manifest, "validation"):
         names.append("group")
+    release_memory()  # a tenth of a gigabyte of row groups that the columns were inferred from
     table = _read_table(manifest, dropped, names, only_test=only_test)
     if only_test and not len(table.sample_id):  # the message of it names the splits that there are
         table, only_test = _read_table(manifest, None, list(ROWS), only_test=False), False
+    release_memory()  # batches of the manifest
     found = find_rows(dataset, tasks, IdIndex.of(table.sample_id))
     table.check_source(found, with_splits=not manifest.provenance.get("recipe", {}).get("resplit"))
     order = canonical_order(table.sample_id)  # the order of the manifest does not change a training
     content = _repeat(b"", len(order)) if only_test else digest_texts(found.content[order])
     row, labels, usable = found.row[order], found.labels, found.usable
+    row = row.astype(index_type(len(usable[0].usable)), copy=False)
     del found  # half of the memory
     table.sort(order)
     codes = np.array(sorted(table.name_of_label), dtype=np.int32)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..audit.workers import release_memory
 from ..rebalance.curriculum import RowIndex
 from .network import Outputs
 from .training_data import NetworkReader
@@ -93,6 +94,7 @@ def class_predictions(
                 file.seek(4 * (number * len(rows) + start))
                 file.write(column.tobytes())
             start = stop
+        release_memory()  # what reading and the network took
         yield {
             name: Predictions(
                 predicted=predicted[index],
