@@ -111,7 +111,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file that is never changed a second name, or copy it where the file system has no links."""
+    """Link a file that is never changed to a second path, or copy it where the file system has no links."""
     with _rename_in_errors(target), temporary_path(target.parent) as temporary:
         try:
             os.link(source, temporary)
