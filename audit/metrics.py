@@ -282,7 +282,8 @@ def jackknife(values: Array, groups: Groups) -> tuple[float, float]:
     """
     n, centre = len(values), values.mean()
     if groups is None:
-        return float(np.sqrt(((values - centre) ** 2).sum() / (n * (n - 1)))), n - 1
+        deviation = values - centre
+        return float(np.sqrt(np.square(deviation, out=deviation).sum() / (n * (n - 1)))), n - 1
     sizes = np.bincount(groups)
     deviation = np.bincount(groups, weights=values - centre)[sizes > 0] / (n - sizes[sizes > 0])
     num_groups = len(deviation)

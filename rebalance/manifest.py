@@ -30,6 +30,7 @@ SCHEMA_VERSION = 3
 ROWS_KEY = "mmaudit.rows"  # key in the file metadata, written last: number of rows and both digests
 _NOT_DIGESTED = (ROWS_KEY.encode(), b"ARROW:schema")  # the digests themselves, and Arrow's copy of the schema
 GROUP_ROWS = 131_072  # rows per row group, and per update of the digest
+_SMALL_BATCH, _BUFFER_BYTES = 1 << 15, 1 << 20  # ours: rows of a batch, and of a column read at a time
 
 
 class ColumnRange(NamedTuple):
@@ -253,8 +254,8 @@ class ManifestFile:
         return compute_digests(self.path)
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield the rows in batches, with these columns."""
-        return read_batches_of_manifest(self.path, columns=list(columns))
+        """Yield the rows in small batches, with these columns."""
+        return read_batches_of_manifest(self.path, columns=list(columns), rows=_SMALL_BATCH)
 
 
 def states_split(manifest: Manifest | ManifestFile, split: str) -> bool:
@@ -315,7 +316,7 @@ def read_dropped(path: Path, manifest: Manifest | ManifestFile) -> pa.Table | No
 def read_dropped_batches(
     path: Path, manifest: Manifest | ManifestFile, *, columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table] | None:
-    """Read what `read_dropped` reads in batches, with these columns; an empty file has one batch of no rows."""
+    """Read what `read_dropped` reads in small batches, with these columns; an empty file has one batch of no rows."""
     file = dropped_path(path)
     if not file.exists():
         return None
@@ -324,7 +325,7 @@ def read_dropped_batches(
     check_types(schema, where=str(file), columns=DROPPED_COLUMNS)
     names = list(schema.names if columns is None else columns)
     empty = cast_columns(schema.empty_table().select(names), where=str(file))
-    return chain([empty], read_batches_of_manifest(file, columns=names))
+    return chain([empty], read_batches_of_manifest(file, columns=names, rows=_SMALL_BATCH))
 
 
 def check_dropped_from(dropped_file: Path, digest: object) -> None:
@@ -366,17 +367,19 @@ def read_stated_digests(path: Path) -> dict[str, Any]:
 
 
 def read_batches_of_manifest(
-    path: Path, *, columns: list[str] | None = None, as_stored: bool = False
+    path: Path, *, columns: list[str] | None = None, as_stored: bool = False, rows: int = GROUP_ROWS
 ) -> Iterator[pa.Table]:
-    """Read a manifest, or its dropped rows, in batches; raises ManifestError if that fails.
+    """Read a manifest, or its dropped rows, in batches of `rows`; raises ManifestError if that fails.
 
-    Columns are cast to the types of COLUMNS; with `as_stored` they keep the types of the file.
+    Columns are cast to the types of COLUMNS; with `as_stored` they keep the types of the file. In batches of fewer than
+    GROUP_ROWS, a row group is not read whole: less memory, 1.1 times the time.
     """
     if not as_stored:
         schema = manifest_schema(path)
         names = schema.names if columns is None else columns
         check_types(schema, where=str(path), columns={name: _TYPES[name] for name in names if name in _TYPES})
-    for table in read_batches(path, error=ManifestError, rows=GROUP_ROWS, columns=columns):
+    buffer_bytes = _BUFFER_BYTES if rows < GROUP_ROWS else 0
+    for table in read_batches(path, error=ManifestError, rows=rows, columns=columns, buffer_bytes=buffer_bytes):
         yield table if as_stored else cast_columns(table, where=str(path))
 
 

@@ -1,4 +1,4 @@
-"""Tests of predictions by columns: those in a file are those in memory, and have the same metrics."""
+"""Tests of predictions by columns: in memory and in a file they are those of `predict`, and have the same metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from training import build_training_data, make_examples
 
 from mmaudit.rebalance.curriculum import RowIndex
-from mmaudit.train.evaluate import compute_metrics, evaluate_network
+from mmaudit.train.evaluate import compute_metrics, evaluate_network, values_by_set
 from mmaudit.train.examples import Examples
 from mmaudit.train.network import FusionNet
 from mmaudit.train.predictions import Predictions, class_predictions, predict
@@ -24,13 +24,25 @@ def reader() -> NetworkReader:
     return NetworkReader(training_data, net)
 
 
-def test_predictions_in_a_file_are_those_in_memory(reader: NetworkReader, tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_bytes", [0, 1 << 20])
+def test_predictions_by_columns_are_those_of_predict(reader: NetworkReader, tmp_path: Path, max_bytes: int) -> None:
     examples = make_examples(400)
     rows = examples.rows("test")
     arrays = predict(reader, rows, examples.modalities)
-    with class_predictions(reader, rows, examples.modalities, folder=tmp_path, max_bytes=0) as files:
+    with class_predictions(reader, rows, examples.modalities, folder=tmp_path, max_bytes=max_bytes) as (columns, _):
         assert list(tmp_path.iterdir()) == []  # the file has no name
-        check_equal(reader, rows, examples, arrays, files)
+        check_equal(reader, rows, examples, arrays, columns)
+
+
+def test_the_tested_prediction_is_correct_where_values_by_set_are_one(reader: NetworkReader, tmp_path: Path) -> None:
+    rows = reader.training_data.test
+    values = values_by_set(reader, rows, seed=0)
+    with class_predictions(reader, rows, ("audio", "visual"), sets=list(values), folder=tmp_path) as (_, correct):
+        assert list(correct) == list(values)
+        for modality_set, mask in correct.items():
+            assert mask.dtype == bool
+            np.testing.assert_array_equal(mask, values[modality_set])
+    assert 0 < values[frozenset({0, 1})].mean() < 1
 
 
 def check_equal(

@@ -30,7 +30,8 @@ from ..audit.metrics import (
     share_interval,
     wilson_interval,
 )
-from ..audit.workers import fixed_threads
+from ..audit.row_arrays import slices
+from ..audit.workers import fixed_threads, release_memory
 from ..rebalance.curriculum import RowIndex
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
@@ -102,7 +103,10 @@ def contribution(
     metric = TASK_METRICS[task]
     bound = np.inf if task == "regression" else 1.0
     baseline = correct[NO_MODALITY].astype(np.float32)
-    shapley_values = shapley(lambda modality_set: correct[modality_set] - baseline, len(modalities), seed=seed)
+    shapley_values = np.empty((len(baseline), len(modalities)), dtype=np.float32)
+    for rows in slices(len(baseline)):
+        part = {key: values[rows] - baseline[rows] for key, values in correct.items()}
+        shapley_values[rows] = shapley(part.__getitem__, len(modalities), seed=seed)
     accuracy = {modality_set: metric.sign * float(values.mean()) for modality_set, values in correct.items()}
     return {
         "nobody": accuracy[NO_MODALITY],
@@ -275,7 +279,7 @@ def evaluate_network(
     between: str,
     seed: int,
     predictions: Mapping[str, Any] | None = None,
-    values: Mapping[ModalitySet, NDArray[np.float32]] | None = None,
+    values: Mapping[ModalitySet, NDArray[Any]] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the reader's network on some rows: {task, answer, test, test_by_class, contribution}.
 
@@ -283,7 +287,8 @@ def evaluate_network(
     overall, by subset (where the samples have scores) and by class, see `evaluate` and `evaluate_classes`; each
     modality's contribution and the confused samples, see `measure_contribution`. Label sets and numbers have the
     metrics of `task_metrics`, and no confused samples; test_by_class has the labels, and nothing of numbers.
-    predictions: those of `predict` or `class_predictions`, where they are known; values: those of `values_by_set`.
+    predictions: those of `predict` or `class_predictions`, where they are known; values: those of `values_by_set`, or
+    masks of `class_predictions`.
     """
     task, target = examples.task, examples.target[rows]
     subset_masks = subsets_of_rows(examples, rows, between=between)
@@ -308,14 +313,17 @@ def evaluate_network(
     predictions = {name: _as_predictions(scores) for name, scores in predictions.items()}
     target = target.astype(np.int32)
     unimodal_correct = np.stack([predictions[name].predicted == target for name in examples.modalities], axis=1)
-    correct_by_modalities = {key: values[key] > 0.5 for key in sets}
+    correct_by_modalities = {key: values[key].astype(bool, copy=False) for key in sets}
     del values
-    return {
+    metrics = {
         **about,
         "test": evaluate(predictions, target, subset_masks),
         "test_by_class": evaluate_classes(predictions, target, examples.class_names),
-        "contribution": measure_contribution(correct_by_modalities, unimodal_correct, examples.modalities, seed=seed),
     }
+    del predictions, subset_masks
+    release_memory()  # what sorting the columns took
+    shares = measure_contribution(correct_by_modalities, unimodal_correct, examples.modalities, seed=seed)
+    return {**metrics, "contribution": shares}
 
 
 def values_by_set(reader: NetworkReader, rows: RowIndex, *, seed: int) -> dict[ModalitySet, NDArray[np.float32]]:
@@ -378,22 +386,26 @@ def evaluate_file(
             read_ahead_mib=min(settings.read_ahead_mib, _EVALUATION_MIB),
         )
         store = open_store(examples.inputs, bounded, device=device)
+        rows = rows[store.reading_order(rows)]
         training_data = TrainingData.of(
             examples,
             store,
-            train=np.zeros(0, np.int64),
+            train=rows[:0],
+            validation=rows[:0],
+            test=rows,
             config=config,
             seed=seed,
             device=device,
             distributed=SINGLE_PROCESS,
         )
         reader = NetworkReader(training_data, net.to(device))
-        rows = rows[store.reading_order(rows)]
         measure = partial(evaluate_network, reader, rows, examples, between=between, seed=seed)
         if examples.task != "classification":
             return {"n": len(rows), **measure()}
-        with class_predictions(reader, rows, examples.modalities, folder=path.parent) as predictions:
-            return {"n": len(rows), **measure(predictions=predictions)}
+        sets = shapley_sets(len(examples.modalities), seed=seed)
+        tested = class_predictions(reader, rows, examples.modalities, sets=sets, folder=path.parent)
+        with tested as (predictions, correct):
+            return {"n": len(rows), **measure(predictions=predictions, values=correct)}
 
 
 def check_model_name(recorded: str | None, passed: str | None, *, of: str) -> None:

@@ -25,7 +25,7 @@ from ..audit.features.encoded_samples import digest_texts, digest_words
 from ..audit.features.encoders import input_shape, is_network, stored_pictures
 from ..audit.features.found_rows import FoundRows, find_rows
 from ..audit.features.matrix import Inputs
-from ..audit.hashing import IdIndex, canonical_order, hash_ids
+from ..audit.hashing import IdIndex, canonical_order
 from ..audit.probes.crops import PictureView
 from ..audit.row_arrays import index_type
 from ..audit.workers import NETWORK_THREADS, NUM_THREADS, fixed_threads, release_memory
@@ -185,8 +185,8 @@ def load_examples(
     table = _read_table(manifest, dropped, names, only_test=only_test)
     if only_test and not len(table.sample_id):  # the message of it names the splits that there are
         table, only_test = _read_table(manifest, None, list(ROWS), only_test=False), False
-    release_memory()  # batches of the manifest
-    found = find_rows(dataset, tasks, IdIndex.of(table.sample_id))
+    found = find_rows(dataset, tasks, _index(table.sample_id, table.num_kept))
+    release_memory()  # tables of the shards
     table.check_source(found, with_splits=not manifest.provenance.get("recipe", {}).get("resplit"))
     order = canonical_order(table.sample_id)  # the order of the manifest does not change a training
     content = _repeat(b"", len(order)) if only_test else digest_texts(found.content[order])
@@ -347,10 +347,10 @@ class _ManifestRows:
         return np.asarray(np.array(codes, dtype=np.int32)[code])
 
     def collect(self, num_kept: int) -> _Table:
-        """Return all rows, of which the first `num_kept` are the manifest's. Raises ManifestError for repeated ids."""
+        """Return all rows, of which the first `num_kept` are the manifest's."""
+        release_memory()  # batches of the manifest
         ids = pa.chunked_array(self.parts.pop("sample_id"), pa.large_string()).combine_chunks()
         group = self.parts.pop("group")
-        _check_unique(ids, num_kept)
         columns = {name: np.concatenate(self.parts.pop(name)) for name in list(self.parts)}
         return _Table(
             sample_id=ids,
@@ -365,11 +365,12 @@ class _ManifestRows:
         )
 
 
-def _check_unique(ids: pa.LargeStringArray, num_kept: int) -> None:
-    """Raise ManifestError for ids that are repeated in a manifest, or both in it and among its dropped rows."""
-    hashes = np.sort(hash_ids(ids, seed=0, purpose="unique"))
-    if not (hashes[1:] == hashes[:-1]).any() or not (number := len(ids) - len(ids.unique())):
-        return
+def _index(ids: pa.LargeStringArray, num_kept: int) -> IdIndex:
+    """Index ids. Raises ManifestError for ids that are repeated in a manifest, or both in it and among dropped rows."""
+    try:
+        return IdIndex.of(ids)
+    except ValueError:
+        number = len(ids) - len(ids.unique())
     dropped = ids.slice(num_kept)
     in_both = dropped.filter(pc.is_in(dropped, value_set=ids.slice(0, num_kept)))
     if not len(in_both):

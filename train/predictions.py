@@ -1,4 +1,4 @@
-"""Class predictions of many samples, by columns: in memory, or in a temporary file where they are large."""
+"""Predictions of a network; those of many classes and samples by columns, in a temporary file where they are large."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..audit.workers import release_memory
 from ..rebalance.curriculum import RowIndex
-from .network import Outputs
+from .network import ModalitySet, Outputs, correct_by_set
 from .training_data import NetworkReader
 
 MAX_BYTES = 32 << 20  # ours: larger ones are in a file
@@ -71,31 +71,46 @@ def predict(reader: NetworkReader, rows: RowIndex, names: Sequence[str]) -> dict
 
 @contextmanager
 def class_predictions(
-    reader: NetworkReader, rows: RowIndex, names: Sequence[str], *, folder: Path, max_bytes: int = MAX_BYTES
-) -> Iterator[dict[str, Predictions]]:
-    """Compute what `predict` does, of classes, for use in the context; beyond `max_bytes` it is in a file of `folder`.
+    reader: NetworkReader,
+    rows: RowIndex,
+    names: Sequence[str],
+    *,
+    sets: Sequence[ModalitySet] = (),
+    folder: Path,
+    max_bytes: int = MAX_BYTES,
+) -> Iterator[tuple[dict[str, Predictions], dict[ModalitySet, NDArray[np.bool_]]]]:
+    """Compute what `predict` does, of classes, and whether the tested prediction is correct (n,) by each of the sets.
 
-    The file has no name, and takes 4 bytes a sample, class and branch. In one process only.
+    For use in the context. Beyond `max_bytes` the probabilities are in a file of `folder`, which has no name, and takes
+    4 bytes a sample, class and branch. In one process only.
     """
     num_classes, branches = len(reader.net.config.classes), ("fused", *names)
-    if 4 * len(rows) * num_classes * len(branches) <= max_bytes:
-        yield {name: Predictions.of(scores) for name, scores in predict(reader, rows, names).items()}
-        return
+    num_columns = len(branches) * num_classes
     predicted = np.empty((len(branches), len(rows)), dtype=np.min_scalar_type(-num_classes))
     confidence = np.empty((len(branches), len(rows)), dtype=np.float32)
-    start = 0
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for batch in reader.iterate(partial(_predict_branches, reader), rows):
+    correct = np.empty((len(sets), len(rows)), dtype=bool)
+    read_correct, start = correct_by_set(reader.net, sets), 0
+
+    def read(outputs: Outputs, target: Tensor) -> Tensor:
+        columns = _predict_branches(reader, outputs, target).flatten(0, 1)
+        return torch.cat([columns, read_correct(outputs, target).float()]) if sets else columns
+
+    with tempfile.SpooledTemporaryFile(dir=str(folder)) as file:
+        if 4 * len(rows) * num_columns > max_bytes:
+            file.rollover()
+        for batch in reader.iterate(read, rows):
             values = np.ascontiguousarray(batch.cpu().numpy())
-            stop = start + values.shape[2]
-            predicted[:, start:stop] = values.argmax(axis=1)
-            confidence[:, start:stop] = values.max(axis=1)
-            for number, column in enumerate(values.reshape(-1, values.shape[2])):
+            part = slice(start, start + values.shape[1])
+            branch_values = values[:num_columns].reshape(len(branches), num_classes, -1)
+            predicted[:, part] = branch_values.argmax(axis=1)
+            confidence[:, part] = branch_values.max(axis=1)
+            correct[:, part] = values[num_columns:]
+            for number, column in enumerate(values[:num_columns]):
                 file.seek(4 * (number * len(rows) + start))
                 file.write(column.tobytes())
-            start = stop
+            start = part.stop
         release_memory()  # what reading and the network took
-        yield {
+        predictions = {
             name: Predictions(
                 predicted=predicted[index],
                 confidence=confidence[index],
@@ -104,6 +119,7 @@ def class_predictions(
             )
             for index, name in enumerate(branches)
         }
+        yield predictions, dict(zip(sets, correct, strict=True))
 
 
 def _predict_branches(reader: NetworkReader, outputs: Outputs, target: Tensor) -> Tensor:
@@ -111,6 +127,6 @@ def _predict_branches(reader: NetworkReader, outputs: Outputs, target: Tensor) -
     return reader.net.predict(logits).movedim(1, 2)
 
 
-def _read_column(file: BinaryIO, num_rows: int, first: int, index: int) -> NDArray[np.float32]:
+def _read_column(file: IO[bytes], num_rows: int, first: int, index: int) -> NDArray[np.float32]:
     file.seek(4 * num_rows * (first + index))
     return np.frombuffer(file.read(4 * num_rows), dtype=np.float32)

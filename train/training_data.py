@@ -70,12 +70,14 @@ class TrainingData:
         store: Store,
         *,
         train: RowIndex,
+        validation: RowIndex,
+        test: RowIndex,
         config: TrainConfig,
         seed: int,
         device: str,
         distributed: DistributedContext,
     ) -> TrainingData:
-        """Build the data of a training on some of the training rows."""
+        """Build the data of a training on some of the training rows, or of a test of other rows alone."""
         pool = Pool(
             key=id_keys(examples.sample_id.take(pa.array(train))),
             rank=examples.rank[train],
@@ -96,8 +98,8 @@ class TrainingData:
             label=torch.from_numpy(examples.target).to(device),
             weight=examples.weight,
             train=train,
-            validation=examples.rows("validation"),
-            test=examples.rows("test"),
+            validation=validation,
+            test=test,
             pool=pool,
             config=config,
             seed=seed,
@@ -349,7 +351,15 @@ def set_up(
             raise ConfigError(f"--{option} {name} needs {method.min_modalities} modalities; {examples.modalities_text}")
     store = open_store(examples.inputs, config.finetune, device=device)
     return TrainingData.of(
-        examples, store, train=train, config=config, seed=seed, device=device, distributed=distributed
+        examples,
+        store,
+        train=train,
+        validation=validation,
+        test=test,
+        config=config,
+        seed=seed,
+        device=device,
+        distributed=distributed,
     )
 
 
