@@ -19,9 +19,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-# What `make test` has no time for as well: a few minutes more.
+# What `make test` has no time for as well, and more examples of each property: half an hour.
 test-all: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --hypothesis-profile=thorough
 
 # The same as `make test`, with the lower bounds of pyproject.toml.
 test-oldest: .venv-oldest/.ready

@@ -26,12 +26,12 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from .errors import RunError
 
@@ -291,7 +291,7 @@ def fixed_threads(num_threads: int = NUM_THREADS) -> Iterator[None]:
         return
     pool = _LOCAL.pool = _Pool(num_workers=min(caller_threads, MAX_WORKERS))
     try:
-        with threadpool_limits(limits=NUM_THREADS):
+        with _thread_libraries(len(sys.modules)).limit(limits=NUM_THREADS):
             torch.set_num_threads(_check_limits(num_threads))
             yield
     finally:
@@ -299,6 +299,12 @@ def fixed_threads(num_threads: int = NUM_THREADS) -> Iterator[None]:
         if pool.executor is not None:
             pool.executor.shutdown(cancel_futures=True)
         torch.set_num_threads(caller_threads)
+
+
+@lru_cache(maxsize=1)
+def _thread_libraries(num_modules: int) -> ThreadpoolController:
+    """Find the loaded libraries that compute with threads, 6 ms, again once more modules have been imported."""
+    return ThreadpoolController()
 
 
 def parallel_map(work: Callable[[Task], Result], items: Iterable[Task]) -> Iterator[Result]:

@@ -21,8 +21,15 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-settings.register_profile("patient", deadline=None)  # a first call may import torch while other jobs run
-settings.load_profile("patient")
+# Profile of the option --hypothesis-profile. No deadline: a first call may import torch while other jobs run.
+settings.register_profile("quick", deadline=None, max_examples=40)
+settings.register_profile("thorough", deadline=None, max_examples=100)
+
+
+def examples(number: int) -> int:
+    """Return how many examples a test draws of which `make test-all` draws another number than 100."""
+    return number * settings.default.max_examples // 100
+
 
 RATE = 8_000
 
@@ -56,6 +63,18 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_STATE_HOME", str(folder))
         patch.setenv("MMAUDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced_files() -> Iterator[Callable[[int], None]]:
+    """Leave files in the system's cache, which keeps those of a killed process: flushing is a fortieth of all tests.
+
+    Yields os.fsync, for tests of what is flushed.
+    """
+    flush = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield flush
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -110,6 +129,15 @@ def no_reports() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "_write_report", write_empty_report)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_scores(no_reports: None) -> Iterator[None]:
+    """Make `score` fit the probes of the scores alone, which is half of the time: none of halves, none as controls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMAUDIT_PROBE_HALVES", "false")
+        patch.setenv("MMAUDIT_PROBE_CONTROL", "false")
         yield
 
 

@@ -29,7 +29,7 @@ from mmaudit.cli.splitting import split
 from mmaudit.rebalance.manifest import compute_digests, read_manifest
 
 IN_PARTS = replace(CONFIG, parts=PartsConfig(rows=15))
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from mmaudit.cli.scoring import score
 from mmaudit.cli.splitting import split
 from mmaudit.rebalance.manifest import compute_digests, read_manifest
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 
 @pytest.fixture(scope="module")

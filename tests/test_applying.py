@@ -28,7 +28,7 @@ from mmaudit.cli.main import app
 from mmaudit.cli.run import Run
 from mmaudit.cli.scoring import score
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from mmaudit.train.examples import Examples
 from mmaudit.train.methods import resolve
 from mmaudit.train.training_data import build_network
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 torch.set_num_threads(1)
 MEDIA = MediaConfig(max_seconds=0.25)

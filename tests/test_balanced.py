@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -160,7 +161,7 @@ def bins_of(values: list[float], num_bins: int) -> list[int]:
     return [min(num_bins - 1, floor((Fraction(value) + 1) / 2 * num_bins)) for value in values]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(tables(), TOLERANCE, BINS, st.booleans())
 def test_files_hold_all_rows_and_are_uniform(
     scores: ScoreTable, tolerance: float, num_bins: int, per_class: bool
@@ -195,7 +196,7 @@ def test_files_hold_all_rows_and_are_uniform(
     assert set(kept_table["weight"].to_pylist()) == {1.0}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(tables(), TOLERANCE, BINS)
 def test_the_tolerance_holds_in_each_split(scores: ScoreTable, tolerance: float, num_bins: int) -> None:
     split = split_of(scores, BalancedConfig(bins=num_bins, tolerance=tolerance))
@@ -227,7 +228,7 @@ def best_size(available: Counts, tolerance: float) -> int:
     return round(-float(solution.fun))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     st.integers(1, 40),
     st.integers(0, 10**6),
@@ -251,7 +252,7 @@ def test_no_larger_set_is_within_the_tolerance(n: int, seed: int, tolerance: flo
             assert quota.sum() == best_size(available[available > 0], tolerance)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(tables())
 def test_tolerance_zero_is_exactly_uniform_over_the_filled_bins(scores: ScoreTable) -> None:
     split = split_of(scores, BalancedConfig(tolerance=0))
@@ -260,7 +261,7 @@ def test_tolerance_zero_is_exactly_uniform_over_the_filled_bins(scores: ScoreTab
     assert set(split.numbers["distances"].values()) == {0.0}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(tables(), st.data())
 def test_requested_size_is_exact(scores: ScoreTable, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, len(scores)))
@@ -278,7 +279,7 @@ def test_size_larger_than_the_table_raises(size: int) -> None:
         split_of(scores, BalancedConfig(size=size))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(tables(), BINS, st.sampled_from([1.0, 1.5, 4.0, 1000.0]), st.booleans())
 def test_weights_keep_all_rows_and_make_the_mass_uniform(
     scores: ScoreTable, num_bins: int, max_weight: float, grid: bool
@@ -311,7 +312,7 @@ def test_weights_keep_all_rows_and_make_the_mass_uniform(
         )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 120), st.integers(0, 10**6), TOLERANCE)
 def test_a_grid_is_uniform_over_both_confidences(n: int, seed: int, tolerance: float) -> None:
     scores = drawn(n, seed=seed)
@@ -372,7 +373,7 @@ def test_test_samples_do_not_influence_other_splits(num_modalities: int) -> None
     assert splits[0].kept_ids != splits[1].kept_ids
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(tables(), st.integers(0, 99))
 def test_row_order_does_not_matter(scores: ScoreTable, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(scores))
@@ -408,7 +409,7 @@ def test_samples_of_a_cell_are_equally_likely() -> None:
     assert (((num_kept[:12] - 25) ** 2) / 18.75).sum() < 40  # about chi squared, 11 degrees of freedom: p = 4e-5
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(tables())
 def test_labels_may_be_any_integers(scores: ScoreTable) -> None:
     renumbered = replace(scores, label=(scores.label * 500_000_000 - 7).astype(np.int32))
@@ -420,7 +421,7 @@ def test_labels_may_be_any_integers(scores: ScoreTable) -> None:
     assert second.kept_rows["label"].to_pylist() == [names[name] for name in second.kept_rows["label_name"].to_pylist()]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(tables(), BINS)
 def test_uniformity_matches_scipy_overall_and_per_class(scores: ScoreTable, num_bins: int) -> None:
     split = split_of(scores, BalancedConfig(bins=num_bins, tolerance=0.1))
@@ -461,7 +462,7 @@ def test_small_class_and_empty_bin_are_reported() -> None:
     assert short == {("class 7", 0): (0, 1.0), ("class 7", 1): (0, 1.0)}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.integers(3, 4), st.integers(0, 10**6), TOLERANCE)
 def test_default_pair_gives_the_largest_split(m: int, seed: int, tolerance: float) -> None:
     scores = drawn(60, seed=seed, num_modalities=m)
@@ -480,7 +481,7 @@ def some_of(scores: ScoreTable, mask: NDArray[np.bool_]) -> ScoreTable:
     return replace(scores, **{name: getattr(scores, name)[mask] for name in names})
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(0, 10**6), TOLERANCE, st.sampled_from([None, 5]))
 def test_rows_without_the_pair_are_dropped_without_side_effects(seed: int, tolerance: float, size: int | None) -> None:
     scores = drawn(60, seed=seed, num_modalities=3)
@@ -568,7 +569,7 @@ def test_level_is_the_largest_within_tolerance(available: Counts, tolerance: flo
     assert largest_level(available, tolerance=tolerance) == max(fitting)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(AVAILABLE, TOLERANCE.filter(lambda value: value < 1))
 def test_no_larger_counts_are_within_the_tolerance(available: Counts, tolerance: float) -> None:
     """Whatever the shape: the remainder of the level, up to a seventh of a small set, is not lost."""
@@ -580,7 +581,7 @@ def test_no_larger_counts_are_within_the_tolerance(available: Counts, tolerance:
     assert set(np.unique(filled - np.minimum(available, level))) <= {0, 1}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(AVAILABLE.filter(np.any), st.data())
 def test_water_fill_is_the_most_uniform_set_of_its_size(available: Counts, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, int(available.sum())))
@@ -622,7 +623,7 @@ def test_size_curve_of_ravdess() -> None:
     assert ten.size == pytest.approx(200, abs=20)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 80), st.randoms(use_true_random=False))
 def test_water_fill_equals_one_unit_at_a_time(sizes: list[int], total: int, random: Any) -> None:
     order = random.sample(range(len(sizes)), len(sizes))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -244,7 +245,7 @@ def test_distance_by_other_features_is_shown_if_measured(tmp_path: Path) -> None
     assert "by half of the features" not in card_of(path, {**numbers, "halves": None})
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(texts, min_size=2, max_size=4, unique=True), texts.filter(lambda text: "/" not in text))
 def test_any_names_keep_tables_and_fences_intact(tmp_path: Path, classes: list[str], file_name: str) -> None:
     path, numbers = make(tmp_path, tuple(classes), n=80)

@@ -20,7 +20,7 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.cli.demo import KeypadConfig, write_keypad
 from mmaudit.cli.main import app
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 QUICK = ["--repeats", "1", "--num-workers", "0", "--set", "probe.folds=2"]
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +31,7 @@ MAGIC_NUMBERS = [
     SEGMENT,
     *MP4_BOXES,
 ]
-QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=examples(100), suppress_health_check=[HealthCheck.too_slow])
 
 
 class Pipe(io.RawIOBase):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ def stored_rows(num_rows: int = 9, width: int = 16, height: int = 12) -> torch.T
     return torch.from_numpy(np.concatenate([pixels, size], axis=1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(side=st.integers(8, 60), size=st.integers(4, 60), seed=st.integers(0, 99), data=st.data())
 def test_crops_equal_those_of_pillow(side: int, size: int, seed: int, data: st.DataObject) -> None:
     left, top = data.draw(st.integers(0, side - 1)), data.draw(st.integers(0, side - 1))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ def clip(num_frames: int = 16) -> NDArray[np.uint8]:
     return np.stack([np.roll(picture(), 3 * index, axis=1) for index in range(num_frames)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(
     count=st.integers(1, 40_000), rate=st.sampled_from([8_000, 16_000, 44_100]), mel_bins=st.sampled_from([8, 40, 96])
 )
@@ -47,7 +48,7 @@ def test_audio_of_any_duration_has_fixed_length(count: int, rate: int, mel_bins:
     assert np.isfinite(vector).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(height=st.integers(1, 150), width=st.integers(1, 150), num_frames=st.integers(1, 20))
 def test_images_of_any_size_have_fixed_length(height: int, width: int, num_frames: int) -> None:
     image = picture(height, width)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
@@ -133,7 +134,7 @@ def test_diff_of_two_seeds_matches_python(tmp_path: Path) -> None:
 
 
 @given(rows_a=MANIFEST, rows_b=MANIFEST, limit=st.integers(0, 3))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_diff_matches_python_and_is_symmetric(
     tmp_path: Path, rows_a: dict[str, Row], rows_b: dict[str, Row], limit: int
 ) -> None:
@@ -278,7 +279,7 @@ def test_damaged_file_raises(tmp_path: Path) -> None:
 # The join of two manifests.
 
 IDS = st.lists(st.sampled_from(["a", "b", "ä", "", "c d", "zz", "10", "9"]), unique=True)
-relaxed = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(max_examples=examples(50), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write_columns(path: Path, ids: list[Any], **columns: pa.Array) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -55,7 +56,7 @@ def dip_by_definition(values: list[float]) -> float:
     return max(distance, 0.5 / len(values))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), derandomize=True)
 @given(st.one_of(tied, distinct))
 def test_dip_equals_its_definition(values: list[float]) -> None:
     assert dip(np.array(values)) == pytest.approx(dip_by_definition(values), abs=1e-9)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -451,7 +452,7 @@ def results_of(usable: list[bool], dtype: type) -> list[EncodeResult]:
     ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(usable=st.lists(st.booleans(), max_size=9), dtype=st.sampled_from([np.float32, np.uint8]))
 def test_written_results_are_read_back(
     usable: list[bool], dtype: type, tmp_path_factory: pytest.TempPathFactory

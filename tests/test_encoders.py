@@ -51,7 +51,7 @@ from mmaudit.audit.media.pictures import decode_folders, decode_frames, decode_i
 from mmaudit.audit.workers import no_progress
 from mmaudit.cli.main import app
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 MEDIA = MediaConfig()
 TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64())]

@@ -26,7 +26,7 @@ from mmaudit.audit.workers import no_progress
 from mmaudit.rebalance.manifest import COLUMNS, DROPPED_COLUMNS, Manifest
 from mmaudit.train.examples import Examples, load_examples
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 N = 60
 SPLITS = ["test" if number % 5 == 0 else "train" for number in range(N)]

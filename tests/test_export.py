@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +35,7 @@ from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 FOLDERS = [name for name in EXPORTERS if EXPORTERS.load(name).files is not None]
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,9 @@ odd_names = st.one_of(
     names, st.sampled_from(["a.b", "a/b.wav", "ä,ö", 'q"uo"te', "li\nne", "re\rturn", "..", "%2E", " x "])
 )
 many_names = st.lists(odd_names, min_size=2, max_size=6, unique=True)
-relaxed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(
+    deadline=None, max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 MakeManifest = Callable[..., Path]
 
 
@@ -437,7 +440,7 @@ def num_digits(value: float) -> int:
 
 
 @given(st.lists(st.none() | st.floats(width=32), max_size=9))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(50), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_have_the_shortest_digits(tmp_path: Path, values: list[float | None]) -> None:
     table = pa.table({"gap": pa.array(values, pa.float32()), "score": pa.array(values, pa.float64())})
     rows = [json.loads(json.dumps(row, allow_nan=False)) for row in plain_rows(job_of(tmp_path / "m.parquet", table))]

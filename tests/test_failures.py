@@ -28,7 +28,7 @@ from mmaudit.cli.main import app
 from mmaudit.cli.progress import progress_bars
 from mmaudit.train.checkpoint import save_model, save_state
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 BUG = "this is a bug, please report it with"
 

@@ -39,7 +39,7 @@ from mmaudit.cli.scoring import score
 
 SETTINGS = ["probe.folds=2", "probe.repeats=1", "probe.l2_penalties=[1e-2]", "probe.control=false", "parts.rows=20"]
 OPTIONS: dict[str, Any] = {"settings": SETTINGS, "num_workers": 0}
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 NUM_PARTS = 8
 

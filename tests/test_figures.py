@@ -226,10 +226,14 @@ SENTENCE = "playing the instrument number {} in a crowded room full of people"
 @pytest.mark.parametrize(
     ("names", "labels"),
     [
-        (("audio", "visual"), tuple(f"c{index}" for index in range(200))),
-        (tuple(LONG.format(index) for index in range(2)), tuple(SENTENCE.format(index) for index in range(30))),
+        pytest.param(("audio", "visual"), tuple(f"c{index}" for index in range(200)), marks=pytest.mark.slow),
+        pytest.param(
+            tuple(LONG.format(index) for index in range(2)),
+            tuple(SENTENCE.format(index) for index in range(30)),
+            marks=pytest.mark.slow,
+        ),
         (tuple(LONG.format(index) for index in range(3)), ("W" * 80, "a", "b")),
-        (tuple(LONG.format(index) for index in range(6)), ("$x^2$", "100%", "<b>")),
+        pytest.param(tuple(LONG.format(index) for index in range(6)), ("$x^2$", "100%", "<b>"), marks=pytest.mark.slow),
         (("_hidden", "$x_1$", "100%s"), ("__", "a_{b}^c", "\\frac{1}")),
     ],
 )
@@ -304,7 +308,7 @@ def test_training_maps_end_where_the_samples_end() -> None:
         assert axes.get_xlim() == pytest.approx((0, 0.15))
 
 
-@pytest.mark.parametrize("num_modalities", [2, 3, 4])
+@pytest.mark.parametrize("num_modalities", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_every_name_in_a_figure_belongs_to_one_modality(num_modalities: int) -> None:
     """Names that differ in their middle only were cut alike on the two sides of a histogram, and between maps."""
     names = tuple(f"log_mel_spectrogram_of_microphone_{letter * 4}_at_16_kHz" for letter in "abcd"[:num_modalities])
@@ -318,18 +322,20 @@ def test_every_name_in_a_figure_belongs_to_one_modality(num_modalities: int) -> 
             assert len({text.strip("←→ ") for text in sides}) == len(sides), (title, sides)
 
 
-def test_ticks_of_neighbouring_panels_are_apart() -> None:
-    for num_modalities in (2, 3, 6):
-        names = tuple("abcdef"[:num_modalities])
-        with canvas():
-            figures = build_figures(numbers_of(uniform(num_modalities), names=names))
-            for title in ("training", "discrepancy", "maps"):
-                boxes = boxes_of(figures[title])
-                shown = [axes for axes in figures[title].axes if axes.get_visible()]
-                ticks = [[boxes[tick] for tick in shown_ticks(axes.xaxis) if tick in boxes] for axes in shown]
-                for first, second in pairwise(ticks):
-                    if first and second and second[0].x0 > first[0].x0:
-                        assert second[0].x0 - first[-1].x1 >= 10, title
+@pytest.mark.parametrize(
+    "num_modalities", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)]
+)
+def test_ticks_of_neighbouring_panels_are_apart(num_modalities: int) -> None:
+    names = tuple("abcdef"[:num_modalities])
+    with canvas():
+        figures = build_figures(numbers_of(uniform(num_modalities), names=names))
+        for title in ("training", "discrepancy", "maps"):
+            boxes = boxes_of(figures[title])
+            shown = [axes for axes in figures[title].axes if axes.get_visible()]
+            ticks = [[boxes[tick] for tick in shown_ticks(axes.xaxis) if tick in boxes] for axes in shown]
+            for first, second in pairwise(ticks):
+                if first and second and second[0].x0 > first[0].x0:
+                    assert second[0].x0 - first[-1].x1 >= 10, title
 
 
 def test_branches_of_other_data_have_colours_of_their_own() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -100,7 +101,7 @@ def test_unimodal_gap_is_not_tested() -> None:
     assert check.verdict.startswith("not tested: the gap of all samples is not bimodal (dip 0.00")
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 @given(st.sampled_from(["within", "classes", "lopsided"]), st.integers(0, 5), st.integers(-3, 3))
 def test_check_does_not_depend_on_row_order_or_label_values(kind: str, seed: int, shift: int) -> None:
     gap, label = planted_gaps(kind, num_classes=4, size=60)

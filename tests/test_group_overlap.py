@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -135,7 +136,7 @@ def test_random_split_of_cremad_shares_all_actors() -> None:
     assert (finding.count, finding.of, finding.samples) == (91, 91, 744)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([None, *"abcd"])), min_size=2, max_size=30))
 def test_overlap_equals_set_intersection_without_nulls(
     rows: list[tuple[bool, str | None]],

@@ -14,6 +14,7 @@ from random import Random
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -152,7 +153,7 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 CONTENTS = st.dictionaries(st.text(max_size=3), VALUES, max_size=3)
-relaxed = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(max_examples=examples(50), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

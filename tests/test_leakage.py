@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -239,7 +240,7 @@ def test_same_file_name_in_another_folder_is_only_noted() -> None:
 # Contents
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(
     st.lists(
         st.tuples(st.sampled_from(["train", "test"]), st.sampled_from([None, *"abcdefgh"])), min_size=2, max_size=40

@@ -23,7 +23,7 @@ from mmaudit.rebalance import EXPORTERS
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.sampling import SAMPLERS
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 QUICK = ("--repeats", "1", "--num-workers", "0", "--set", "probe.folds=2")
 

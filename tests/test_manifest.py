@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,7 +153,7 @@ def test_digest_is_independent_of_batches_and_encoding(
         assert digest.hexdigest() == table_digest(table)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(tables(), tables())
 def test_digests_are_equal_only_for_equal_tables(first: pa.Table, second: pa.Table) -> None:
     assert (table_digest(first) == table_digest(second)) == first.equals(second)

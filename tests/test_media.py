@@ -13,6 +13,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -408,7 +409,7 @@ def test_config_out_of_range_raises_error(name: str, value: Any) -> None:
         MediaConfig(**{name: value})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.binary(min_size=1, max_size=400), head=st.sampled_from(["", *KINDS]))
 def test_arbitrary_bytes_raise_only_unusable_error(data: bytes, head: str) -> None:
     data = (samples()[head][1][:16] if head else b"") + data
@@ -417,7 +418,7 @@ def test_arbitrary_bytes_raise_only_unusable_error(data: bytes, head: str) -> No
             read(data, CONFIG)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow])
 @given(
     kind=st.sampled_from(KINDS),
     mutations=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),

@@ -8,6 +8,7 @@ from math import factorial
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -413,7 +414,7 @@ def test_group_codes_are_equal_within_a_group() -> None:
     assert len(set(codes.tolist())) == 3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(seed=st.integers(0, 10_000), k=st.integers(2, 5), num_bins=st.integers(1, 20))
 def test_calibration_error_equals_a_plain_loop(seed: int, k: int, num_bins: int) -> None:
     rng = np.random.default_rng(seed)

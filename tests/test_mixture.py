@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -206,7 +207,7 @@ def test_narrow_balanced_component_is_balanced_down_to_zero() -> None:
     assert mixture.posterior(GRID)[0] > 0.5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=200), st.integers(0, 5))
 def test_mixture_does_not_depend_on_row_order(gaps: list[float], seed: int) -> None:
     gap = np.array(gaps)
@@ -236,7 +237,7 @@ def test_merged_shards_give_the_same_mixture() -> None:
     assert fit_counts(merged, config=CONFIG, seed=3) == fit_mixture(gap, config=CONFIG, seed=3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), min_size=1, max_size=60))
 def test_json_round_trip_is_equality(gaps: list[float]) -> None:
     mixture = fit_mixture(np.array(gaps), config=CONFIG, seed=0)

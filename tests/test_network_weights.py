@@ -30,7 +30,7 @@ from mmaudit.cli.config import RunConfig
 from mmaudit.cli.run import Run
 from mmaudit.cli.scoring import score
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 N, SHAPE = 36, (8, 8, 3)
 SMALL = NetworkConfig(epochs=3, batch_size=8, lr=0.05, min_crop=0.6, width=1 / 32)

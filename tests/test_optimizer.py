@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import math
@@ -440,7 +441,8 @@ def test_random_numbers_follow_from_the_step_seed() -> None:
     assert drawn[0][1] != drawn[1][1]
 
 
-# Rows 0 to 10 over one process or two; visual is absent from all rows of the first of two.
+# Rows 0 to 10 over one process or two; visual is absent from all rows of the first of two. Of each of two trainings:
+# in float32, and in float16 where the loss of the first process overflows in the second step.
 SCRIPT = """
 import json, torch
 from mmaudit.train.config import OptimConfig
@@ -450,10 +452,11 @@ from mmaudit.train.optimizer import open_distributed
 
 torch.set_num_threads(1)
 plan = ModelConfig(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)
-with open_distributed("cpu") as context:
+
+def train(context, precision, overflow):
     torch.manual_seed(0)
     net = FusionNet(plan)
-    config = OptimConfig(schedule="constant", weight_decay=0.1, clip_norm=0.3, precision=PRECISION)
+    config = OptimConfig(schedule="constant", weight_decay=0.1, clip_norm=0.3, precision=precision)
     update = Optimization(net, config, device="cpu", distributed=context)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(11, 5, generator=generator), torch.randn(11, 3, generator=generator)]
@@ -473,15 +476,25 @@ with open_distributed("cpu") as context:
         update.begin_step(step)
         draws.append([torch.rand(1).item(), torch.rand(1, generator=update.generator).item()])
         update.frozen = [step == 2, False]
-        update.backward(loss() * (OVERFLOW if step == 1 and context.is_first else 1.0))
+        update.backward(loss() * (overflow if step == 1 and context.is_first else 1.0))
         grads = [None if p.grad is None else p.grad.tolist() for p in net.parameters()]
         update.apply()
         found.append(grads)
     weights = {name: p.tolist() for name, p in net.named_parameters()}
     scale = update.state_dict()["scaler"].get("scale")
-print(json.dumps({"asked": asked, "grads": found[0], "none": [[g is None for g in each] for each in found],
-    "weights": weights, "draws": draws, "scale": scale}))
+    return {"asked": asked, "grads": found[0], "none": [[g is None for g in each] for each in found],
+        "weights": weights, "draws": draws, "scale": scale}
+
+with open_distributed("cpu") as context:
+    found = [train(context, "float32", 1.0), train(context, "float16", 1e38)]
+print(json.dumps(found))
 """
+
+
+@functools.cache
+def trained_by_two() -> list[list[dict[str, Any]]]:
+    """Run the script in two processes; return both trainings of each."""
+    return run_in_processes(SCRIPT, size=2)
 
 
 def flat(nested: Any) -> list[float]:
@@ -490,11 +503,10 @@ def flat(nested: Any) -> list[float]:
 
 def test_two_processes_take_the_step_of_one() -> None:
     """A process without a row of a modality still gets the gradient of the other process."""
-    script = SCRIPT.replace("PRECISION", '"float32"').replace("OVERFLOW", "1.0")
     with redirect_stdout(io.StringIO()) as output:
-        exec(script, {})
-    single = json.loads(output.getvalue())
-    first, second = run_in_processes(script, size=2)
+        exec(SCRIPT, {})
+    single = json.loads(output.getvalue())[0]
+    first, second = (trainings[0] for trainings in trained_by_two())
     assert first["weights"] == second["weights"]
     assert first["none"] == second["none"] == single["none"]
     assert sum(single["none"][2]) == 4  # of the frozen encoder
@@ -508,8 +520,7 @@ def test_two_processes_take_the_step_of_one() -> None:
 
 
 def test_step_that_overflows_in_one_process_is_skipped_in_all() -> None:
-    script = SCRIPT.replace("PRECISION", '"float16"').replace("OVERFLOW", "1e38")
-    first, second = run_in_processes(script, size=2)
+    first, second = (trainings[1] for trainings in trained_by_two())
     assert first["weights"] == second["weights"]
     assert first["scale"] == second["scale"] == 2**15
     assert all(math.isfinite(value) for values in first["weights"].values() for value in flat(values))

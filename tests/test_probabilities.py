@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ def test_columns_follow_the_formulas() -> None:
 
 
 @given(st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20))
 def test_swapped_modalities_negate_the_discrepancy_and_leave_the_gap(seed: int) -> None:
     probabilities, label = draw_probabilities(seed)
     scores = score_probabilities(probabilities, label)

@@ -38,7 +38,7 @@ from mmaudit.audit.probes.probe_set import (
     fit_probe,
 )
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 Floats = NDArray[np.float32]
 N, FOLDS = 600, 5

@@ -31,7 +31,7 @@ from mmaudit.cli import appending
 from mmaudit.cli.remote_run import RECORDS, WorkingCopy, read_records
 from mmaudit.cli.run import Run
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 URL = "memory://bucket/run"
 QUICK = {"probe.repeats": 1, "probe.folds": 3}

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -63,7 +64,7 @@ def cells_of(scores: ScoreTable, between: str = AV) -> NDArray[np.int64]:
     return np.asarray(scores.label * 21 + bins, dtype=np.int64)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.integers(1, 400), st.integers(0, 99), SHARES, SHAPES, st.sampled_from([1, 5, 40]))
 def test_shares_hold_overall_and_per_class_and_bin(n: int, seed: int, text: str, shape: str, classes: int) -> None:
     """Also if cells have one or two samples, as with 40 classes: rounding errors carry over to the next cell."""
@@ -84,7 +85,7 @@ def test_cells_of_single_samples_add_up_to_the_shares() -> None:
     assert [int((split == name).sum()) for name in SPLITS_BY_COUNT[3]] == [1600, 160, 240]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.integers(2, 300), st.integers(0, 99), SHARES, st.booleans())
 def test_row_order_and_shards_do_not_matter(n: int, seed: int, text: str, grouped: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -119,7 +120,7 @@ def test_rows_without_discrepancy_are_split() -> None:
             assert abs((split[cell == cell_index] == name).sum() - share * (cell == cell_index).sum()) < 2
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.integers(3, 60), st.integers(0, 99), SHARES, st.sampled_from([0.0, 0.3]), st.booleans())
 def test_groups_stay_together_and_no_split_is_empty(
     num_groups: int, seed: int, text: str, share_without_group: float, skewed: bool

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -127,7 +128,7 @@ def write(path: Path, num_rows: int, *, row_group_size: int) -> pa.Table:
 
 
 @pytest.mark.usefixtures("small_shards")
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 60), st.integers(1, 60), st.randoms(use_true_random=False))
 def test_shards_in_any_order_give_all_rows(tmp_path: Path, num_rows: int, row_group_size: int, random: object) -> None:
     path = tmp_path / "d.parquet"

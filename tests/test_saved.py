@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pytest
+from conftest import examples
 from datasets.table import InMemoryTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,7 +38,7 @@ def write_arrow(
 
 
 @pytest.mark.parametrize("footer", [False, True])
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 12))
 def test_shards_of_any_batches_give_all_rows(tmp_path: Path, footer: bool, batches: list[int], shard_rows: int) -> None:
     first = write_arrow(tmp_path / "1.arrow", [1, *batches], footer=footer)

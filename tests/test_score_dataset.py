@@ -543,6 +543,7 @@ def test_every_score_is_in_its_range(planted: Planted, tmp_path: Path, names: tu
         assert {0, 2} == set(np.round(total).tolist())
 
 
+@pytest.mark.slow  # its quicker twin is the test of planted clarity
 def test_discrepancy_is_recovered_where_the_posterior_is_known(tmp_path: Path) -> None:
     """The true posterior is p(label | x) of the mixture that each modality is drawn from."""
     rng = np.random.default_rng(7)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +58,7 @@ def test_folder_glob_and_list_find_the_same_files(tmp_path: Path) -> None:
 
 
 @given(st.permutations("abcd"), st.sets(st.sampled_from("abcd"), min_size=1))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_files_are_sorted_by_first_id_without_empty_ones(tmp_path: Path, first_ids: list[str], full: set[str]) -> None:
     paths = [
         write(tmp_path / f"{n}.parquet", [first_id, "0"] if first_id in full else [])
@@ -67,7 +68,7 @@ def test_files_are_sorted_by_first_id_without_empty_ones(tmp_path: Path, first_i
 
 
 @given(st.integers(0, 20), st.integers(1, 7))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_batches_hold_the_rows_of_a_file_or_table(tmp_path: Path, num_rows: int, batch: int) -> None:
     ids = [f"s{row}" for row in range(num_rows)]
     path = write(tmp_path / "x.parquet", ids, split=pa.array(ids), other=pa.array(range(num_rows)))
@@ -223,7 +224,7 @@ def table(rows: list[tuple[Any, ...]]) -> pa.Table:
 
 
 @given(st.lists(ROW, min_size=1, max_size=12), st.integers(0, 12), st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_survey_matches_python(tmp_path: Path, rows: list[tuple[Any, ...]], cut: int, statistics: bool) -> None:
     paths = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
     for path, part in zip(paths, (rows[:cut], rows[cut:]), strict=True):

@@ -25,7 +25,7 @@ from mmaudit.cli.scoring import score
 from mmaudit.cli.splitting import replay, split
 from mmaudit.cli.training import finetune
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 QUICK = replace(
     RunConfig(),

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from mmaudit.rebalance import selection as external_sort_module
 from mmaudit.rebalance.score_tables import ManifestMembers, ScoreBatch, ScoreFiles, hash_keys, open_scores
 from mmaudit.rebalance.selection import RECORD, ExternalSort, RowOutcome, Selection, select_rows, share_total
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 Counts = NDArray[np.int64]
 
@@ -105,7 +106,7 @@ def reference_selection(scores: pa.Table, score_files: ScoreFiles, rule: SomeRul
 
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(3, 80), st.integers(0, 10**6), st.integers(1, 80), st.booleans())
 def test_each_cell_keeps_its_first_rows_by_hash(
     tmp_path_factory: pytest.TempPathFactory, storage: str, n: int, seed: int, batch_rows: int, by_score: bool
@@ -143,7 +144,7 @@ def test_each_cell_keeps_its_first_rows_by_hash(
     ]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(3, 60), st.integers(0, 10**6), st.sampled_from(["balance", "holes", "ends", "gap"]))
 def test_rank_counts_more_balanced_kept_rows(
     tmp_path_factory: pytest.TempPathFactory, n: int, seed: int, kind: str
@@ -284,7 +285,7 @@ def test_share_total_is_proportional(counts: Counts, data: st.DataObject) -> Non
 
 Keys = NDArray[np.uint64]
 TOP = np.iinfo(np.uint64).max
-QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=["memory", "disk", "disk of few parts"])

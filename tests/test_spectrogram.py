@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import scipy.signal
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ def noise(count: int) -> NDArray[np.float32]:
     return (0.1 * np.random.default_rng(0).standard_normal(count)).astype(np.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(count=st.integers(1, 60_000), seconds=st.floats(0.1, 2.0), rate=st.sampled_from([2_000, 11_025, 16_000, 44_100]))
 def test_spectrogram_has_fixed_shape_for_any_duration(count: int, seconds: float, rate: int) -> None:
     config = MediaConfig(network_seconds=seconds, sample_rate=rate)

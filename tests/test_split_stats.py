@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -94,7 +95,7 @@ def ks_of(values: Array, weight: Array) -> float:
     return float(max(np.abs(share[1:] - uniform).max(), np.abs(share[:-1] - uniform).max()))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(
     st.integers(1, 200),
     st.integers(1, 6),

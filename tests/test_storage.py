@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +64,30 @@ def test_file_appears_only_when_complete(tmp_path: Path) -> None:
             assert (path.read_text() if path.exists() else None) == before
         assert path.read_text() == text
         assert names(path.parent) == ["file.txt"]
+
+
+def test_bytes_are_flushed_before_the_rename_and_the_name_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unsynced_files: Callable[[int], None]
+) -> None:
+    target = tmp_path / "target"
+    flushed: list[tuple[int, bool]] = []
+
+    def fsync(handle: int) -> None:
+        unsynced_files(handle)
+        flushed.append((os.fstat(handle).st_ino, target.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(target) as temporary:
+        temporary.write_text("text")
+    assert flushed == [(target.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+    target.unlink()
+    flushed.clear()
+    with atomic_folder(target) as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "file").write_text("text")
+    inside = [target, target / "deep", target / "deep" / "file"]
+    assert sorted(flushed[:-1]) == sorted((path.stat().st_ino, False) for path in inside)
+    assert flushed[-1] == (tmp_path.stat().st_ino, True)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

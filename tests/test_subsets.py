@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -108,7 +109,7 @@ ONE = table([[0.9, 0.1]])
 THREE = table([[0.9, 0.1, 0.5]])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(confidences(2))
 def test_preferred_subsets_are_disjoint_without_ties(confidence: Floats) -> None:
     scores = table(confidence)
@@ -118,7 +119,7 @@ def test_preferred_subsets_are_disjoint_without_ties(confidence: Floats) -> None
     assert (~audio & ~visual).tolist() == (confidence[:, 0] == confidence[:, 1]).tolist()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(confidences(3))
 def test_with_three_modalities_one_is_compared_with_the_mean_of_others(confidence: Floats) -> None:
     scores = table(confidence)
@@ -129,7 +130,7 @@ def test_with_three_modalities_one_is_compared_with_the_mean_of_others(confidenc
         assert side(scores, name)[clear].tolist() == expected[clear].tolist()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(confidences(3))
 def test_between_defines_both_sides(confidence: Floats) -> None:
     scores = table(confidence)
@@ -140,7 +141,7 @@ def test_between_defines_both_sides(confidence: Floats) -> None:
         prefer_modality(NAMES, "audio", between="visual:text")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(confidences(3), st.lists(st.sampled_from([None, 0, 1, 2]), min_size=30, max_size=30))
 def test_rows_without_the_modality_are_never_kept(confidence: Floats, missing: list[int | None]) -> None:
     """With three modalities, a missing one is ignored unless the subset needs it."""
@@ -172,7 +173,7 @@ def test_rows_without_the_modality_are_never_kept(confidence: Floats, missing: l
             assert is_missing == lacks_modality.tolist() == np.isnan(decided.score).tolist()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(confidences(2), st.lists(st.floats(0, 0.99), min_size=2, max_size=5))
 def test_dominated_subsets_nest_by_threshold(confidence: Floats, thresholds: list[float]) -> None:
     scores = table(confidence)
@@ -183,7 +184,7 @@ def test_dominated_subsets_nest_by_threshold(confidence: Floats, thresholds: lis
     assert all((small <= large).all() for small, large in pairwise(inner))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(confidences(2), st.sampled_from([0.2, 0.4, 0.3]))
 def test_balanced_and_dominated_subsets_are_a_partition(confidence: Floats, threshold: float) -> None:
     scores = table(confidence)
@@ -192,7 +193,7 @@ def test_balanced_and_dominated_subsets_are_a_partition(confidence: Floats, thre
     assert np.sum(parts, axis=0).tolist() == [1] * len(scores)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(confidences(2))
 def test_swapping_two_modalities_swaps_their_subsets(confidence: Floats) -> None:
     scores = table(confidence)
@@ -204,7 +205,7 @@ def test_swapping_two_modalities_swaps_their_subsets(confidence: Floats) -> None
     assert keep(swapped, within_threshold(AV)).tolist() == keep(scores, within_threshold(AV)).tolist()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(confidences(2))
 def test_subsets_match_those_of_evaluation(confidence: Floats) -> None:
     scores = table(confidence)
@@ -227,7 +228,7 @@ RULES: dict[str, tuple[Callable[[ScoreFiles], ThresholdRule], Callable[[float, f
 
 
 @pytest.mark.parametrize("reason", RULES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(confidences(2), st.data())
 def test_dropped_rows_are_on_the_wrong_side_of_the_threshold(
     reason: str, confidence: Floats, data: st.DataObject
@@ -264,7 +265,7 @@ def test_mixture_subsets_split_at_the_posterior() -> None:
     assert mixed(scores, "balanced", posterior=0.75).tolist() == [False] * 4 + [True]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.lists(st.none() | CONFIDENCE, min_size=1, max_size=30), st.floats(0.01, 1))
 def test_mixture_subsets_partition_rows_with_a_posterior(posterior: list[float | None], threshold: float) -> None:
     values = np.array([np.nan if value is None else value for value in posterior], np.float32)
@@ -337,7 +338,7 @@ def large(n: int, *, seed: int = 0, classes: int = 4) -> ScoreTable:
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 200), st.integers(0, 99), st.booleans(), st.data())
 def test_extremes_match_a_sort(n: int, seed: int, keep_most: bool, data: st.DataObject) -> None:
     """In proportion per split, up to one sample; ties are decided by hash, so scores are compared."""
@@ -356,7 +357,7 @@ def test_extremes_match_a_sort(n: int, seed: int, keep_most: bool, data: st.Data
         assert np.sort(scores.balance[is_kept & in_split]).tolist() == expected.tolist()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 200), st.integers(0, 99), st.floats(0.5, 100))
 def test_share_is_relative_to_all_rows(n: int, seed: int, percent: float) -> None:
     scores = large(n, seed=seed)
@@ -406,7 +407,7 @@ def cells_of(scores: ScoreTable, mask: Mask) -> Counter[tuple[Any, int]]:
     return Counter(zip(scores.split[mask].tolist(), scores.label[mask].tolist(), strict=True))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 200), st.integers(0, 99), st.data())
 def test_random_subset_is_proportional_per_split_and_class(n: int, seed: int, data: st.DataObject) -> None:
     scores = large(n, seed=seed)
@@ -426,7 +427,7 @@ def like(scores: ScoreTable, mask: Mask) -> tuple[str, NDArray[np.int64]]:
     return "other", counts
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 200), st.integers(0, 99), st.data())
 def test_like_copies_counts_per_split_and_class(n: int, seed: int, data: st.DataObject) -> None:
     scores = large(n, seed=seed)

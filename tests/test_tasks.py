@@ -38,7 +38,7 @@ from mmaudit.train.examples import Examples
 from mmaudit.train.methods import check_task, list_methods, resolve
 from mmaudit.train.sampling import SAMPLERS
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 torch.set_num_threads(1)
 

@@ -24,7 +24,7 @@ import mmaudit
 from mmaudit.cli.main import app
 from mmaudit.train.config import TrainConfig
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 PAIRS = [
     ("uniform", "joint"),

@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 from mmaudit.cli.main import app
 from mmaudit.train.methods import list_methods
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 torch.set_num_threads(1)
 

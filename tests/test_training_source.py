@@ -20,7 +20,7 @@ from mmaudit.cli.main import app
 from mmaudit.cli.report.outcomes import finetune_numbers
 from mmaudit.cli.run import Run
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 torch.set_num_threads(1)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -44,7 +45,7 @@ def is_equal(actual: Any, expected: Any) -> bool:
     by_column=st.booleans(),
     protocol=st.sampled_from(PROTOCOLS),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_arrays_round_trip(
     tmp_path_factory: pytest.TempPathFactory, array: np.ndarray[Any, Any], by_column: bool, protocol: int
 ) -> None:
@@ -131,7 +132,7 @@ def test_files_that_are_not_pickles_raise_error(tmp_path: Path, content: bytes) 
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 def test_mutated_pickle_is_read_or_raises_dataset_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

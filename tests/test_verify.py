@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -145,7 +146,7 @@ def test_unchanged_manifest_passes(tmp_path: Path, config: dict[str, Any]) -> No
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_changed_cell_is_detected(source: Path, tmp_path: Path, data: st.DataObject) -> None:
     path = copy_manifest(source, tmp_path)
     file = data.draw(st.sampled_from([path, dropped_path(path)]))
@@ -362,7 +363,7 @@ def test_file_that_is_no_manifest_raises(manifest: Path, tmp_path: Path) -> None
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flipped_byte_never_passes_with_other_rows(source: Path, tmp_path: Path, data: st.DataObject) -> None:
     path = copy_manifest(source, tmp_path)
     before, content = pq.read_table(path), bytearray(path.read_bytes())
@@ -496,7 +497,7 @@ def test_valid_file_passes_every_check(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.none() | st.floats(-3, 3, width=32), min_size=N, max_size=N), st.sampled_from(["gap", "balance"]))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_values_out_of_range_and_nulls_are_counted(tmp_path: Path, values: list[Any], name: str) -> None:
     file = checked(write_rows(tmp_path / "m.parquet", {name: values}))
     low, high = RANGES[name].low, RANGES[name].high

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,9 @@ odd_names = st.one_of(
     names, st.sampled_from(["a.b", "a/b.wav", "ä,ö", 'q"uo"te', "li\nne", "re\rturn", "..", "%2E", " x "])
 )
 many_names = st.lists(odd_names, min_size=2, max_size=6, unique=True)
-relaxed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(
+    deadline=None, max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 MODALITIES = [
     {"name": "audio", "column": "sound_file_name", "kind": "audio"},
     {"name": "visual", "column": "image_file_name", "kind": "image"},

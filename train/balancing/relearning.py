@@ -25,8 +25,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.preprocessing import MinMaxScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -48,6 +46,9 @@ def purity(cluster: NDArray[np.integer[Any]], label: NDArray[np.integer[Any]]) -
 
 def cluster_purity(features: NDArray[np.float32], label: NDArray[np.int64], *, num_classes: int) -> float:
     """Compute the purity of the k-means clusters of features (n, d); 1 where there are none."""
+    from sklearn.cluster import KMeans  # not in every training: scikit-learn takes half a second
+    from sklearn.preprocessing import MinMaxScaler
+
     scaled = MinMaxScaler((-1, 1)).fit_transform(features) if len(features) else features
     num_clusters = min(num_classes, len(np.unique(scaled, axis=0)))
     if num_clusters == 0:
