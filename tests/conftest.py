@@ -34,7 +34,7 @@ def examples(number: int) -> int:
 RATE = 8_000
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Make threads sleep while they wait: spinning takes five times as long with another test worker running.
 
     torch reads the variable when it is imported, so nothing in this file imports torch before.
@@ -42,9 +42,11 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Else each of the eighty processes that tests start would compile the package again, 0.4 s.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # the process that starts xdist's workers
     import torch
 
-    torch.set_num_threads(1)  # tests run in parallel by xdist's workers
+    torch.set_num_threads(1)  # tests run in parallel
 
 
 @pytest.fixture(autouse=True)
@@ -134,10 +136,14 @@ def no_reports() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quick_scores(no_reports: None) -> Iterator[None]:
-    """Make `score` fit the probes of the scores alone, which is half of the time: none of halves, none as controls."""
+    """Make `score` fit the probes of the scores alone, half of the time: none of halves, no controls.
+
+    `make test-all` fits all of them.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MMAUDIT_PROBE_HALVES", "false")
-        patch.setenv("MMAUDIT_PROBE_CONTROL", "false")
+        if examples(100) < 100:
+            patch.setenv("MMAUDIT_PROBE_HALVES", "false")
+            patch.setenv("MMAUDIT_PROBE_CONTROL", "false")
         yield
 
 

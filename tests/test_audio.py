@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
+from scipy.signal import firwin, resample_poly
 
 from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.media import audio as sound
@@ -39,6 +39,12 @@ def sine(hertz: float, *, peak: float = 1.0, seconds: float = 1.0) -> NDArray[np
 def clipped_sine(share: float) -> NDArray[np.float64]:
     """Return a sine of 101 Hz that is at full scale for this share of the time."""
     return np.asarray(np.clip(sine(101) / np.cos(np.pi / 2 * share), -1, 1))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 147, 441, 1_000])
+def test_filter_of_the_resampling_is_that_of_scipy(steps: int) -> None:
+    expected = firwin(20 * steps + 1, 1 / steps, window=("kaiser", 5.0)).astype(np.float32)
+    assert sound._low_pass(steps).tobytes() == expected.tobytes()
 
 
 @given(

@@ -134,7 +134,13 @@ def sklearn_from_two_means(gap: NDArray[np.float64]) -> GaussianMixture:
     return GaussianMixture(2, tol=1e-9, max_iter=5000, reg_covar=0.0, **start).fit(gap[:, None])
 
 
-@pytest.mark.parametrize(("name", "plain"), [(n, False) for n in UNBOUNDED] + [(n, True) for n in BOUNDED])
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        *((name, False) for name in UNBOUNDED),
+        *(pytest.param(name, True, marks=pytest.mark.slow if name == "uniform" else []) for name in BOUNDED),
+    ],
+)
 def test_likelihood_equals_sklearn(name: str, plain: bool) -> None:
     """On unbinned values, to 1e-6 per sample: as configured where the bounds do not bind, else without them.
 

@@ -133,6 +133,7 @@ def test_planted_signal_is_found_in_bfloat16(fitted: Fitted) -> None:
     assert not np.array_equal(rounded.logits(ROWS)[0], exact.logits(ROWS)[0])
 
 
+@pytest.mark.slow  # their quick twins: test_planted_signal_is_found_out_of_fold, and weights in test_network_weights.py
 def test_multilabel_and_regression_signals_are_found() -> None:
     rows, target = planted(PICTURE)
     values = np.stack([target.label != 2, target.label != 0], axis=1).astype(np.float32)

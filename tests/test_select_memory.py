@@ -219,9 +219,12 @@ def peak_of_select(stored: Stored) -> int:
         pa.set_memory_pool(default)
 
 
+QUICK = ("classes", "groups", "label sets", "regression with groups, nine modalities")
+
+
 @pytest.mark.usefixtures("small_constants", "no_collection")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "many groups" else []) for name in CASES]
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
 )
 def test_select_holds_at_most_40_bytes_a_row(name: str, tmp_path: Path) -> None:
     sizes = (3_000, 9_000)

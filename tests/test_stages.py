@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 write_report = scoring._write_report
 
 
-pytestmark = pytest.mark.usefixtures("quick_scores")
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 
 @pytest.fixture(scope="module")
