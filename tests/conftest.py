@@ -28,7 +28,7 @@ settings.register_profile("thorough", deadline=None, max_examples=100)
 
 def examples(number: int) -> int:
     """Return how many examples a test draws of which `make test-all` draws another number than 100."""
-    return number * settings.default.max_examples // 100
+    return number * settings().max_examples // 100
 
 
 RATE = 8_000
