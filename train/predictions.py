@@ -79,10 +79,11 @@ def class_predictions(
     folder: Path,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[tuple[dict[str, Predictions], dict[ModalitySet, NDArray[np.bool_]]]]:
-    """Compute what `predict` does, of classes, and whether the tested prediction is correct (n,) by each of the sets.
+    """Compute what `predict` does, of classes, and where the tested prediction is correct with only a set present.
 
-    For use in the context. Beyond `max_bytes` the probabilities are in a file of `folder`, which has no name, and takes
-    4 bytes a sample, class and branch. In one process only.
+    Yields the predictions by branch, and a mask (n,) by each of `sets` of modalities, for use in the context. Beyond
+    `max_bytes` the probabilities are in a file of `folder`, which has no name, and takes 4 bytes a sample, class and
+    branch. In one process only.
     """
     num_classes, branches = len(reader.net.config.classes), ("fused", *names)
     num_columns = len(branches) * num_classes
