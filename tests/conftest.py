@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 # Profile of the option --hypothesis-profile. No deadline: a first call may import torch while other jobs run.
-settings.register_profile("quick", deadline=None, max_examples=40)
+settings.register_profile("quick", deadline=None, max_examples=30)
 settings.register_profile("thorough", deadline=None, max_examples=100)
 
 

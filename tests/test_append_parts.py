@@ -50,7 +50,9 @@ def folder(request: pytest.FixtureRequest, sums: None, tmp_path: Path) -> Path:
     return folder
 
 
-with_and_without_groups = pytest.mark.parametrize("folder", [True, False], ids=["groups", "ids"], indirect=True)
+with_and_without_groups = pytest.mark.parametrize(
+    "folder", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["groups", "ids"], indirect=True
+)
 
 
 def run(folder: Path, **options: Any) -> Any:

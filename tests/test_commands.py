@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
 from typer.testing import CliRunner
 
 from mmaudit.cli.main import app, main
@@ -110,6 +112,27 @@ def test_demo(command: Command, demo_text: tuple[Path, str]) -> None:
     assert set(summary) == {"recovery", "kept", "distance", "report"}
     assert f"{summary['kept']} samples" in printed
     assert Path(summary["report"]).is_file()
+    names = ["run.json", "scores.parquet", "quarantine.parquet", "mixture.json", "report.html", "report.json"]
+    assert all((folder / "run" / name).stat().st_size > 0 for name in names)
+    truth, scores = (
+        pd.read_parquet(path).set_index("sample_id")["discrepancy"]
+        for path in (folder / "truth.parquet", folder / "run" / "scores.parquet")
+    )
+    spearman = scores.corr(truth, method="spearman")  # pandas joins them by id
+    assert set(scores.index) == set(truth.index)
+    assert spearman >= 0.7
+    assert summary["recovery"]["spearman"] == pytest.approx(spearman, abs=1e-6)
+
+
+def test_manifests_open_in_datasets_and_pandas(demo_folder: Path, tmp_path: Path) -> None:
+    path = demo_folder / "run" / "manifests" / "balanced.parquet"
+    rows = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    frame = pd.read_parquet(path)
+    assert rows["sample_id"][:] == frame["sample_id"].tolist()
+    assert (demo_folder / "data" / frame["audio_file_name"][0]).is_file()
+    dropped = pq.read_table(path.with_name("balanced.dropped.parquet"))
+    assert len(dropped) + len(frame) == len(pd.read_parquet(demo_folder / "truth.parquet"))
+    assert dropped["reason"].null_count == 0
 
 
 def test_check(command: Command, demo_folder: Path, tmp_path: Path) -> None:

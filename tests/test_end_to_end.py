@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
 
 import mmaudit
 from mmaudit.audit.probes.config import ProbeConfig
@@ -109,13 +107,14 @@ def test_killed_finetune_resumes_to_the_same_bytes(data: Path, tmp_path: Path) -
         assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
-@pytest.fixture(scope="module", params=[400, pytest.param(1_797, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[400, 1_797])
 def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The demo, run as by users."""
     folder = tmp_path_factory.mktemp("demo")
     return folder, json.loads(run("demo", folder, "--num-samples", str(request.param), "--json"))
 
 
+@pytest.mark.slow  # its quick twin: tests/test_commands.py
 def test_demo_recovers_planted_discrepancy(planted: tuple[Path, dict[str, Any]]) -> None:
     folder, result = planted
     truth = pd.read_parquet(folder / "truth.parquet").set_index("sample_id")
@@ -130,6 +129,7 @@ def test_demo_recovers_planted_discrepancy(planted: tuple[Path, dict[str, Any]])
     assert len(manifest) >= len(truth) / 4
 
 
+@pytest.mark.slow  # its quick twin: tests/test_commands.py
 def test_demo_writes_the_files_of_the_readme(planted: tuple[Path, dict[str, Any]]) -> None:
     folder = planted[0] / "run"
     names = ["run.json", "scores.parquet", "quarantine.parquet", "mixture.json", "report.html", "report.json"]
@@ -145,17 +145,6 @@ def test_demo_writes_the_files_of_the_readme(planted: tuple[Path, dict[str, Any]
         assert metrics["test"]["all"]["branches"]["fused"]["accuracy"] > 5 * metrics["chance"]["majority"]
         assert not metrics["test_labels_in_scores"]
     assert not [path for path in folder.rglob(".*") if path.is_file()]  # no temporary file was left
-
-
-def test_manifests_open_in_datasets_and_pandas(planted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    path = planted[0] / "run" / "manifests" / "balanced.parquet"
-    rows = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path))
-    frame = pd.read_parquet(path)
-    assert rows["sample_id"][:] == frame["sample_id"].tolist()
-    assert (planted[0] / "data" / frame["audio_file_name"][0]).is_file()
-    dropped = pq.read_table(path.with_name("balanced.dropped.parquet"))
-    assert len(dropped) + len(frame) == len(pd.read_parquet(planted[0] / "truth.parquet"))
-    assert dropped["reason"].null_count == 0
 
 
 @pytest.mark.slow  # quicker twin: tests/test_cross_fit.py, which rows probes are fitted on

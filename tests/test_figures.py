@@ -178,7 +178,7 @@ def test_any_label_can_be_drawn() -> None:
     assert draw(numbers_of(uniform(2), names=("audio", "$\\frac{$"), labels=labels))["classes"]
 
 
-@pytest.mark.parametrize("num_modalities", [2, 10])
+@pytest.mark.parametrize("num_modalities", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_figures_are_small_and_no_text_is_cut_off_at_the_edge(num_modalities: int) -> None:
     numbers = numbers_of(uniform(num_modalities), names=tuple(f"spectrogram of {j}" for j in range(num_modalities)))
     for name, image in draw(numbers).items():

@@ -76,7 +76,7 @@ def test_most_pairs_are_admitted() -> None:
     assert {name for _, name in PAIRS} == set(BALANCERS)
 
 
-@pytest.mark.parametrize(("sampling", "balancing"), MARKED_PAIRS)
+@pytest.mark.parametrize(("sampling", "balancing"), SPARSELY_MARKED_PAIRS)
 def test_pair_repeats_exactly_and_after_an_interruption(tmp_path: Path, sampling: str, balancing: str) -> None:
     config, examples = config_of(sampling, balancing), make_examples(80)
     uninterrupted = fine_tune(examples, tmp_path / "whole", config)

@@ -57,7 +57,7 @@ print(json.dumps({**found, "open": torch.distributed.is_initialized()}))
 """
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     outputs: list[dict[str, Any]] = run_in_processes(CONTEXT_SCRIPT, size=request.param)
     return outputs

@@ -377,7 +377,8 @@ def test_workers_that_share_no_folder_have_the_bytes_of_one_process(
     assert len(pools) == 1
 
 
-@pytest.mark.parametrize("copied", [pytest.param(None, marks=pytest.mark.slow), 3])
+@pytest.mark.slow  # quick twins: the test above it, and test_append_parts.py
+@pytest.mark.parametrize("copied", [None, 3])
 def test_workers_that_share_no_folder_append_the_bytes_of_one_process(
     copied: int | None, tmp_path: Path, cache: Path, pools: list[TwoMachines], monkeypatch: pytest.MonkeyPatch
 ) -> None:
