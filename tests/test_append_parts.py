@@ -211,8 +211,8 @@ def test_ids_and_copies_of_unread_parts_are_found(folder: Path, monkeypatch: pyt
 def test_new_rows_and_the_last_part_may_lack_a_modality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(IN_PARTS, probe=replace(IN_PARTS.probe, folds=2, repeats=1))
     rows, num_known = table(), NUM_OLD - 15
-    third = pa.array([*rows["audio"].to_pylist()[:num_known], *[None] * (len(rows) - num_known)], rows["audio"].type)
-    rows = rows.append_column("third", third)
+    third = [*rows["audio"].to_pylist()[:num_known], *[None] * (len(rows) - num_known)]
+    rows = rows.append_column("third", pa.array(third, pa.list_(pa.float32())))
     options: dict[str, Any] = {"config": config, "num_workers": 0}
     write(rows.slice(0, NUM_OLD), tmp_path / "data" / "a.parquet")
     score(tmp_path / "data" / "*.parquet", run=tmp_path / "run", **options)

@@ -139,6 +139,8 @@ def test_data_that_lack_a_modality_are_scored_by_the_others(tmp_path: Path) -> N
     write(with_third(rows.slice(0, NUM_OLD)), tmp_path / "old.parquet")
     score(tmp_path / "old.parquet", run=tmp_path / "run", config=THREE, num_workers=0)
     types = {"vectors": rows["audio"].type, "lists": pa.list_(pa.float32())}
+    if int(pa.__version__.partition(".")[0]) <= 21:  # it cannot read vectors of fixed size of which some are null
+        del types["vectors"]
     tables = []
     for name, type_ in types.items():
         write(with_third(rows.slice(NUM_OLD), type_=type_), tmp_path / f"{name}.parquet")
