@@ -103,7 +103,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     The bytes are flushed to disk before the rename, so that a power cut leaves no damaged file at `path`.
     """
-    with _rename_in_errors(path), temporary_path(path.parent) as temporary:
+    with rename_in_errors(path), temporary_path(path.parent) as temporary:
         yield temporary
         flush(temporary)
         temporary.replace(path)
@@ -112,7 +112,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Link a file that is never changed to a second path, or copy it where the file system has no links."""
-    with _rename_in_errors(target), temporary_path(target.parent) as temporary:
+    with rename_in_errors(target), temporary_path(target.parent) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
@@ -124,7 +124,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill, next to `path`; rename it to `path` at the end, replacing an older folder."""
-    with _rename_in_errors(path), scratch_folder(path.parent) as temporary:
+    with rename_in_errors(path), scratch_folder(path.parent) as temporary:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
@@ -199,7 +199,7 @@ def read_json(path: Path, *, error: type[MmauditError], shape: Shape | None = No
 
 
 @contextmanager
-def _rename_in_errors(path: Path) -> Iterator[None]:
+def rename_in_errors(path: Path) -> Iterator[None]:
     """Replace the temporary file name, or a missing name, in errors raised inside by the name of the target file."""
     try:
         yield

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +47,22 @@ def test_the_tested_prediction_is_correct_where_values_by_set_are_one(reader: Ne
             assert mask.dtype == bool
             np.testing.assert_array_equal(mask, values[modality_set])
     assert 0 < values[frozenset({0, 1})].mean() < 1
+
+
+def test_a_full_disk_is_named(reader: NetworkReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, content: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def rollover(self) -> None:
+            """Do nothing."""
+
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda **options: Full())
+    with pytest.raises(OSError, match=r"No space left on device") as caught:
+        class_predictions(
+            reader, reader.training_data.test, ("audio", "visual"), folder=tmp_path, max_bytes=0
+        ).__enter__()
+    assert caught.value.filename == str(tmp_path)
 
 
 def check_equal(

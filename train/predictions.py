@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..audit.storage import rename_in_errors
 from ..audit.workers import release_memory
 from ..rebalance.curriculum import RowIndex
 from .network import ModalitySet, Outputs, correct_by_set
@@ -83,7 +84,7 @@ def class_predictions(
 
     Yields the predictions by branch, and a mask (n,) by each of `sets` of modalities, for use in the context. Beyond
     `max_bytes` the probabilities are in a file of `folder`, which has no name, and takes 4 bytes a sample, class and
-    branch. In one process only.
+    branch. In one process only. Raises OSError with the name of the folder where its disk is full.
     """
     num_classes, branches = len(reader.net.config.classes), ("fused", *names)
     num_columns = len(branches) * num_classes
@@ -96,7 +97,7 @@ def class_predictions(
         columns = _predict_branches(reader, outputs, target).flatten(0, 1)
         return torch.cat([columns, read_correct(outputs, target).float()]) if sets else columns
 
-    with tempfile.SpooledTemporaryFile(dir=str(folder)) as file:
+    with rename_in_errors(folder), tempfile.SpooledTemporaryFile(dir=str(folder)) as file:
         if 4 * len(rows) * num_columns > max_bytes:
             file.rollover()
         for batch in reader.iterate(read, rows):
